@@ -1,0 +1,208 @@
+//! Whose frame goes next.
+//!
+//! Spent pages first; then VBARs of lower priority, lowest first, and in each the highest rank; then the asking VBAR's
+//! own, which lowers its watermark. A demand may take anything that is not pinned, read-ahead only as much as its
+//! window.
+
+use crate::vbar::Place;
+use crate::{Bytes, Command, FrameId, Mode, PageRef, Pins, Policy, VbarId};
+
+/// Why a frame is wanted.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    /// A caller waits.
+    Demand,
+    /// A use is expected.
+    ReadAhead,
+}
+
+impl Policy {
+    pub(crate) fn take_frame(
+        &mut self,
+        page: PageRef,
+        purpose: Purpose,
+        pins: &mut impl Pins,
+        out: &mut Vec<Command>,
+    ) -> Option<FrameId> {
+        let size = self.page_size(page.vbar);
+        loop {
+            self.steps += 1;
+            let over = self.frames.held() > self.budget;
+            if !over && let Some(frame) = self.frames.take(size) {
+                return Some(frame);
+            }
+            if self.frames.held().checked_add(size).is_some_and(|held| held <= self.budget) {
+                let frame = self.frames.create(size);
+                out.push(Command::Create { frame, size });
+                return Some(frame);
+            }
+            if let Some((frame, size)) = self.frames.destroy_one() {
+                out.push(Command::Destroy { frame, size });
+                continue;
+            }
+            self.vbar(page.vbar).calm = 0;
+            if !self.evict_for(page, purpose, pins, out) {
+                return None;
+            }
+        }
+    }
+
+    /// Frees one frame for `page`, if the rules let it take one.
+    fn evict_for(
+        &mut self,
+        page: PageRef,
+        purpose: Purpose,
+        pins: &mut impl Pins,
+        out: &mut Vec<Command>,
+    ) -> bool {
+        if self.evict_spent(pins, out) {
+            return true;
+        }
+        let place = self.priority.iter().position(|&id| id == page.vbar).unwrap_or(0);
+        for i in 0..place {
+            let lower = self.priority[i];
+            let floor = self.vbar(lower).floor;
+            if self.evict_ahead(lower, pins, out) || self.evict_resident(lower, floor, pins, out) {
+                return true;
+            }
+        }
+        let own = self.vbar(page.vbar);
+        let below_window = own.streamed() < own.spec.window;
+        let floor = own.floor;
+        match (own.spec.mode, purpose) {
+            (Mode::Explicit, _) => {
+                let above = own.ranks.rank(page.page).0 + 1;
+                self.evict_resident(page.vbar, above, pins, out)
+            }
+            (Mode::Streamed, Purpose::ReadAhead) => self.evict_for_read_ahead(page.vbar, pins, out),
+            (Mode::Streamed, Purpose::Demand) => {
+                (below_window && self.evict_resident(page.vbar, floor, pins, out))
+                    || self.evict_ahead(page.vbar, pins, out)
+                    || self.evict_any(pins, out)
+            }
+        }
+    }
+
+    /// Read-ahead may turn own resident pages into streamed ones until the window is full. A page that is in use, or
+    /// about to be, joins the window as it is, instead of being read twice.
+    fn evict_for_read_ahead(&mut self, id: VbarId, pins: &mut impl Pins, out: &mut Vec<Command>) -> bool {
+        loop {
+            self.steps += 1;
+            let vbar = self.vbar(id);
+            if vbar.streamed() >= vbar.spec.window {
+                return false;
+            }
+            let Some(rank) = vbar.resident.max().filter(|rank| rank.0 >= vbar.floor) else { return false };
+            vbar.lower_to(rank);
+            let page = self.at(id, rank);
+            if self.vbar(id).page(page.page).upcoming == 0 && self.try_evict(page, pins, out) {
+                return true;
+            }
+            self.stream(page, pins, out);
+        }
+    }
+
+    /// Any unpinned page at all: spent ones, then from the lowest priority up. Floors hold as long as there is
+    /// another way.
+    pub(crate) fn evict_any(&mut self, pins: &mut impl Pins, out: &mut Vec<Command>) -> bool {
+        if self.evict_spent(pins, out) {
+            return true;
+        }
+        for respect_floor in [true, false] {
+            for i in 0..self.priority.len() {
+                let id = self.priority[i];
+                self.steps += 1;
+                let floor = if respect_floor { self.vbar(id).floor } else { 0 };
+                if self.evict_ahead(id, pins, out) || self.evict_resident(id, floor, pins, out) {
+                    return true;
+                }
+            }
+        }
+        false
+    }
+
+    fn evict_spent(&mut self, pins: &mut impl Pins, out: &mut Vec<Command>) -> bool {
+        while let Some(page) = self.spent.pop_front() {
+            self.steps += 1;
+            let entry = self.vbar(page.vbar).page(page.page);
+            entry.queued = false;
+            if entry.place != Place::Spent {
+                continue;
+            }
+            if self.try_evict(page, pins, out) {
+                return true;
+            }
+            self.vbar(page.vbar).page(page.page).place = Place::InUse;
+        }
+        false
+    }
+
+    /// The page of `id` read ahead for the farthest use.
+    fn evict_ahead(&mut self, id: VbarId, pins: &mut impl Pins, out: &mut Vec<Command>) -> bool {
+        while let Some(page) = self.vbar(id).ahead.pop_back() {
+            self.steps += 1;
+            let at = PageRef { vbar: id, page };
+            if self.vbar(id).place(page) != Place::Ahead {
+                continue;
+            }
+            if self.try_evict(at, pins, out) {
+                return true;
+            }
+            self.vbar(id).page(page).place = Place::InUse;
+        }
+        false
+    }
+
+    /// The resident page of the highest rank, unless that is below `floor`; the watermark falls to it. Pinned ones on
+    /// the way turn streamed.
+    pub(crate) fn evict_resident(
+        &mut self,
+        id: VbarId,
+        floor: u32,
+        pins: &mut impl Pins,
+        out: &mut Vec<Command>,
+    ) -> bool {
+        loop {
+            self.steps += 1;
+            let vbar = self.vbar(id);
+            let Some(rank) = vbar.resident.max().filter(|rank| rank.0 >= floor) else { return false };
+            vbar.lower_to(rank);
+            let page = self.at(id, rank);
+            if self.try_evict(page, pins, out) {
+                return true;
+            }
+            self.stream(page, pins, out);
+        }
+    }
+
+    /// Gives up unpinned pages and free frames until the budget holds again.
+    pub(crate) fn shrink(&mut self, pins: &mut impl Pins, out: &mut Vec<Command>) {
+        while self.frames.held() > self.budget {
+            self.steps += 1;
+            if self.destroy_free(Bytes::new(1), out) == Bytes::ZERO && !self.evict_any(pins, out) {
+                return;
+            }
+        }
+    }
+
+    /// Destroys free frames until `want` bytes are given back or none is left.
+    pub(crate) fn destroy_free(&mut self, want: Bytes, out: &mut Vec<Command>) -> Bytes {
+        let mut freed = Bytes::ZERO;
+        while freed < want
+            && let Some((frame, size)) = self.frames.destroy_one()
+        {
+            self.steps += 1;
+            freed += size;
+            out.push(Command::Destroy { frame, size });
+        }
+        freed
+    }
+
+    pub(crate) fn try_evict(&mut self, page: PageRef, pins: &mut impl Pins, out: &mut Vec<Command>) -> bool {
+        let claimed = pins.claim(page);
+        if claimed {
+            self.vacate(page, out);
+        }
+        claimed
+    }
+}

@@ -1,0 +1,514 @@
+//! The residency policy: events in, commands out.
+//!
+//! Invariants:
+//! * The bytes of all frames never grow past the budget. After the budget fell, what is over leaves as soon as its
+//!   pins do.
+//! * A pinned page is never taken.
+//! * Memory is taken from spent pages first, then from the lowest priority, highest rank first.
+//! * Equal serials mean equal contents.
+//! * No decision's cost depends on the number of pages; it is proportional to the pages it moves and the pins in
+//!   its way. [`Policy::steps`] counts.
+
+use std::collections::VecDeque;
+
+use crate::eviction::Purpose;
+use crate::frames::Frames;
+use crate::vbar::{Place, Vbar};
+use crate::{Bytes, FrameId, PageIndex, PageRef, Pins, Rank, Serial, VbarId, VbarSpec};
+
+/// Releases without any frame being taken before a watermark rises again.
+const CALM_RELEASES: u32 = 64;
+
+/// What the policy asks its executor to do, strictly in this order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// Make a frame.
+    Create {
+        /// Its number.
+        frame: FrameId,
+        /// Its size.
+        size: Bytes,
+    },
+    /// Give a frame's memory back.
+    Destroy {
+        /// Its number, which may be used again from now on.
+        frame: FrameId,
+        /// Its size.
+        size: Bytes,
+    },
+    /// Unmap a page once the work that read it has finished. Its frame is free afterwards.
+    Retire {
+        /// The page, claimed.
+        page: PageRef,
+        /// The frame that backs it.
+        frame: FrameId,
+    },
+    /// Back a page with a frame, then fill it and tell [`Policy::filled`].
+    Map {
+        /// The page.
+        page: PageRef,
+        /// A frame that backs nothing.
+        frame: FrameId,
+        /// The page's new serial.
+        serial: Serial,
+        /// A caller waits for it.
+        demanded: bool,
+    },
+}
+
+/// The answer to a demand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Every page is pinned, and is filled or on its way.
+    Granted,
+    /// Explicit mode: a page lies above the watermark. Nothing was pinned.
+    Refused,
+    /// Pins of others, or fills on their way, hold what is needed. Nothing was pinned; ask again when something was
+    /// released or filled.
+    Blocked,
+    /// Even with every other page gone the pages do not fit. Nothing was pinned.
+    TooLarge {
+        /// Bytes of the demanded pages.
+        needed: Bytes,
+    },
+}
+
+/// Where a page stands, for reports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PageState {
+    /// No memory behind it.
+    Absent,
+    /// Kept between uses.
+    Resident,
+    /// Backed for the time of a use.
+    Streamed,
+}
+
+/// The residency policy of one device. See the module's invariants.
+#[derive(Debug)]
+pub struct Policy {
+    pub(crate) budget: Bytes,
+    pub(crate) frames: Frames,
+    vbars: Vec<Option<Vbar>>,
+    /// Highest priority last.
+    pub(crate) priority: Vec<VbarId>,
+    /// Streamed pages whose frames are the next to go, oldest first; entries whose page moved on are skipped.
+    pub(crate) spent: VecDeque<PageRef>,
+    serial: u64,
+    pub(crate) steps: u64,
+}
+
+impl Policy {
+    /// A policy that may use `budget` bytes of frames.
+    pub fn new(budget: Bytes) -> Self {
+        Policy {
+            budget,
+            frames: Frames::default(),
+            vbars: Vec::new(),
+            priority: Vec::new(),
+            spent: VecDeque::new(),
+            serial: 0,
+            steps: 0,
+        }
+    }
+
+    /// Adds a VBAR at the top of the priorities, its watermark fully open.
+    pub fn add_vbar(&mut self, spec: VbarSpec) -> VbarId {
+        let id = VbarId(self.vbars.len() as u32);
+        self.vbars.push(Some(Vbar::new(spec)));
+        self.priority.push(id);
+        id
+    }
+
+    /// Begins to remove a VBAR: what is not pinned leaves now, the rest with its last pin or once filled. Call
+    /// [`forget_vbar`](Policy::forget_vbar) when [`held_pages`](Policy::held_pages) has reached zero.
+    pub fn close_vbar(&mut self, id: VbarId, pins: &mut impl Pins, out: &mut Vec<Command>) {
+        let vbar = self.vbar(id);
+        vbar.closing = true;
+        vbar.watermark = 0;
+        for page in (0..vbar.spec.pages).map(PageIndex) {
+            let entry = self.vbar(id).page(page);
+            entry.upcoming = 0;
+            match entry.place {
+                Place::Absent | Place::Filling => {}
+                Place::Resident | Place::Ahead | Place::InUse | Place::Spent => {
+                    self.stream(PageRef { vbar: id, page }, pins, out);
+                }
+            }
+        }
+    }
+
+    /// Removes a closed VBAR that holds no page any more.
+    pub fn forget_vbar(&mut self, id: VbarId) {
+        debug_assert_eq!(self.held_pages(id), 0);
+        self.vbars[id.0 as usize] = None;
+        self.priority.retain(|&other| other != id);
+        self.spent.retain(|page| page.vbar != id);
+    }
+
+    /// Pins pages for an operation and sees to it that they are filled. All or nothing.
+    ///
+    /// `reserved` are bytes that cannot be made free, whatever leaves (pages pinned for good).
+    pub fn demand(
+        &mut self,
+        pages: &[PageRef],
+        reserved: Bytes,
+        pins: &mut impl Pins,
+        out: &mut Vec<Command>,
+    ) -> Outcome {
+        let needed: Bytes = pages.iter().map(|page| self.page_size(page.vbar)).sum();
+        if needed.checked_add(reserved).is_none_or(|bytes| bytes > self.budget) {
+            return Outcome::TooLarge { needed };
+        }
+        for (done, &page) in pages.iter().enumerate() {
+            self.steps += 1;
+            if let Err(outcome) = self.demand_one(page, pins, out) {
+                for &earlier in &pages[..done] {
+                    pins.unpin(earlier);
+                    if self.vbar(earlier.vbar).place(earlier.page) == Place::InUse {
+                        self.settle(earlier, pins, out);
+                    }
+                }
+                return outcome;
+            }
+        }
+        Outcome::Granted
+    }
+
+    /// Expects a use of a page and reads it ahead. `false` when no frame may be taken for it now, or a demand would
+    /// be refused.
+    pub fn plan(&mut self, page: PageRef, pins: &mut impl Pins, out: &mut Vec<Command>) -> bool {
+        self.steps += 1;
+        let vbar = self.vbar(page.vbar);
+        match vbar.place(page.page) {
+            Place::Absent if !vbar.admits(page.page) => return false,
+            Place::Absent => {
+                let Some(frame) = self.take_frame(page, Purpose::ReadAhead, pins, out) else { return false };
+                self.map(page, frame, Purpose::ReadAhead, pins, out);
+            }
+            Place::Spent => self.set_ahead(page),
+            Place::Filling | Place::Resident | Place::Ahead | Place::InUse => {}
+        }
+        let page = self.vbar(page.vbar).page(page.page);
+        page.upcoming = page.upcoming.saturating_add(1);
+        true
+    }
+
+    /// A planned use came, or will not come after all.
+    pub fn unplan(&mut self, page: PageRef) {
+        let entry = self.vbar(page.vbar).page(page.page);
+        entry.upcoming = entry.upcoming.saturating_sub(1);
+        if entry.upcoming == 0 && entry.place == Place::Ahead {
+            self.set_spent(page);
+        }
+    }
+
+    /// A page's bytes are all there, or its copy is enqueued.
+    pub fn filled(&mut self, page: PageRef, pins: &mut impl Pins, out: &mut Vec<Command>) {
+        debug_assert_eq!(self.vbar(page.vbar).place(page.page), Place::Filling);
+        self.settle(page, pins, out);
+        self.shrink(pins, out);
+    }
+
+    /// A page could not be mapped or filled: it is absent again. Callers that wait for it take their pins back.
+    pub fn failed(&mut self, page: PageRef, out: &mut Vec<Command>) {
+        debug_assert_eq!(self.vbar(page.vbar).place(page.page), Place::Filling);
+        self.vacate(page, out);
+        let over = self.frames.held().saturating_sub(self.budget);
+        self.destroy_free(over, out);
+    }
+
+    /// A frame could not be made: the page it was for is absent again, and the budget falls to what there is.
+    pub fn create_failed(&mut self, page: PageRef) {
+        let vbar = self.vbar(page.vbar);
+        vbar.held -= 1;
+        let entry = vbar.page(page.page);
+        entry.place = Place::Absent;
+        let frame = entry.frame;
+        self.frames.forget(frame);
+        self.budget = self.budget.min(self.frames.held());
+    }
+
+    /// The last pin of a streamed page went.
+    pub fn released(&mut self, page: PageRef, pins: &mut impl Pins, out: &mut Vec<Command>) {
+        self.steps += 1;
+        let vbar = self.vbar(page.vbar);
+        vbar.calm = vbar.calm.saturating_add(1);
+        if vbar.lends() && vbar.calm > CALM_RELEASES && vbar.watermark < vbar.spec.pages {
+            vbar.watermark += 1;
+        }
+        match vbar.place(page.page) {
+            Place::Absent | Place::Filling | Place::Resident => {}
+            Place::Ahead | Place::InUse | Place::Spent => self.settle(page, pins, out),
+        }
+        self.shrink(pins, out);
+    }
+
+    /// The VBAR is used: it goes to the top of the priorities, its watermark fully open, unless it is there.
+    pub fn touch(&mut self, id: VbarId) {
+        if self.priority.last() != Some(&id) {
+            self.prioritize(id);
+        }
+    }
+
+    /// To the top of the priorities with the watermark fully open.
+    pub fn prioritize(&mut self, id: VbarId) {
+        self.priority.retain(|&other| other != id);
+        self.priority.push(id);
+        let vbar = self.vbar(id);
+        if !vbar.closing {
+            vbar.watermark = vbar.spec.pages;
+            vbar.calm = 0;
+        }
+    }
+
+    /// To the bottom of the priorities.
+    pub fn deprioritize(&mut self, id: VbarId) {
+        self.priority.retain(|&other| other != id);
+        self.priority.insert(0, id);
+    }
+
+    /// Pages whose rank is below `rank` are not taken by pressure until this is set to 0 again.
+    pub fn set_floor(&mut self, id: VbarId, rank: Rank) {
+        let vbar = self.vbar(id);
+        vbar.floor = rank.0.min(vbar.spec.pages);
+    }
+
+    /// Lowers the watermark: pages above it leave, pinned ones with their last pin. It opens again with
+    /// [`prioritize`](Policy::prioritize).
+    pub fn lower_watermark(&mut self, id: VbarId, rank: Rank, pins: &mut impl Pins, out: &mut Vec<Command>) {
+        self.vbar(id).lower_to(rank);
+        while let Some(top) = self.vbar(id).resident.max().filter(|top| *top >= rank) {
+            self.steps += 1;
+            let at = self.at(id, top);
+            if !self.try_evict(at, pins, out) {
+                self.stream(at, pins, out);
+            }
+        }
+    }
+
+    /// Takes memory from one VBAR, highest rank first, down to its floor. Returns the bytes freed.
+    pub fn free_from(
+        &mut self,
+        id: VbarId,
+        want: Bytes,
+        pins: &mut impl Pins,
+        out: &mut Vec<Command>,
+    ) -> Bytes {
+        let size = self.page_size(id);
+        let floor = self.vbar(id).floor;
+        let mut freed = Bytes::ZERO;
+        while freed < want && self.evict_resident(id, floor, pins, out) {
+            freed += size;
+        }
+        self.destroy_free(freed, out);
+        freed
+    }
+
+    /// Sets the budget. What is over it leaves now, or with its last pin.
+    pub fn set_budget(&mut self, budget: Bytes, pins: &mut impl Pins, out: &mut Vec<Command>) {
+        self.budget = budget;
+        self.shrink(pins, out);
+    }
+
+    /// Frees and destroys frames of at least `want` bytes, from the lowest priority up, as far as there are unpinned
+    /// ones. Returns the bytes freed.
+    pub fn make_room(&mut self, want: Bytes, pins: &mut impl Pins, out: &mut Vec<Command>) -> Bytes {
+        let mut freed = self.destroy_free(want, out);
+        while freed < want && self.evict_any(pins, out) {
+            freed += self.destroy_free(Bytes::new(1), out);
+        }
+        freed
+    }
+
+    /// Bytes that frames may take.
+    pub fn budget(&self) -> Bytes {
+        self.budget
+    }
+
+    /// Bytes of all frames, those that back nothing included.
+    pub fn held(&self) -> Bytes {
+        self.frames.held()
+    }
+
+    /// Bytes of the frames that back nothing.
+    pub fn free_frames(&self) -> Bytes {
+        self.frames.free_bytes()
+    }
+
+    /// Pages of a VBAR that have a frame.
+    pub fn held_pages(&self, id: VbarId) -> u32 {
+        self.vbars[id.0 as usize].as_ref().map_or(0, |vbar| vbar.held)
+    }
+
+    /// How many ranks of a VBAR are resident.
+    pub fn watermark(&self, id: VbarId) -> Rank {
+        Rank(self.vbars[id.0 as usize].as_ref().map_or(0, |vbar| vbar.watermark))
+    }
+
+    /// Whether a page has its place below the watermark.
+    pub fn is_kept(&self, page: PageRef) -> bool {
+        self.vbars[page.vbar.0 as usize].as_ref().is_some_and(|vbar| vbar.is_kept(page.page))
+    }
+
+    /// Where a page stands.
+    pub fn state(&self, page: PageRef) -> PageState {
+        match self.vbars[page.vbar.0 as usize]
+            .as_ref()
+            .map(|vbar| (vbar.place(page.page), vbar.is_kept(page.page)))
+        {
+            None | Some((Place::Absent, _)) => PageState::Absent,
+            Some((Place::Resident, _) | (Place::Filling, true)) => PageState::Resident,
+            Some(_) => PageState::Streamed,
+        }
+    }
+
+    /// The page's serial: a new one each time it is backed.
+    pub fn serial(&self, page: PageRef) -> Serial {
+        self.vbars[page.vbar.0 as usize]
+            .as_ref()
+            .map_or(Serial(0), |vbar| vbar.pages[page.page.as_usize()].serial)
+    }
+
+    /// The VBARs, highest priority first.
+    pub fn priorities(&self) -> impl Iterator<Item = VbarId> {
+        self.priority.iter().rev().copied()
+    }
+
+    /// Units of work done so far, a measure of cost that does not depend on the machine.
+    pub fn steps(&self) -> u64 {
+        self.steps
+    }
+
+    fn demand_one(
+        &mut self,
+        page: PageRef,
+        pins: &mut impl Pins,
+        out: &mut Vec<Command>,
+    ) -> Result<(), Outcome> {
+        let vbar = self.vbar(page.vbar);
+        match vbar.place(page.page) {
+            Place::Absent => {
+                if !vbar.admits(page.page) {
+                    return Err(Outcome::Refused);
+                }
+                let Some(frame) = self.take_frame(page, Purpose::Demand, pins, out) else {
+                    return Err(self.no_frame_for(page));
+                };
+                self.map(page, frame, Purpose::Demand, pins, out);
+            }
+            Place::Filling => vbar.page(page.page).demanded = true,
+            Place::Ahead | Place::Spent => vbar.page(page.page).place = Place::InUse,
+            Place::Resident | Place::InUse => {}
+        }
+        pins.pin(page);
+        Ok(())
+    }
+
+    /// Explicit mode closes the watermark down to what could not be had, and the next fault is refused at once.
+    fn no_frame_for(&mut self, page: PageRef) -> Outcome {
+        let vbar = self.vbar(page.vbar);
+        if vbar.lends() {
+            return Outcome::Blocked;
+        }
+        let rank = vbar.ranks.rank(page.page);
+        vbar.lower_to(rank);
+        Outcome::Refused
+    }
+
+    fn map(
+        &mut self,
+        page: PageRef,
+        frame: FrameId,
+        purpose: Purpose,
+        pins: &mut impl Pins,
+        out: &mut Vec<Command>,
+    ) {
+        self.serial += 1;
+        let serial = Serial(self.serial);
+        let demanded = purpose == Purpose::Demand;
+        let vbar = self.vbar(page.vbar);
+        vbar.held += 1;
+        let kept = vbar.is_kept(page.page);
+        let entry = vbar.page(page.page);
+        (entry.place, entry.frame, entry.serial, entry.demanded) = (Place::Filling, frame, serial, demanded);
+        if kept {
+            pins.set_resident(page);
+        } else {
+            pins.set_streamed(page);
+        }
+        out.push(Command::Map { page, frame, serial, demanded });
+    }
+
+    /// Takes a page's frame away.
+    pub(crate) fn vacate(&mut self, page: PageRef, out: &mut Vec<Command>) {
+        let vbar = self.vbar(page.vbar);
+        let rank = vbar.ranks.rank(page.page);
+        vbar.resident.remove(rank);
+        vbar.held -= 1;
+        let entry = vbar.page(page.page);
+        entry.place = Place::Absent;
+        let frame = entry.frame;
+        self.frames.put_back(frame);
+        out.push(Command::Retire { page, frame });
+    }
+
+    /// A filled page is kept or streamed, as the watermark says.
+    fn settle(&mut self, page: PageRef, pins: &mut impl Pins, out: &mut Vec<Command>) {
+        if !self.vbar(page.vbar).is_kept(page.page) {
+            return self.stream(page, pins, out);
+        }
+        pins.set_resident(page);
+        let vbar = self.vbar(page.vbar);
+        vbar.page(page.page).place = Place::Resident;
+        let rank = vbar.ranks.rank(page.page);
+        vbar.resident.insert(rank);
+    }
+
+    /// A filled page turns streamed: it is in use, waits for its use, or is spent. Where nothing is lent it leaves as
+    /// soon as it has no pins.
+    pub(crate) fn stream(&mut self, page: PageRef, pins: &mut impl Pins, out: &mut Vec<Command>) {
+        let pinned = pins.set_streamed(page);
+        let vbar = self.vbar(page.vbar);
+        let rank = vbar.ranks.rank(page.page);
+        vbar.resident.remove(rank);
+        let lends = vbar.lends();
+        let entry = vbar.page(page.page);
+        if pinned {
+            entry.place = Place::InUse;
+            return;
+        }
+        let expected = entry.upcoming > 0;
+        if !lends && self.try_evict(page, pins, out) {
+            return;
+        }
+        if expected { self.set_ahead(page) } else { self.set_spent(page) }
+    }
+
+    fn set_ahead(&mut self, page: PageRef) {
+        let vbar = self.vbar(page.vbar);
+        vbar.page(page.page).place = Place::Ahead;
+        vbar.trim_ahead();
+        vbar.ahead.push_back(page.page);
+    }
+
+    fn set_spent(&mut self, page: PageRef) {
+        let entry = self.vbar(page.vbar).page(page.page);
+        entry.place = Place::Spent;
+        if !std::mem::replace(&mut entry.queued, true) {
+            self.spent.push_back(page);
+        }
+    }
+
+    pub(crate) fn at(&mut self, id: VbarId, rank: Rank) -> PageRef {
+        PageRef { vbar: id, page: self.vbar(id).ranks.page(rank) }
+    }
+
+    pub(crate) fn page_size(&mut self, id: VbarId) -> Bytes {
+        self.vbar(id).spec.page_size
+    }
+
+    pub(crate) fn vbar(&mut self, id: VbarId) -> &mut Vbar {
+        self.vbars[id.0 as usize].as_mut().expect("a VBAR of this policy")
+    }
+}

@@ -1,0 +1,243 @@
+//! The naive picture of pages and pins, kept with plain counters. It sees every decision at the moment it is made,
+//! as the policy's [`Pins`].
+
+use forebay_core::{Bytes, PageRef, Pins, Ranks, VbarId, VbarSpec};
+
+use super::page_at;
+
+/// Where a page stands, told from what the policy said about it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Standing {
+    Absent,
+    Filling,
+    /// Filled and pinned.
+    Pinned,
+    /// Filled, no pins, kept.
+    Resident,
+    /// Filled, no pins, streamed, a use is planned.
+    Ahead,
+    /// Filled, no pins, streamed, nobody expects it.
+    Spent,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Page {
+    pub(crate) backed: bool,
+    pub(crate) filled: bool,
+    pub(crate) streamed: bool,
+    pub(crate) pins: u32,
+    pub(crate) upcoming: u32,
+    /// When it last was lent without a user; orders the pages read ahead.
+    pub(crate) waiting_since: u64,
+}
+
+#[derive(Debug)]
+pub(crate) struct NaiveVbar {
+    pub(crate) spec: VbarSpec,
+    pub(crate) ranks: Ranks,
+    pub(crate) pages: Vec<Page>,
+    pub(crate) floor: u32,
+    pub(crate) closing: bool,
+    /// Releases told since its watermark last fell.
+    pub(crate) calm: u32,
+    /// Streamed frames when the decision that is under way began.
+    pub(crate) streamed_before: u32,
+}
+
+impl NaiveVbar {
+    pub(crate) fn kept(&self, page: &Page) -> bool {
+        page.backed && page.filled && !page.streamed
+    }
+
+    /// Frames that are not kept ones.
+    pub(crate) fn streamed_frames(&self) -> u32 {
+        self.pages.iter().filter(|page| page.backed && !self.kept(page)).count() as u32
+    }
+}
+
+/// What the policy was asked, which decides whose frame may go.
+#[derive(Clone, Debug)]
+pub(crate) enum Asked {
+    /// Nothing that moves memory.
+    Nothing,
+    Demand(Vec<PageRef>),
+    Plan(PageRef),
+    /// Memory for others: a smaller budget, room.
+    Pressure,
+    /// The page may leave for good, then what is over the budget.
+    Leave(PageRef),
+    FreeFrom(VbarId),
+    LowerTo(VbarId, u32),
+    Close(VbarId),
+}
+
+#[derive(Debug)]
+pub(crate) struct Books {
+    pub(crate) vbars: Vec<Option<NaiveVbar>>,
+    /// Highest last.
+    pub(crate) priority: Vec<VbarId>,
+    pub(crate) asked: Asked,
+    /// Pins given by the call under way.
+    pub(crate) given: usize,
+    /// The call under way takes its pins back.
+    pub(crate) undoing: bool,
+    /// Pages of which the call under way took, or tried to take, the frame.
+    pub(crate) tried: Vec<PageRef>,
+    pub(crate) wrong: Vec<String>,
+    clock: u64,
+}
+
+impl Books {
+    pub(crate) fn new() -> Self {
+        Books {
+            vbars: Vec::new(),
+            priority: Vec::new(),
+            asked: Asked::Nothing,
+            given: 0,
+            undoing: false,
+            tried: Vec::new(),
+            wrong: Vec::new(),
+            clock: 0,
+        }
+    }
+
+    pub(crate) fn add(&mut self, id: VbarId, spec: VbarSpec) {
+        assert_eq!(id.get() as usize, self.vbars.len());
+        self.vbars.push(Some(NaiveVbar {
+            spec,
+            ranks: Ranks::new(spec.pages, spec.order),
+            pages: vec![Page::default(); spec.pages as usize],
+            floor: 0,
+            closing: false,
+            calm: 0,
+            streamed_before: 0,
+        }));
+        self.priority.push(id);
+    }
+
+    pub(crate) fn begin(&mut self, asked: Asked) {
+        self.asked = asked;
+        self.given = 0;
+        self.undoing = false;
+        self.tried.clear();
+        self.note_streamed();
+    }
+
+    pub(crate) fn vbar(&self, id: VbarId) -> &NaiveVbar {
+        self.vbars[id.get() as usize].as_ref().expect("a VBAR that was not forgotten")
+    }
+
+    pub(crate) fn vbar_mut(&mut self, id: VbarId) -> &mut NaiveVbar {
+        self.vbars[id.get() as usize].as_mut().expect("a VBAR that was not forgotten")
+    }
+
+    pub(crate) fn page(&self, page: PageRef) -> &Page {
+        &self.vbar(page.vbar).pages[page.page.as_usize()]
+    }
+
+    pub(crate) fn page_mut(&mut self, page: PageRef) -> &mut Page {
+        &mut self.vbar_mut(page.vbar).pages[page.page.as_usize()]
+    }
+
+    pub(crate) fn size(&self, page: PageRef) -> Bytes {
+        self.vbar(page.vbar).spec.page_size
+    }
+
+    pub(crate) fn rank(&self, page: PageRef) -> u32 {
+        self.vbar(page.vbar).ranks.rank(page.page).0
+    }
+
+    pub(crate) fn standing(&self, page: PageRef) -> Standing {
+        match self.page(page) {
+            Page { backed: false, .. } => Standing::Absent,
+            Page { filled: false, .. } => Standing::Filling,
+            Page { pins: 1.., .. } => Standing::Pinned,
+            Page { streamed: false, .. } => Standing::Resident,
+            Page { upcoming: 1.., .. } => Standing::Ahead,
+            _ => Standing::Spent,
+        }
+    }
+
+    pub(crate) fn ids(&self) -> impl Iterator<Item = VbarId> {
+        self.priority.iter().copied()
+    }
+
+    pub(crate) fn pages_of(&self, id: VbarId) -> impl Iterator<Item = PageRef> {
+        (0..self.vbar(id).spec.pages).map(move |page| page_at(id, page))
+    }
+
+    pub(crate) fn pages(&self) -> impl Iterator<Item = PageRef> {
+        self.ids().flat_map(|id| self.pages_of(id))
+    }
+
+    pub(crate) fn pins(&self) -> Vec<u32> {
+        self.vbars.iter().flatten().flat_map(|vbar| vbar.pages.iter().map(|page| page.pins)).collect()
+    }
+
+    /// The page begins to wait for a use.
+    pub(crate) fn waits(&mut self, page: PageRef) {
+        self.clock += 1;
+        self.page_mut(page).waiting_since = self.clock;
+    }
+
+    fn note_streamed(&mut self) {
+        for vbar in self.vbars.iter_mut().flatten() {
+            vbar.streamed_before = vbar.streamed_frames();
+        }
+    }
+
+    /// A page that has no frame is mapped; any other changes its flag.
+    fn flag(&mut self, page: PageRef, streamed: bool) -> bool {
+        let entry = self.page_mut(page);
+        entry.streamed = streamed;
+        if !entry.backed {
+            (entry.backed, entry.filled) = (true, false);
+            self.note_streamed();
+        }
+        self.waits(page);
+        self.page(page).pins > 0
+    }
+}
+
+impl Pins for Books {
+    fn pin(&mut self, page: PageRef) {
+        if !self.page(page).backed {
+            self.wrong.push(format!("{page} was pinned without a frame"));
+        }
+        self.page_mut(page).pins += 1;
+        self.given += 1;
+        self.note_streamed();
+    }
+
+    fn unpin(&mut self, page: PageRef) {
+        match self.page(page).pins {
+            0 => self.wrong.push(format!("{page} was unpinned without a pin")),
+            _ => self.page_mut(page).pins -= 1,
+        }
+        self.undoing = true;
+    }
+
+    fn claim(&mut self, page: PageRef) -> bool {
+        self.tried.push(page);
+        if self.page(page).pins > 0 {
+            return false;
+        }
+        let allowed = self.victims();
+        if !allowed.contains(&page) {
+            let standing = self.standing(page);
+            let asked = &self.asked;
+            self.wrong.push(format!("{asked:?} took {page} ({standing:?}), which is none of {allowed:?}"));
+        }
+        self.page_mut(page).backed = false;
+        self.note_streamed();
+        true
+    }
+
+    fn set_streamed(&mut self, page: PageRef) -> bool {
+        self.flag(page, true)
+    }
+
+    fn set_resident(&mut self, page: PageRef) {
+        self.flag(page, false);
+    }
+}

@@ -1,0 +1,354 @@
+//! A GPU as a [`Device`].
+
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::ptr;
+use std::sync::Arc;
+
+use forebay_core::Bytes;
+use parking_lot::Mutex;
+
+use super::context::PrimaryContext;
+use super::driver::{Driver, retried};
+use super::info::{self, CudaInfo};
+use super::table::Table;
+use super::types::{
+    AccessDesc, AllocationProp, Code, DEVICE_UNAVAILABLE, EVENT_BLOCKING_UNTIMED, GRANULARITY_MINIMUM,
+    HOST_PORTABLE, NOT_READY, OUT_OF_MEMORY, Ordinal, STREAM_NON_BLOCKING,
+};
+use crate::{
+    Device, DeviceAddr, DeviceError, DeviceId, EventHandle, FrameHandle, MemoryInfo, Result, StreamHandle,
+};
+
+/// What pinned buffers are aligned to.
+const HOST_PAGE: Bytes = Bytes::kib(4);
+
+/// A GPU. Works in its primary context, so pointers, streams and events are shared with PyTorch.
+#[derive(Debug)]
+pub struct CudaDevice {
+    driver: &'static Driver,
+    context: PrimaryContext,
+    device: Ordinal,
+    info: CudaInfo,
+    granularity: Bytes,
+    /// Where the driver's allocation begins, by the first byte handed out, for pinned buffers that it did not align.
+    /// A leaf: no driver call is made under it.
+    padded: Mutex<HashMap<usize, Padded>>,
+}
+
+/// The start of an allocation of pinned host memory.
+#[derive(Debug)]
+struct Padded(*mut u8);
+
+// SAFETY: pinned memory belongs to the process; any thread may free it.
+unsafe impl Send for Padded {}
+
+impl CudaDevice {
+    /// Opens the GPU `cuda:N` and holds its primary context until dropped.
+    ///
+    /// # Errors
+    /// [`DeviceError::Unavailable`], with what is missing and what would help: no driver library, a driver older than
+    /// CUDA 12.0, no GPU, no such ordinal, no virtual memory management, a GPU that another process holds.
+    pub fn open(ordinal: u32) -> Result<Arc<CudaDevice>> {
+        let name = format!("cuda:{ordinal}");
+        let driver = Driver::get(&name)?;
+        let device = info::find(driver, ordinal)?;
+        let info = CudaInfo::read(driver, device)?;
+        if !info.virtual_memory {
+            return Err(DeviceError::Unavailable {
+                device: name,
+                reason: format!("{} has no virtual memory management with this driver", info.name),
+                remedy: "use a GPU or a vGPU profile that has it, or the device \"host\"".to_owned(),
+            });
+        }
+        let context =
+            PrimaryContext::retain(driver, device).map_err(|code| no_context(driver, &name, code))?;
+        let granularity = granularity_of(driver, &context, device)?;
+        tracing::debug!(%info, %granularity, "opened");
+        Ok(Arc::new(CudaDevice { driver, context, device, info, granularity, padded: Mutex::default() }))
+    }
+
+    /// What the driver says of the GPU.
+    pub fn info(&self) -> &CudaInfo {
+        &self.info
+    }
+
+    fn table(&self) -> &'static Table {
+        &self.driver.table
+    }
+
+    fn host_alloc(&self, size: Bytes) -> Result<*mut u8> {
+        let _current = self.context.enter()?;
+        let mut first: *mut c_void = ptr::null_mut();
+        // SAFETY: the result has a place to go.
+        let code = unsafe { (self.table().mem_host_alloc)(&mut first, size.as_usize(), HOST_PORTABLE) };
+        if code == OUT_OF_MEMORY {
+            // Memory of the host, of which the device does not know how much is free.
+            return Err(DeviceError::OutOfMemory { call: "cuMemHostAlloc", wanted: size, free: None });
+        }
+        self.driver.check("cuMemHostAlloc", code, || size.to_string())?;
+        Ok(first.cast())
+    }
+
+    /// # Safety
+    /// `first` came from `host_alloc`, and neither the processor nor a copy uses the memory any more.
+    unsafe fn host_free(&self, first: *mut u8) -> Result<()> {
+        let _current = self.context.enter()?;
+        // SAFETY: the caller owns the memory and uses it no more.
+        let code = unsafe { (self.table().mem_free_host)(first.cast()) };
+        self.driver.check("cuMemFreeHost", code, || format!("pinned memory at {first:p}"))
+    }
+
+    /// `Ok` where a call that takes `size` bytes of something succeeded. Out of memory carries what is free now.
+    fn check_room(&self, call: &'static str, code: Code, size: Bytes) -> Result<()> {
+        if code == OUT_OF_MEMORY {
+            let free = self.memory().ok().map(|memory| memory.free);
+            return Err(DeviceError::OutOfMemory { call, wanted: size, free });
+        }
+        self.driver.check(call, code, || size.to_string())
+    }
+
+    fn check_range(&self, call: &'static str, code: Code, addr: DeviceAddr, size: Bytes) -> Result<()> {
+        if code == OUT_OF_MEMORY {
+            return self.check_room(call, code, size);
+        }
+        self.driver.check(call, code, || format!("{size} at {:#x}", addr.get()))
+    }
+
+    fn check_event(&self, call: &'static str, code: Code, event: EventHandle) -> Result<()> {
+        self.driver.check(call, code, || format!("event {:#x}", event.0))
+    }
+
+    fn check_stream(&self, call: &'static str, code: Code, stream: StreamHandle) -> Result<()> {
+        self.driver.check(call, code, || format!("stream {:#x}", stream.0))
+    }
+}
+
+impl Device for CudaDevice {
+    fn id(&self) -> DeviceId {
+        DeviceId::Cuda(self.info.ordinal)
+    }
+
+    fn name(&self) -> String {
+        self.info.name.clone()
+    }
+
+    fn granularity(&self) -> Bytes {
+        self.granularity
+    }
+
+    fn memory(&self) -> Result<MemoryInfo> {
+        let _current = self.context.enter()?;
+        let (mut free, mut total) = (0, 0);
+        // SAFETY: both results have a place to go.
+        let code = unsafe { (self.table().mem_get_info)(&mut free, &mut total) };
+        self.driver.check("cuMemGetInfo", code, || format!("cuda:{}", self.device))?;
+        Ok(MemoryInfo { free: Bytes::new(free as u64), total: Bytes::new(total as u64) })
+    }
+
+    fn reserve(&self, size: Bytes, align: Bytes) -> Result<DeviceAddr> {
+        let _current = self.context.enter()?;
+        let mut addr = 0;
+        let code = retried("cuMemAddressReserve", || {
+            // SAFETY: the result has a place to go; the driver checks size and alignment.
+            unsafe { (self.table().mem_address_reserve)(&mut addr, size.as_usize(), align.as_usize(), 0, 0) }
+        });
+        self.check_room("cuMemAddressReserve", code, size)?;
+        Ok(DeviceAddr::new(addr))
+    }
+
+    unsafe fn free_reservation(&self, addr: DeviceAddr, size: Bytes) -> Result<()> {
+        let _current = self.context.enter()?;
+        let code = retried("cuMemAddressFree", || {
+            // SAFETY: a reservation with nothing mapped in it, by the contract of this call.
+            unsafe { (self.table().mem_address_free)(addr.get(), size.as_usize()) }
+        });
+        self.check_range("cuMemAddressFree", code, addr, size)
+    }
+
+    fn create_frame(&self, size: Bytes) -> Result<FrameHandle> {
+        let _current = self.context.enter()?;
+        let prop = AllocationProp::on_device(self.device);
+        let mut frame = 0;
+        let code = retried("cuMemCreate", || {
+            // SAFETY: the result has a place to go and `prop` is laid out as the driver's header says.
+            unsafe { (self.table().mem_create)(&mut frame, size.as_usize(), &prop, 0) }
+        });
+        self.check_room("cuMemCreate", code, size)?;
+        Ok(FrameHandle(frame))
+    }
+
+    unsafe fn release_frame(&self, frame: FrameHandle, size: Bytes) -> Result<()> {
+        let _current = self.context.enter()?;
+        let code = retried("cuMemRelease", || {
+            // SAFETY: a frame of this device that is not used again, by the contract of this call.
+            unsafe { (self.table().mem_release)(frame.0) }
+        });
+        self.driver.check("cuMemRelease", code, || format!("frame {:#x} of {size}", frame.0))
+    }
+
+    unsafe fn map(&self, addr: DeviceAddr, size: Bytes, frame: FrameHandle) -> Result<()> {
+        let _current = self.context.enter()?;
+        let code = retried("cuMemMap", || {
+            // SAFETY: a free range of a reservation and a live frame, by the contract of this call.
+            unsafe { (self.table().mem_map)(addr.get(), size.as_usize(), 0, frame.0, 0) }
+        });
+        self.check_range("cuMemMap", code, addr, size)
+    }
+
+    unsafe fn allow_access(&self, addr: DeviceAddr, size: Bytes) -> Result<()> {
+        let _current = self.context.enter()?;
+        let access = AccessDesc::read_write(self.device);
+        let code = retried("cuMemSetAccess", || {
+            // SAFETY: a mapped range, by the contract of this call; one description is given.
+            unsafe { (self.table().mem_set_access)(addr.get(), size.as_usize(), &access, 1) }
+        });
+        self.check_range("cuMemSetAccess", code, addr, size)
+    }
+
+    unsafe fn unmap(&self, addr: DeviceAddr, size: Bytes) -> Result<()> {
+        let _current = self.context.enter()?;
+        let code = retried("cuMemUnmap", || {
+            // SAFETY: whole frames that no work touches, by the contract of this call.
+            unsafe { (self.table().mem_unmap)(addr.get(), size.as_usize()) }
+        });
+        self.check_range("cuMemUnmap", code, addr, size)
+    }
+
+    fn create_stream(&self) -> Result<StreamHandle> {
+        let _current = self.context.enter()?;
+        let mut stream = 0;
+        // SAFETY: the result has a place to go.
+        let code = unsafe { (self.table().stream_create)(&mut stream, STREAM_NON_BLOCKING) };
+        self.driver.check("cuStreamCreate", code, || "a stream of its own".to_owned())?;
+        Ok(StreamHandle(stream))
+    }
+
+    unsafe fn destroy_stream(&self, stream: StreamHandle) -> Result<()> {
+        let _current = self.context.enter()?;
+        // SAFETY: a stream of this device that is not used again, by the contract of this call.
+        let code = unsafe { (self.table().stream_destroy)(stream.0) };
+        self.check_stream("cuStreamDestroy", code, stream)
+    }
+
+    fn create_event(&self) -> Result<EventHandle> {
+        let _current = self.context.enter()?;
+        let mut event = 0;
+        // SAFETY: the result has a place to go.
+        let code = unsafe { (self.table().event_create)(&mut event, EVENT_BLOCKING_UNTIMED) };
+        self.driver.check("cuEventCreate", code, || "an event without timing".to_owned())?;
+        Ok(EventHandle(event))
+    }
+
+    unsafe fn destroy_event(&self, event: EventHandle) -> Result<()> {
+        let _current = self.context.enter()?;
+        // SAFETY: an event of this device that is not used again, by the contract of this call.
+        let code = unsafe { (self.table().event_destroy)(event.0) };
+        self.check_event("cuEventDestroy", code, event)
+    }
+
+    unsafe fn record(&self, event: EventHandle, stream: StreamHandle) -> Result<()> {
+        let _current = self.context.enter()?;
+        // SAFETY: both are alive, by the contract of this call.
+        let code = unsafe { (self.table().event_record)(event.0, stream.0) };
+        self.check_stream("cuEventRecord", code, stream)
+    }
+
+    unsafe fn wait(&self, stream: StreamHandle, event: EventHandle) -> Result<()> {
+        let _current = self.context.enter()?;
+        // SAFETY: both are alive, by the contract of this call.
+        let code = unsafe { (self.table().stream_wait_event)(stream.0, event.0, 0) };
+        self.check_stream("cuStreamWaitEvent", code, stream)
+    }
+
+    unsafe fn is_complete(&self, event: EventHandle) -> Result<bool> {
+        let _current = self.context.enter()?;
+        // SAFETY: the event is alive, by the contract of this call.
+        match unsafe { (self.table().event_query)(event.0) } {
+            NOT_READY => Ok(false),
+            code => self.check_event("cuEventQuery", code, event).map(|()| true),
+        }
+    }
+
+    unsafe fn synchronize(&self, event: EventHandle) -> Result<()> {
+        let _current = self.context.enter()?;
+        // SAFETY: the event is alive, by the contract of this call.
+        let code = unsafe { (self.table().event_synchronize)(event.0) };
+        self.check_event("cuEventSynchronize", code, event)
+    }
+
+    fn alloc_pinned(&self, size: Bytes) -> Result<*mut u8> {
+        let first = self.host_alloc(size)?;
+        if first.addr().is_multiple_of(HOST_PAGE.as_usize()) {
+            return Ok(first);
+        }
+        // The driver packs small buffers 512 bytes apart: take a page more, and remember where it began.
+        // SAFETY: allocated just now, and nobody has seen it.
+        unsafe { self.host_free(first)? };
+        let base = self.host_alloc(size + HOST_PAGE)?;
+        let first = base.wrapping_add(base.align_offset(HOST_PAGE.as_usize()));
+        self.padded.lock().insert(first.addr(), Padded(base));
+        Ok(first)
+    }
+
+    unsafe fn free_pinned(&self, ptr: *mut u8, _size: Bytes) -> Result<()> {
+        let base = self.padded.lock().remove(&ptr.addr()).map_or(ptr, |padded| padded.0);
+        // SAFETY: the start of pinned memory that no copy touches, by the contract of this call.
+        unsafe { self.host_free(base) }
+    }
+
+    unsafe fn copy_to_device(
+        &self,
+        dst: DeviceAddr,
+        src: *const u8,
+        len: Bytes,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        let _current = self.context.enter()?;
+        // SAFETY: both sides stay valid until the copy has completed, by the contract of this call.
+        let code =
+            unsafe { (self.table().memcpy_to_device)(dst.get(), src.cast(), len.as_usize(), stream.0) };
+        self.check_range("cuMemcpyHtoDAsync", code, dst, len)
+    }
+
+    unsafe fn copy_to_host(
+        &self,
+        dst: *mut u8,
+        src: DeviceAddr,
+        len: Bytes,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        let _current = self.context.enter()?;
+        // SAFETY: both sides stay valid until the copy has completed, by the contract of this call.
+        let code = unsafe { (self.table().memcpy_to_host)(dst.cast(), src.get(), len.as_usize(), stream.0) };
+        self.check_range("cuMemcpyDtoHAsync", code, src, len)
+    }
+}
+
+fn granularity_of(driver: &Driver, context: &PrimaryContext, device: Ordinal) -> Result<Bytes> {
+    let _current = context.enter()?;
+    let prop = AllocationProp::on_device(device);
+    let mut granularity = 0;
+    // SAFETY: the result has a place to go and `prop` is laid out as the driver's header says.
+    let code = unsafe { (driver.table.mem_get_granularity)(&mut granularity, &prop, GRANULARITY_MINIMUM) };
+    driver.check("cuMemGetAllocationGranularity", code, || format!("cuda:{device}"))?;
+    Ok(Bytes::new(granularity as u64))
+}
+
+fn no_context(driver: &Driver, device: &str, code: Code) -> DeviceError {
+    let (reason, remedy) = match code {
+        OUT_OF_MEMORY => (
+            "the GPU has no room left for this process to start".to_owned(),
+            "end other programs on the GPU, which nvidia-smi lists",
+        ),
+        DEVICE_UNAVAILABLE => (
+            "the GPU is held by another process alone".to_owned(),
+            "end that process, or set the compute mode to default with nvidia-smi -c 0",
+        ),
+        code => (
+            format!("the GPU gave no context with {} (code {code})", driver.describe(code)),
+            "look at what nvidia-smi says of the GPU",
+        ),
+    };
+    DeviceError::Unavailable { device: device.to_owned(), reason, remedy: remedy.to_owned() }
+}

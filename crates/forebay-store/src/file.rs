@@ -1,0 +1,218 @@
+//! A file that weights are read from.
+
+use std::fs::{File, Metadata, OpenOptions};
+use std::io::{self, ErrorKind};
+use std::num::NonZeroU64;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use forebay_core::Bytes;
+use rustix::fs::OFlags;
+
+use crate::error::{Result, StoreError};
+
+/// An open file, and what it was like when it was opened.
+///
+/// The descriptor is kept for life, so a file that is deleted or replaced by a rename goes on being read from its
+/// old inode. A file changed in place is an error: [`verify`](Self::verify) sees it, and a read past a new, nearer
+/// end fails instead of raising a signal.
+#[derive(Debug)]
+pub struct SourceFile {
+    file: File,
+    path: PathBuf,
+    opened: Stamp,
+}
+
+impl SourceFile {
+    /// Opens the file at `path` for reading. The descriptor is not inherited by child processes.
+    ///
+    /// # Errors
+    /// [`StoreError::Open`], or [`StoreError::NotRegular`] for a directory, pipe or device.
+    pub fn open(path: impl AsRef<Path>) -> Result<Arc<SourceFile>> {
+        let path = path.as_ref();
+        // Without NONBLOCK, opening a pipe waits for a writer; regular files do not heed it.
+        let flags = (OFlags::NONBLOCK | OFlags::NOCTTY).bits().cast_signed();
+        let file = OpenOptions::new()
+            .read(true)
+            .custom_flags(flags)
+            .open(path)
+            .map_err(|error| StoreError::Open { path: path.to_owned(), reason: error.into() })?;
+        Self::from_open(file, path)
+    }
+
+    /// Takes over a file that is already open for reading; `path` is how messages name it.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn from_open(file: File, path: impl Into<PathBuf>) -> Result<Arc<SourceFile>> {
+        let path = path.into();
+        let metadata = match file.metadata() {
+            Ok(metadata) => metadata,
+            Err(error) => return Err(StoreError::Open { path, reason: error.into() }),
+        };
+        if !metadata.is_file() {
+            return Err(StoreError::NotRegular { path, kind: kind_of(&metadata) });
+        }
+        Ok(Arc::new(SourceFile { file, path, opened: Stamp::of(&metadata) }))
+    }
+
+    /// The path the file was opened by. Another file may be there by now.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The length when the file was opened.
+    pub fn len(&self) -> Bytes {
+        Bytes::new(self.opened.len)
+    }
+
+    /// Whether the file was empty when it was opened.
+    pub fn is_empty(&self) -> bool {
+        self.opened.len == 0
+    }
+
+    /// The device the file is on.
+    pub fn dev(&self) -> u64 {
+        self.opened.dev
+    }
+
+    /// The inode on that device. It stays this file's own for as long as the file is open.
+    pub fn inode(&self) -> u64 {
+        self.opened.inode
+    }
+
+    /// The modification time when the file was opened, in nanoseconds since the epoch.
+    pub fn mtime_ns(&self) -> i128 {
+        self.opened.mtime_ns
+    }
+
+    /// Fills `dst` with the bytes at `offset`, in as few system calls as the kernel allows.
+    ///
+    /// # Errors
+    /// [`StoreError::Truncated`] where the file ends before the range does, [`StoreError::Read`] where the
+    /// operating system cannot read it. `dst` then holds unspecified bytes.
+    pub fn read_exact_at(&self, offset: u64, dst: &mut [u8]) -> Result<()> {
+        let wanted = offset.saturating_add(dst.len() as u64);
+        if wanted > i64::MAX.cast_unsigned() {
+            return Err(self.truncated(wanted));
+        }
+        let mut at = offset;
+        let mut rest = dst;
+        while !rest.is_empty() {
+            match self.file.read_at(rest, at) {
+                Ok(0) => return Err(self.truncated(wanted)),
+                Ok(read) => {
+                    at += read as u64;
+                    rest = &mut rest[read..];
+                }
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => {
+                    let len = rest.len() as u64;
+                    return Err(StoreError::Read {
+                        path: self.path.clone(),
+                        offset: at,
+                        len,
+                        reason: error.into(),
+                    });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Asks whether the file is still as it was when it was opened: one `fstat`.
+    ///
+    /// The time of the last status change is not compared: deleting or renaming the file moves it, and neither
+    /// harms what is read.
+    ///
+    /// # Errors
+    /// [`StoreError::Changed`] where its length or its modification time is another, [`StoreError::Read`] where
+    /// it cannot be asked.
+    pub fn verify(&self) -> Result<()> {
+        let now = self.stamp().map_err(|error| StoreError::Read {
+            path: self.path.clone(),
+            offset: 0,
+            len: 0,
+            reason: error.into(),
+        })?;
+        let what = if now.len != self.opened.len {
+            format!("size {} -> {}", self.opened.len, now.len)
+        } else if now.mtime_ns != self.opened.mtime_ns {
+            "modification time".to_owned()
+        } else {
+            return Ok(());
+        };
+        Err(StoreError::Changed { path: self.path.clone(), what })
+    }
+
+    /// Tells the kernel how a range will be used; `None` means up to the end. Advice only: a refusal is ignored.
+    pub fn advise(&self, offset: u64, len: Option<NonZeroU64>, advice: Advice) {
+        let advice = match advice {
+            Advice::WillNeed => rustix::fs::Advice::WillNeed,
+            Advice::Random => rustix::fs::Advice::Random,
+            Advice::DontNeed => rustix::fs::Advice::DontNeed,
+        };
+        if let Err(error) = rustix::fs::fadvise(&self.file, offset, len, advice) {
+            tracing::debug!(path = %self.path.display(), offset, %error, "advice on a file was refused");
+        }
+    }
+
+    fn truncated(&self, wanted: u64) -> StoreError {
+        let length = self.stamp().map_or(self.opened.len, |now| now.len);
+        StoreError::Truncated { path: self.path.clone(), tensor: None, wanted, length }
+    }
+
+    fn stamp(&self) -> io::Result<Stamp> {
+        self.file.metadata().map(|metadata| Stamp::of(&metadata))
+    }
+}
+
+impl AsFd for SourceFile {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+/// How a range of a file will be used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Advice {
+    /// Soon: start reading it into the page cache now.
+    WillNeed,
+    /// Not in order: reading ahead of what is asked for is wasted.
+    Random,
+    /// Not soon: its place in the page cache may go to others.
+    DontNeed,
+}
+
+/// What tells one state of a file from another.
+#[derive(Clone, Copy, Debug)]
+struct Stamp {
+    len: u64,
+    mtime_ns: i128,
+    dev: u64,
+    inode: u64,
+}
+
+impl Stamp {
+    fn of(metadata: &Metadata) -> Stamp {
+        let mtime_ns = i128::from(metadata.mtime()) * 1_000_000_000 + i128::from(metadata.mtime_nsec());
+        Stamp { len: metadata.len(), mtime_ns, dev: metadata.dev(), inode: metadata.ino() }
+    }
+}
+
+fn kind_of(metadata: &Metadata) -> &'static str {
+    let kind = metadata.file_type();
+    if kind.is_dir() {
+        "a directory"
+    } else if kind.is_fifo() {
+        "a pipe"
+    } else if kind.is_socket() {
+        "a socket"
+    } else if kind.is_block_device() || kind.is_char_device() {
+        "a device"
+    } else {
+        "of another kind"
+    }
+}

@@ -1,0 +1,103 @@
+//! A whole file, mapped for reading.
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use forebay_core::Bytes;
+use memmap2::{Advice, MmapOptions, MmapRaw};
+
+use crate::error::{Result, StoreError};
+use crate::file::SourceFile;
+
+/// A read-only, shared mapping of a file: its pages are the page cache's own, and nothing is copied.
+///
+/// Mapping reads nothing and takes the same time whatever the file's size. Touching bytes of a file that was
+/// truncated meanwhile raises SIGBUS, so looking at them is `unsafe` here; addresses are free to take.
+#[derive(Debug)]
+pub struct MappedFile {
+    file: Arc<SourceFile>,
+    map: MmapRaw,
+}
+
+impl MappedFile {
+    /// Maps all of `file`.
+    ///
+    /// # Errors
+    /// [`StoreError::Changed`] where the file is no longer as it was opened, [`StoreError::Map`] where the
+    /// operating system refuses.
+    pub fn map(file: &Arc<SourceFile>) -> Result<MappedFile> {
+        file.verify()?;
+        let len = file.len();
+        match MmapOptions::new().len(len.as_usize()).map_raw_read_only(&file.as_fd()) {
+            Ok(map) => Ok(MappedFile { file: Arc::clone(file), map }),
+            Err(error) => Err(map_error(file, 0, len, error)),
+        }
+    }
+
+    /// The mapped file.
+    pub fn file(&self) -> &Arc<SourceFile> {
+        &self.file
+    }
+
+    /// Where the file's first byte is. Valid for [`len`](Self::len) bytes while `self` lives.
+    pub fn as_ptr(&self) -> *const u8 {
+        self.map.as_ptr()
+    }
+
+    /// The length of the mapping: the file's when it was opened.
+    pub fn len(&self) -> Bytes {
+        self.file.len()
+    }
+
+    /// Whether there is nothing in the mapping.
+    pub fn is_empty(&self) -> bool {
+        self.file.is_empty()
+    }
+
+    /// Where `len` bytes at `offset` are, checked to be inside the mapping.
+    ///
+    /// # Errors
+    /// [`StoreError::OutOfRange`].
+    pub fn ptr_at(&self, offset: u64, len: Bytes) -> Result<*const u8> {
+        let end = offset.checked_add(len.get());
+        if end.is_none_or(|end| end > self.len().get()) {
+            return Err(StoreError::OutOfRange {
+                of: self.file.path().display().to_string(),
+                offset,
+                len: len.get(),
+                bytes: self.len().get(),
+            });
+        }
+        Ok(self.as_ptr().wrapping_add(Bytes::new(offset).as_usize()))
+    }
+
+    /// The `len` bytes at `offset`, checked to be inside the mapping.
+    ///
+    /// # Errors
+    /// [`StoreError::OutOfRange`].
+    ///
+    /// # Safety
+    /// While the slice lives nobody may change these bytes of the file, nor truncate it before their end.
+    pub unsafe fn range(&self, offset: u64, len: Bytes) -> Result<&[u8]> {
+        let start = self.ptr_at(offset, len)?;
+        // SAFETY: `ptr_at` checked that the range is inside the mapping, which lives as long as `self`; the caller
+        // vouches for the file.
+        Ok(unsafe { std::slice::from_raw_parts(start, len.as_usize()) })
+    }
+
+    /// Brings a range into the page cache and into the page table, and returns when it is there.
+    ///
+    /// # Errors
+    /// [`StoreError::OutOfRange`]; [`StoreError::Map`] where the file became shorter, its disk is unreadable, or
+    /// the kernel is older than 5.14.
+    pub fn populate(&self, offset: u64, len: Bytes) -> Result<()> {
+        self.ptr_at(offset, len)?;
+        self.map
+            .advise_range(Advice::PopulateRead, Bytes::new(offset).as_usize(), len.as_usize())
+            .map_err(|error| map_error(&self.file, offset, len, error))
+    }
+}
+
+fn map_error(file: &SourceFile, offset: u64, len: Bytes, error: std::io::Error) -> StoreError {
+    StoreError::Map { path: file.path().to_owned(), offset, len: len.get(), reason: error.into() }
+}

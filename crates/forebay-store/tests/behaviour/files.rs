@@ -1,0 +1,168 @@
+//! Files that change, go away or cannot be read while they are in use.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::fd::AsFd;
+
+use forebay_core::Bytes;
+use forebay_store::{Advice, Checkpoint, MappedFile, SourceFile, StoreError};
+use memmap2::MmapOptions;
+
+use crate::data::{Random, folder, serialize, tensors, write};
+
+#[test]
+fn reads_are_exact_wherever_they_start() {
+    let (folder, mut random) = (folder(), Random::new());
+    let bytes = random.bytes(10_000);
+    let file = SourceFile::open(write(folder.path(), "file", &bytes)).unwrap();
+    assert_eq!(file.len(), Bytes::new(10_000));
+    for _ in 0..200 {
+        let start = random.below(10_001) as usize;
+        let end = start + random.below((10_001 - start) as u64) as usize;
+        let mut read = vec![0; end - start];
+        file.read_exact_at(start as u64, &mut read).unwrap();
+        assert_eq!(read, bytes[start..end]);
+    }
+    for advice in [Advice::WillNeed, Advice::Random, Advice::DontNeed] {
+        file.advise(0, None, advice);
+    }
+    file.verify().unwrap();
+}
+
+#[test]
+fn a_read_past_the_end_says_where_the_end_is() {
+    let folder = folder();
+    let path = write(folder.path(), "file", &Random::new().bytes(100));
+    let file = SourceFile::open(&path).unwrap();
+    let mut buffer = [0; 10];
+    for (offset, wanted) in [(91, 101), (100, 110), (5000, 5010), (u64::MAX, u64::MAX)] {
+        let error = file.read_exact_at(offset, &mut buffer).unwrap_err();
+        assert_eq!(error, StoreError::Truncated { path: path.clone(), tensor: None, wanted, length: 100 });
+    }
+}
+
+#[test]
+fn a_file_truncated_in_use_is_an_error_with_numbers() {
+    let folder = folder();
+    let path = write(folder.path(), "file", &Random::new().bytes(100));
+    let file = SourceFile::open(&path).unwrap();
+    File::options().write(true).open(&path).unwrap().set_len(40).unwrap();
+
+    let error = file.read_exact_at(30, &mut [0; 20]).unwrap_err();
+    assert_eq!(error, StoreError::Truncated { path: path.clone(), tensor: None, wanted: 50, length: 40 });
+    let changed = StoreError::Changed { path, what: "size 100 -> 40".into() };
+    assert_eq!(file.verify().unwrap_err(), changed);
+    assert_eq!(MappedFile::map(&file).unwrap_err(), changed);
+}
+
+#[test]
+fn a_file_overwritten_in_place_is_noticed() {
+    let (folder, mut random) = (folder(), Random::new());
+    let path = write(folder.path(), "model.safetensors", &serialize(&tensors(&mut random, "x"), None));
+    let checkpoint = Checkpoint::open(&path).unwrap();
+    checkpoint.verify().unwrap();
+    File::options().write(true).open(&path).unwrap().write_all(b"other").unwrap();
+
+    let changed = StoreError::Changed { path, what: "modification time".into() };
+    assert_eq!(checkpoint.verify().unwrap_err(), changed);
+    assert_eq!(checkpoint.tensors()[0].source().verify().unwrap_err(), changed);
+}
+
+#[test]
+fn a_file_deleted_or_replaced_goes_on_being_read() {
+    let (folder, mut random) = (folder(), Random::new());
+    for replace in [false, true] {
+        let bytes = random.bytes(5000);
+        let path = write(folder.path(), "file", &bytes);
+        let file = SourceFile::open(&path).unwrap();
+        if replace {
+            fs::rename(write(folder.path(), "other", &random.bytes(10)), &path).unwrap();
+        } else {
+            fs::remove_file(&path).unwrap();
+        }
+
+        let mut read = vec![0; 5000];
+        file.read_exact_at(0, &mut read).unwrap();
+        assert_eq!(read, bytes);
+        file.verify().unwrap();
+    }
+}
+
+#[test]
+fn an_unreadable_range_is_told_with_its_offset() {
+    let folder = folder();
+    let page = rustix::param::page_size();
+    let short = File::open(write(folder.path(), "file", &Random::new().bytes(page))).unwrap();
+    // The second page is past the file's end, so reading it through the process's memory fails half-way.
+    let map = MmapOptions::new().len(2 * page).map_raw_read_only(&short).unwrap();
+    let bad = (map.as_ptr().addr() + page) as u64;
+    let memory = SourceFile::open("/proc/self/mem").unwrap();
+
+    let error = memory.read_exact_at(bad - 16, &mut [0; 48]).unwrap_err();
+    match &error {
+        StoreError::Read { offset, len, .. } => assert_eq!((*offset, *len), (bad, 32)),
+        other => panic!("{other}"),
+    }
+    assert!(error.to_string().contains(&bad.to_string()), "{error}");
+}
+
+#[test]
+fn only_regular_files_are_opened() {
+    let folder = folder();
+    let path = folder.path().to_owned();
+    let error = SourceFile::open(&path).unwrap_err();
+    assert_eq!(error, StoreError::NotRegular { path, kind: "a directory" });
+    assert!(matches!(SourceFile::open("/dev/zero"), Err(StoreError::NotRegular { kind: "a device", .. })));
+    let pipe = folder.path().join("pipe");
+    rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+    assert!(matches!(SourceFile::open(&pipe), Err(StoreError::NotRegular { kind: "a pipe", .. })));
+}
+
+#[test]
+fn the_descriptor_is_not_inherited() {
+    let folder = folder();
+    let file = SourceFile::open(write(folder.path(), "file", b"bytes")).unwrap();
+    let flags = rustix::io::fcntl_getfd(file.as_fd()).unwrap();
+    assert!(flags.contains(rustix::io::FdFlags::CLOEXEC));
+}
+
+#[test]
+fn a_mapping_shows_the_file() {
+    let (folder, mut random) = (folder(), Random::new());
+    let bytes = random.bytes(20_000);
+    let file = SourceFile::open(write(folder.path(), "file", &bytes)).unwrap();
+    let mapped = MappedFile::map(&file).unwrap();
+    assert_eq!(mapped.len(), file.len());
+    mapped.populate(5000, Bytes::new(10_000)).unwrap();
+    // SAFETY: only this test knows the file, and it does not change it.
+    let part = unsafe { mapped.range(123, Bytes::new(10_000)) }.unwrap();
+    assert_eq!(part, &bytes[123..10_123]);
+    assert_eq!(mapped.ptr_at(123, Bytes::new(1)).unwrap(), part.as_ptr());
+
+    for (offset, len) in [(20_000, 1), (0, 20_001), (u64::MAX, 1), (1, u64::MAX)] {
+        let error = mapped.ptr_at(offset, Bytes::new(len)).unwrap_err();
+        assert!(matches!(error, StoreError::OutOfRange { bytes: 20_000, .. }), "{error}");
+        assert_eq!(mapped.populate(offset, Bytes::new(len)).unwrap_err(), error);
+    }
+}
+
+#[test]
+fn populating_a_file_truncated_in_use_is_an_error_and_not_a_signal() {
+    let folder = folder();
+    let page = rustix::param::page_size();
+    let path = write(folder.path(), "file", &Random::new().bytes(4 * page));
+    let mapped = MappedFile::map(&SourceFile::open(&path).unwrap()).unwrap();
+    File::options().write(true).open(&path).unwrap().set_len(page as u64).unwrap();
+    let error = mapped.populate(0, mapped.len()).unwrap_err();
+    assert!(matches!(error, StoreError::Map { .. }), "{error}");
+}
+
+#[test]
+fn an_empty_file_maps_to_nothing() {
+    let folder = folder();
+    let file = SourceFile::open(write(folder.path(), "file", b"")).unwrap();
+    let mapped = MappedFile::map(&file).unwrap();
+    assert!(mapped.is_empty() && file.is_empty());
+    // SAFETY: the range has no bytes.
+    assert_eq!(unsafe { mapped.range(0, Bytes::ZERO) }.unwrap(), b"");
+}

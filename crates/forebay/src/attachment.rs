@@ -1,0 +1,273 @@
+//! An attached model: its weights, each at one address for life.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use forebay_core::{Bytes, PageState};
+use forebay_device::{DeviceAddr, StreamHandle};
+use forebay_store::{Source, read_rows};
+
+use crate::acquire::{Above, Use};
+use crate::engine::Engine;
+use crate::layout::{Class, Layout, Placed};
+use crate::stats::VbarStats;
+use crate::vbar::{Span, Vbar};
+use crate::{EngineError, Result};
+
+/// The weights of one model on one device. Dropping it detaches them: what is not in use leaves at once, what is with
+/// its last use.
+#[derive(Debug)]
+pub struct Attachment {
+    engine: Arc<Engine>,
+    vbar: Arc<Vbar>,
+    /// The always-resident region stays pinned as long as the model is attached.
+    small: Option<SmallPins>,
+}
+
+/// The weights of an operation, pinned and in order with its stream. Dropping it releases them behind the work that
+/// is in the stream by then.
+#[derive(Debug)]
+#[must_use = "weights are pinned only as long as this lives"]
+pub struct Pinned<'a> {
+    engine: &'a Engine,
+    spans: Vec<Span<Arc<Vbar>>>,
+    stream: StreamHandle,
+}
+
+/// A weight pinned for as long as this lives, for tensors whose use has no end that the engine could see. It keeps the
+/// address range alive, also when the model was detached.
+#[derive(Debug)]
+#[must_use = "the weight is pinned only as long as this lives"]
+pub struct View {
+    engine: Arc<Engine>,
+    span: Span<Arc<Vbar>>,
+    addr: DeviceAddr,
+    bytes: Bytes,
+}
+
+#[derive(Debug)]
+struct SmallPins {
+    span: Span<Arc<Vbar>>,
+    bytes: Bytes,
+}
+
+impl Attachment {
+    pub(crate) fn new(engine: &Arc<Engine>, vbar: Arc<Vbar>) -> Result<Self> {
+        let mut attachment = Attachment { engine: Arc::clone(engine), vbar, small: None };
+        let small_pages = attachment.layout().small_pages;
+        if small_pages > 0 {
+            let span = Span { vbar: Arc::clone(&attachment.vbar), first: 0, last: small_pages - 1 };
+            engine.shared().acquire(
+                std::slice::from_ref(&span),
+                Use::on(StreamHandle::DEFAULT),
+                Above::Fail,
+            )?;
+            // Not an operation: nobody is to wait for it to end.
+            engine.shared().operations.fetch_sub(1, Ordering::Relaxed);
+            let bytes = attachment.vbar.page_size * u64::from(small_pages);
+            engine.shared().reserved.fetch_add(bytes.get(), Ordering::AcqRel);
+            attachment.small = Some(SmallPins { span, bytes });
+        }
+        Ok(attachment)
+    }
+
+    /// Pins a weight for work on `how.stream`, which will see the weight's bytes at [`address`](Attachment::address).
+    /// Waits where they are not on their way yet.
+    ///
+    /// The stream must be alive until the model is detached: pages are unmapped behind what it has been given.
+    ///
+    /// # Errors
+    /// [`EngineError::TooLarge`], [`EngineError::AllPinned`], [`EngineError::Source`], [`EngineError::Interrupted`], or
+    /// what the device reports. Nothing stays pinned then.
+    pub fn acquire(&self, weight: usize, how: Use<'_>) -> Result<Pinned<'_>> {
+        self.engine.acquire(&[(self, weight)], how)
+    }
+
+    /// Like [`acquire`](Attachment::acquire), for tensors that outlive the operation.
+    ///
+    /// # Errors
+    /// As for `acquire`.
+    pub fn view(&self, weight: usize, how: Use<'_>) -> Result<View> {
+        let placed = self.placed(weight)?;
+        let span = self.use_of(weight)?;
+        self.engine.shared().acquire(std::slice::from_ref(&span), how, Above::Fail)?;
+        // A view is no operation that will end soon.
+        self.engine.shared().operations.fetch_sub(1, Ordering::Relaxed);
+        self.engine.shared().views.fetch_add(1, Ordering::Relaxed);
+        let addr = self.vbar.base().offset(placed.offset);
+        Ok(View { engine: Arc::clone(&self.engine), span, addr, bytes: placed.bytes })
+    }
+
+    /// Whether a table is to be acquired as a whole: it is resident, or everything before it fits as well. If not, its
+    /// rows are to be looked up with [`read_rows`](Attachment::read_rows). Weights that are no tables always are.
+    ///
+    /// # Errors
+    /// [`EngineError::Invalid`] for a weight that does not exist.
+    pub fn is_kept(&self, weight: usize) -> Result<bool> {
+        let placed = self.placed(weight)?;
+        if placed.class != Class::Table {
+            return Ok(true);
+        }
+        let pages = placed.first_page..=placed.last_page;
+        if pages.clone().all(|page| self.vbar.cell(page).load().is_filled()) {
+            return Ok(true);
+        }
+        let state = self.engine.shared().state.lock();
+        let up_to_here = self.vbar.page_size * (u64::from(placed.last_page) + 1);
+        let room = state.policy.budget().saturating_sub(self.reserved_by_others());
+        Ok(up_to_here <= room && pages.into_iter().all(|page| state.policy.is_kept(self.vbar.page_ref(page))))
+    }
+
+    /// Reads rows of `row_bytes` bytes of a table at its source into `out`, in the order given.
+    ///
+    /// # Errors
+    /// [`EngineError::Source`] where a row does not exist or cannot be read.
+    pub fn read_rows(&self, weight: usize, row_bytes: Bytes, rows: &[u64], out: &mut [u8]) -> Result<()> {
+        let source = self.source(weight)?;
+        let read = source.verify().and_then(|()| read_rows(source, row_bytes.get(), rows, out));
+        read.map_err(|error| EngineError::Source {
+            model: self.vbar.name.clone(),
+            weight: self.layout().names[weight].clone(),
+            error: Box::new(error),
+        })?;
+        self.vbar.counters.looked_up_bytes.fetch_add(out.len() as u64, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Where a weight's bytes come from.
+    ///
+    /// # Errors
+    /// [`EngineError::Invalid`] for a weight that does not exist.
+    pub fn source(&self, weight: usize) -> Result<&Source> {
+        self.placed(weight)?;
+        Ok(&self.layout().sources[weight])
+    }
+
+    /// The weight's address, the same until the model goes. There is memory behind it while the weight is pinned.
+    ///
+    /// # Errors
+    /// [`EngineError::Invalid`] for a weight that does not exist.
+    pub fn address(&self, weight: usize) -> Result<DeviceAddr> {
+        Ok(self.vbar.base().offset(self.placed(weight)?.offset))
+    }
+
+    /// The address range of the whole model: its first address and its length.
+    pub fn range(&self) -> (DeviceAddr, Bytes) {
+        (self.vbar.base(), self.vbar.size())
+    }
+
+    /// Whether a weight belongs to the always-resident region.
+    ///
+    /// # Errors
+    /// [`EngineError::Invalid`] for a weight that does not exist.
+    pub fn is_small(&self, weight: usize) -> Result<bool> {
+        Ok(self.placed(weight)?.class == Class::Small)
+    }
+
+    /// To the top of the priorities, with the watermark fully open.
+    pub fn prioritize(&self) {
+        self.engine.shared().state.lock().policy.prioritize(self.vbar.id);
+    }
+
+    /// To the bottom of the priorities: its memory is taken first.
+    pub fn deprioritize(&self) {
+        self.engine.shared().state.lock().policy.deprioritize(self.vbar.id);
+    }
+
+    /// Where each page stands.
+    pub fn page_states(&self) -> Vec<PageState> {
+        self.stats().pages
+    }
+
+    /// What was moved and who waited.
+    pub fn stats(&self) -> VbarStats {
+        self.engine.vbar_stats(&self.engine.shared().state.lock(), &self.vbar)
+    }
+
+    /// The name given at [`Engine::attach`].
+    pub fn name(&self) -> &str {
+        &self.vbar.name
+    }
+
+    /// The names of the weights, in the order given.
+    pub fn weight_names(&self) -> &[String] {
+        &self.layout().names
+    }
+
+    /// The engine.
+    pub fn engine(&self) -> &Arc<Engine> {
+        &self.engine
+    }
+
+    /// The pages of a weight, its use noted in the schedule.
+    pub(crate) fn use_of(&self, weight: usize) -> Result<Span<Arc<Vbar>>> {
+        let placed = self.placed(weight)?;
+        if let Class::Whole(number) = placed.class {
+            self.vbar.trace.push(number);
+        }
+        Ok(Span { vbar: Arc::clone(&self.vbar), first: placed.first_page, last: placed.last_page })
+    }
+
+    fn placed(&self, weight: usize) -> Result<Placed> {
+        self.layout().weights.get(weight).copied().ok_or_else(|| {
+            let (name, count) = (&self.vbar.name, self.layout().weights.len());
+            EngineError::Invalid(format!("{name:?} has {count} weights, there is no number {weight}"))
+        })
+    }
+
+    fn layout(&self) -> &Layout {
+        self.vbar.layout.as_ref().expect("an attachment is made with a layout")
+    }
+
+    fn reserved_by_others(&self) -> Bytes {
+        let own = self.small.as_ref().map_or(Bytes::ZERO, |small| small.bytes);
+        self.engine.shared().reserved().saturating_sub(own)
+    }
+}
+
+impl Drop for Attachment {
+    fn drop(&mut self) {
+        let shared = self.engine.shared();
+        if let Some(small) = self.small.take() {
+            shared.reserved.fetch_sub(small.bytes.get(), Ordering::AcqRel);
+            shared.unpin(&[small.span], None);
+        }
+        self.engine.close(&self.vbar);
+    }
+}
+
+impl<'a> Pinned<'a> {
+    pub(crate) fn new(engine: &'a Engine, spans: Vec<Span<Arc<Vbar>>>, stream: StreamHandle) -> Self {
+        Pinned { engine, spans, stream }
+    }
+}
+
+impl Drop for Pinned<'_> {
+    fn drop(&mut self) {
+        self.engine.shared().release(&self.spans, Some(self.stream));
+    }
+}
+
+impl View {
+    /// Where the weight is.
+    pub fn address(&self) -> DeviceAddr {
+        self.addr
+    }
+
+    /// The weight's length.
+    pub fn len(&self) -> Bytes {
+        self.bytes
+    }
+
+    /// Whether the weight has no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.bytes == Bytes::ZERO
+    }
+}
+
+impl Drop for View {
+    fn drop(&mut self) {
+        self.engine.shared().views.fetch_sub(1, Ordering::Relaxed);
+        self.engine.shared().unpin(std::slice::from_ref(&self.span), None);
+    }
+}

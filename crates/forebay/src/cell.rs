@@ -1,0 +1,142 @@
+//! One page's state as every thread may read it without a lock.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Pins and flags of a page in one word.
+///
+/// Anybody may pin a filled page. Only the holder of the state lock pins an unfilled one, claims, or changes flags.
+/// So a page that is claimed while it has no pins cannot be pinned any more until it is filled again.
+#[derive(Debug, Default)]
+pub(crate) struct PageCell(AtomicU64);
+
+const PINS: u64 = u32::MAX as u64;
+/// The bytes are on their way in the copy stream, or there.
+const FILLED: u64 = 1 << 32;
+/// The bytes are there.
+const READY: u64 = 1 << 33;
+/// Releases are to be reported.
+const STREAMED: u64 = 1 << 34;
+
+/// What a page was found to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Seen(u64);
+
+impl Seen {
+    pub(crate) fn is_filled(self) -> bool {
+        self.0 & FILLED != 0
+    }
+
+    pub(crate) fn is_ready(self) -> bool {
+        self.0 & READY != 0
+    }
+
+    pub(crate) fn is_streamed(self) -> bool {
+        self.0 & STREAMED != 0
+    }
+
+    pub(crate) fn pins(self) -> u32 {
+        (self.0 & PINS) as u32
+    }
+}
+
+impl PageCell {
+    pub(crate) fn load(&self) -> Seen {
+        Seen(self.0.load(Ordering::Acquire))
+    }
+
+    /// Adds a pin if the page is filled.
+    pub(crate) fn try_pin(&self) -> Option<Seen> {
+        self.0
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |word| {
+                (word & FILLED != 0).then_some(word + 1)
+            })
+            .ok()
+            .map(Seen)
+    }
+
+    /// Adds a pin, filled or not. Under the state lock.
+    pub(crate) fn pin(&self) {
+        self.0.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// Takes a pin back; what the page is from then on. `None` if there was no pin to take.
+    pub(crate) fn unpin(&self) -> Option<Seen> {
+        self.0
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |word| (word & PINS != 0).then(|| word - 1))
+            .ok()
+            .map(|before| Seen(before - 1))
+    }
+
+    /// Takes a filled page without pins away from everybody. Under the state lock.
+    pub(crate) fn try_claim(&self) -> bool {
+        self.0
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |word| {
+                (word & PINS == 0 && word & FILLED != 0).then_some(0)
+            })
+            .is_ok()
+    }
+
+    pub(crate) fn set_filled(&self) {
+        self.0.fetch_or(FILLED, Ordering::AcqRel);
+    }
+
+    pub(crate) fn set_ready(&self) {
+        self.0.fetch_or(READY, Ordering::AcqRel);
+    }
+
+    /// What the page was before.
+    pub(crate) fn set_streamed(&self, streamed: bool) -> Seen {
+        Seen(match streamed {
+            true => self.0.fetch_or(STREAMED, Ordering::AcqRel),
+            false => self.0.fetch_and(!STREAMED, Ordering::AcqRel),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pinned_page_cannot_be_claimed_and_a_claimed_page_cannot_be_pinned() {
+        let cell = PageCell::default();
+        assert!(cell.try_pin().is_none(), "not filled yet");
+        cell.set_filled();
+        assert!(cell.try_pin().is_some());
+        assert!(!cell.try_claim());
+        assert_eq!(cell.unpin().map(Seen::pins), Some(0));
+        assert!(cell.try_claim());
+        assert!(cell.try_pin().is_none());
+        assert!(cell.unpin().is_none(), "there is no pin to take back");
+    }
+
+    #[test]
+    fn claims_and_pins_of_many_threads_never_overlap() {
+        use std::sync::atomic::AtomicBool;
+        let (cell, owned) = (PageCell::default(), AtomicBool::new(false));
+        cell.set_filled();
+        std::thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(|| {
+                    for _ in 0..20_000 {
+                        if cell.try_pin().is_some() {
+                            assert!(!owned.load(Ordering::SeqCst), "pinned while claimed");
+                            cell.unpin();
+                        }
+                    }
+                });
+            }
+            scope.spawn(|| {
+                for _ in 0..20_000 {
+                    if cell.try_claim() {
+                        owned.store(true, Ordering::SeqCst);
+                        std::hint::spin_loop();
+                        owned.store(false, Ordering::SeqCst);
+                        cell.set_filled();
+                    }
+                }
+            });
+        });
+        assert_eq!(cell.load().pins(), 0);
+    }
+}

@@ -1,0 +1,315 @@
+//! The engine of one device.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread::{Builder, JoinHandle, available_parallelism};
+
+use forebay_core::{Bytes, Mode, PageIndex, PageRef, RankOrder, Schedule, VbarId, VbarSpec};
+use forebay_device::{Device, DeviceId, Reservation};
+use forebay_store::ReaderPool;
+use parking_lot::Mutex;
+
+use crate::acquire::{Above, Use};
+use crate::attachment::{Attachment, Pinned};
+use crate::books::{PageBook, VbarBook};
+use crate::explicit::ExplicitVbar;
+use crate::filler::Reader;
+use crate::layout::{Layout, LayoutOptions, WeightSpec};
+use crate::mover::Mover;
+use crate::state::{Budget, Shared, State};
+use crate::stats::{EngineStats, VbarStats};
+use crate::vbar::Vbar;
+use crate::{EngineError, Result};
+
+/// Streamed frames to aim at where the budget allows, so that read-ahead runs well before its use.
+const WINDOW: u32 = 16;
+
+/// The pages of an explicit VBAR (ComfyUI's contract).
+const EXPLICIT_PAGE: Bytes = Bytes::mib(32);
+
+/// How an engine is to run.
+#[derive(Clone, Copy, Debug)]
+pub struct EngineConfig {
+    /// How much of the device it may use.
+    pub budget: Budget,
+    /// Threads that read; each pins 4 MiB of host memory. `None`: one a core, between 2 and 8.
+    pub readers: Option<usize>,
+}
+
+impl Default for EngineConfig {
+    /// All memory that is free, but for 512 MiB.
+    fn default() -> Self {
+        EngineConfig { budget: Budget::Headroom(Bytes::mib(512)), readers: None }
+    }
+}
+
+/// Keeps the weights of any number of models on one device, within a budget. See the crate's documentation.
+#[derive(Debug)]
+pub struct Engine {
+    shared: Arc<Shared>,
+    mover: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Engine {
+    /// Starts an engine. Nothing of the device's memory is taken before it is needed.
+    ///
+    /// # Errors
+    /// What the device reports, [`EngineError::Readers`] where threads cannot be started, [`EngineError::Invalid`] for
+    /// a fixed budget below one page.
+    pub fn new(device: Arc<dyn Device>, config: EngineConfig) -> Result<Arc<Self>> {
+        check_budget(config.budget, &*device)?;
+        let effective = effective_budget(config.budget, &*device, Bytes::ZERO)?;
+        let shared = Arc::new(Shared::new(device, config.budget, effective)?);
+        let cores = available_parallelism().map_or(2, usize::from);
+        let readers = config.readers.unwrap_or(cores.clamp(2, 8));
+        let readers =
+            ReaderPool::new("forebay-read", readers, |_| Reader::default()).map_err(EngineError::Readers)?;
+        let mover = Mover::new(Arc::clone(&shared), readers);
+        let handle =
+            Builder::new().name("forebay-mover".into()).spawn(move || mover.run()).map_err(|error| {
+                EngineError::Stopped {
+                    device: shared.id,
+                    reason: format!("its mover thread cannot be started: {error}"),
+                }
+            })?;
+        Ok(Arc::new(Engine { shared, mover: Mutex::new(Some(handle)) }))
+    }
+
+    /// Attaches weights: each gets its address. The always-resident region is filled now, the rest when used.
+    ///
+    /// # Errors
+    /// [`EngineError::TooLarge`] where not even the small weights fit, [`EngineError::Invalid`] for a layout that
+    /// cannot be, and what the device and the sources report.
+    pub fn attach(
+        self: &Arc<Self>,
+        name: &str,
+        weights: Vec<WeightSpec>,
+        options: LayoutOptions,
+    ) -> Result<Attachment> {
+        let layout = Layout::new(weights, options)?;
+        let window = {
+            let state = self.shared.state.lock();
+            let affordable = state.policy.budget().get() / layout.page_size.get() / 4;
+            // Room for the operation at hand and the next one, and more where it costs little.
+            (2 * layout.widest()).max(WINDOW.min(u32::try_from(affordable).unwrap_or(WINDOW)))
+        };
+        let spec = VbarSpec {
+            pages: layout.pages,
+            page_size: layout.page_size,
+            order: layout.order(),
+            mode: Mode::Streamed,
+            window,
+        };
+        let vbar = self.open(name, spec, Some(layout))?;
+        Attachment::new(self, vbar)
+    }
+
+    /// Reserves an explicit VBAR of `size` bytes, in pages of 32 MiB. The size may be many times the device's memory.
+    ///
+    /// # Errors
+    /// [`EngineError::Invalid`] for a size of zero or beyond the address space, and what the device reports.
+    pub fn vbar(self: &Arc<Self>, name: &str, size: Bytes) -> Result<ExplicitVbar> {
+        let pages = size.pages_of(EXPLICIT_PAGE);
+        let pages = u32::try_from(pages).ok().filter(|pages| *pages > 0).ok_or_else(|| {
+            EngineError::Invalid(format!(
+                "a VBAR has between 1 B and {} bytes: {size}",
+                EXPLICIT_PAGE * u64::from(u32::MAX)
+            ))
+        })?;
+        let spec = VbarSpec {
+            pages,
+            page_size: EXPLICIT_PAGE,
+            order: RankOrder::Address,
+            mode: Mode::Explicit,
+            window: 0,
+        };
+        Ok(ExplicitVbar::new(self, self.open(name, spec, None)?, size))
+    }
+
+    /// Pins the weights of one operation together: all or none, so that operations of several threads never block each
+    /// other half-way. See [`Attachment::acquire`].
+    ///
+    /// # Errors
+    /// As [`Attachment::acquire`]; [`EngineError::Invalid`] for an attachment of another engine.
+    pub fn acquire(&self, weights: &[(&Attachment, usize)], how: Use<'_>) -> Result<Pinned<'_>> {
+        let mut spans = Vec::with_capacity(weights.len());
+        for (attachment, weight) in weights {
+            if !std::ptr::eq(&**attachment.engine(), self) {
+                let name = attachment.name();
+                return Err(EngineError::Invalid(format!("{name:?} is attached to another engine")));
+            }
+            spans.push(attachment.use_of(*weight)?);
+        }
+        self.shared.acquire(&spans, how, Above::Fail)?;
+        Ok(Pinned::new(self, spans, how.stream))
+    }
+
+    /// Gives at least `bytes` of device memory back, as far as there are unpinned pages, lowest priority first. The
+    /// memory is free when this returns. Returns how much it was.
+    ///
+    /// # Errors
+    /// What the device reports.
+    pub fn make_room(&self, bytes: Bytes) -> Result<Bytes> {
+        let mut state = self.shared.state.lock();
+        let freed = state.decide(|policy, books, out| policy.make_room(bytes, books, out));
+        drop(state);
+        self.settle()?;
+        Ok(freed)
+    }
+
+    /// Sets how much of the device may be used. What is over leaves at once, or with its last pin.
+    ///
+    /// # Errors
+    /// [`EngineError::Invalid`] for a fixed budget below one page, and what the device reports.
+    pub fn set_budget(&self, budget: Budget) -> Result<()> {
+        check_budget(budget, &*self.shared.device)?;
+        let mut state = self.shared.state.lock();
+        let own: Bytes = state.books.frames.values().map(|book| book.frame.size()).sum();
+        let effective = effective_budget(budget, &*self.shared.device, own)?;
+        state.budget = budget;
+        state.decide(|policy, books, out| policy.set_budget(effective, books, out));
+        drop(state);
+        self.shared.work.notify_one();
+        Ok(())
+    }
+
+    /// Waits until everything decided so far is done: pages mapped, filled, unmapped, memory given back. Waits for work
+    /// of the device only where a page that leaves is still read by it.
+    ///
+    /// # Errors
+    /// What stopped the engine.
+    pub fn settle(&self) -> Result<()> {
+        let mut state = self.shared.state.lock();
+        self.shared.work.notify_one();
+        loop {
+            state.check()?;
+            if state.is_settled() {
+                return Ok(());
+            }
+            self.shared.changed.wait_for(&mut state, std::time::Duration::from_millis(10));
+        }
+    }
+
+    /// The device's name.
+    pub fn device(&self) -> DeviceId {
+        self.shared.id
+    }
+
+    /// The budget, and how many bytes of frames it allows at this moment.
+    pub fn budget(&self) -> (Budget, Bytes) {
+        let state = self.shared.state.lock();
+        (state.budget, state.policy.budget())
+    }
+
+    /// What is where and what was moved. Prints as a table.
+    pub fn stats(&self) -> EngineStats {
+        let state = self.shared.state.lock();
+        EngineStats {
+            device: self.shared.id,
+            device_name: self.shared.device.name(),
+            budget: state.policy.budget(),
+            held: state.policy.held(),
+            free_frames: state.policy.free_frames(),
+            ring: Bytes::new(self.shared.ring.load(Ordering::Relaxed)),
+            vbars: state
+                .policy
+                .priorities()
+                .filter_map(|id| state.books.vbars.get(&id))
+                .map(|book| self.vbar_stats(&state, &book.vbar))
+                .collect(),
+        }
+    }
+
+    pub(crate) fn shared(&self) -> &Shared {
+        &self.shared
+    }
+
+    pub(crate) fn vbar_stats(&self, state: &State, vbar: &Vbar) -> VbarStats {
+        let load = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
+        let counters = &vbar.counters;
+        let weights =
+            vbar.layout.as_ref().map(|layout| layout.weights.iter().map(|weight| weight.bytes).sum());
+        let page = |page| PageRef { vbar: vbar.id, page: PageIndex(page) };
+        VbarStats {
+            name: vbar.name.clone(),
+            bytes: weights.unwrap_or(vbar.size()),
+            page_size: vbar.page_size,
+            pages: (0..vbar.cells.len() as u32).map(|p| state.policy.state(page(p))).collect(),
+            watermark: state.policy.watermark(vbar.id).0,
+            filled: Bytes::new(load(&counters.filled_bytes)),
+            filled_pages: load(&counters.filled_pages),
+            looked_up: Bytes::new(load(&counters.looked_up_bytes)),
+            waits: load(&counters.waits),
+            wait_time: std::time::Duration::from_nanos(load(&counters.wait_ns)),
+            mispredicted: state.books.vbars.get(&vbar.id).map_or(0, |book| book.schedule.mispredicted()),
+        }
+    }
+
+    /// Begins to remove a VBAR: what is not pinned leaves at once, the rest with its last pin.
+    pub(crate) fn close(&self, vbar: &Vbar) {
+        let mut state = self.shared.state.lock();
+        if let Some(book) = state.books.vbars.get_mut(&vbar.id) {
+            book.closing = true;
+            state.decide(|policy, books, out| policy.close_vbar(vbar.id, books, out));
+        }
+        let gone = state.forget_if_gone(vbar.id);
+        drop(state);
+        drop(gone);
+        self.shared.work.notify_one();
+        self.shared.changed.notify_all();
+    }
+
+    fn open(&self, name: &str, spec: VbarSpec, layout: Option<Layout>) -> Result<Arc<Vbar>> {
+        let size = spec.page_size * u64::from(spec.pages.max(1));
+        let reservation = Reservation::new(Arc::clone(&self.shared.device), size, spec.page_size)?;
+        let scheduled = layout.as_ref().map_or(0, |layout| layout.scheduled.len());
+        let mut state = self.shared.state.lock();
+        state.check()?;
+        let id: VbarId = state.policy.add_vbar(spec);
+        let vbar = Arc::new(Vbar::new(id, name.to_owned(), reservation, spec.page_size, layout));
+        let book = VbarBook {
+            vbar: Arc::clone(&vbar),
+            pages: (0..spec.pages).map(|_| PageBook::default()).collect(),
+            mapped: 0,
+            closing: false,
+            schedule: Schedule::new(scheduled as u32),
+            trace_tail: 0,
+            started: false,
+        };
+        state.books.vbars.insert(id, book);
+        Ok(vbar)
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        self.shared.state.lock().stop = true;
+        self.shared.work.notify_one();
+        let mover = self.mover.lock().take();
+        // A drop on the mover itself (the last owner went with a VBAR) cannot wait for it.
+        if let Some(mover) = mover.filter(|mover| mover.thread().id() != std::thread::current().id())
+            && mover.join().is_err()
+        {
+            tracing::error!(device = %self.shared.id, "the mover thread had panicked");
+        }
+    }
+}
+
+fn check_budget(budget: Budget, device: &dyn Device) -> Result<()> {
+    match budget {
+        Budget::Fixed(bytes) if bytes < device.granularity() => Err(EngineError::Invalid(format!(
+            "a budget holds at least one page of {}: {bytes}",
+            device.granularity()
+        ))),
+        _ => Ok(()),
+    }
+}
+
+fn effective_budget(budget: Budget, device: &dyn Device, own: Bytes) -> Result<Bytes> {
+    Ok(match budget {
+        Budget::Fixed(bytes) => bytes,
+        Budget::Headroom(headroom) => {
+            own.checked_add(device.memory()?.free).unwrap_or(Bytes::MAX).saturating_sub(headroom)
+        }
+    })
+}

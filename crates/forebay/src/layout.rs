@@ -1,0 +1,269 @@
+//! Where a model's weights lie in their VBAR.
+
+use forebay_core::{Bytes, RankOrder};
+use forebay_store::{Segment, Source};
+
+use crate::{EngineError, Result};
+
+/// Weights start at multiples of this.
+pub const ALIGNMENT: Bytes = Bytes::new(512);
+
+/// A weight to be attached.
+#[derive(Clone, Debug)]
+pub struct WeightSpec {
+    /// Its name, for messages and reports.
+    pub name: String,
+    /// Where its bytes come from; its length is the weight's.
+    pub source: Source,
+    /// How it is used.
+    pub kind: WeightKind,
+}
+
+/// How a weight is used.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WeightKind {
+    /// Read as a whole.
+    #[default]
+    Whole,
+    /// A table of which single rows can be looked up at the source, so it is the first to go.
+    Table,
+}
+
+/// How a model's weights are laid out.
+#[derive(Clone, Copy, Debug)]
+pub struct LayoutOptions {
+    /// Bytes a page: a power of two from 2 MiB up. `None` chooses 1/64 of the weights, between 2 and 32 MiB.
+    pub page_size: Option<Bytes>,
+    /// Weights below this size share a region that is always resident.
+    pub small: Bytes,
+}
+
+impl Default for LayoutOptions {
+    fn default() -> Self {
+        LayoutOptions { page_size: None, small: Bytes::kib(64) }
+    }
+}
+
+/// A weight's place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Placed {
+    pub(crate) offset: Bytes,
+    pub(crate) bytes: Bytes,
+    pub(crate) first_page: u32,
+    /// Inclusive.
+    pub(crate) last_page: u32,
+    pub(crate) class: Class,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Class {
+    /// In the always-resident region.
+    Small,
+    /// Number in the schedule, which counts whole weights in layout order.
+    Whole(u32),
+    Table,
+}
+
+/// The layout of one VBAR: small weights, whole weights in the order given, tables by size.
+#[derive(Debug)]
+pub(crate) struct Layout {
+    pub(crate) page_size: Bytes,
+    pub(crate) pages: u32,
+    /// In the order given.
+    pub(crate) weights: Vec<Placed>,
+    pub(crate) names: Vec<String>,
+    pub(crate) sources: Vec<Source>,
+    /// The schedule's numbers to weights.
+    pub(crate) scheduled: Vec<u32>,
+    /// Leading pages of small weights.
+    pub(crate) small_pages: u32,
+    /// Trailing pages of tables.
+    pub(crate) table_pages: u32,
+    /// What each page is filled from.
+    pub(crate) segments: Vec<Vec<Segment>>,
+    /// The first weight of each page.
+    pub(crate) first_weight: Vec<u32>,
+}
+
+impl Layout {
+    pub(crate) fn new(specs: Vec<WeightSpec>, options: LayoutOptions) -> Result<Self> {
+        let total = specs.iter().try_fold(Bytes::ZERO, |sum, spec| sum.checked_add(spec.source.len()));
+        let total =
+            total.ok_or_else(|| EngineError::Invalid("the weights' sizes overflow 64 bits".into()))?;
+        let page_size = match options.page_size {
+            None => default_page_size(total),
+            Some(size) if size >= Bytes::mib(2) && size.get().is_power_of_two() => size,
+            Some(size) => {
+                return Err(EngineError::Invalid(format!(
+                    "a page is a power of two of at least 2 MiB: {size}"
+                )));
+            }
+        };
+        if total.pages_of(page_size) > u64::from(u32::MAX / 4) {
+            return Err(EngineError::Invalid(format!(
+                "weights of {total} in pages of {page_size} are too many pages"
+            )));
+        }
+        let mut layout = Layout {
+            page_size,
+            pages: 0,
+            weights: vec![
+                Placed {
+                    offset: Bytes::ZERO,
+                    bytes: Bytes::ZERO,
+                    first_page: 0,
+                    last_page: 0,
+                    class: Class::Small
+                };
+                specs.len()
+            ],
+            names: Vec::new(),
+            sources: Vec::new(),
+            scheduled: Vec::new(),
+            small_pages: 0,
+            table_pages: 0,
+            segments: Vec::new(),
+            first_weight: Vec::new(),
+        };
+        let class = |spec: &WeightSpec| match spec.kind {
+            _ if spec.source.len() < options.small => Class::Small,
+            WeightKind::Whole => Class::Whole(0),
+            WeightKind::Table => Class::Table,
+        };
+        let of = |wanted: fn(Class) -> bool| {
+            (0..specs.len()).filter(|&i| wanted(class(&specs[i]))).collect::<Vec<_>>()
+        };
+        layout.place(&of(|class| class == Class::Small), &specs, |_| Class::Small);
+        layout.small_pages = layout.pages;
+        let whole = of(|class| matches!(class, Class::Whole(_)));
+        layout.place(&whole, &specs, Class::Whole);
+        layout.scheduled = whole.iter().map(|&i| i as u32).collect();
+        let before_tables = layout.pages;
+        let mut tables = of(|class| class == Class::Table);
+        tables.sort_by_key(|&i| specs[i].source.len());
+        layout.place(&tables, &specs, |_| Class::Table);
+        layout.table_pages = layout.pages - before_tables;
+        layout.fill_segments(&specs)?;
+        for spec in specs {
+            layout.names.push(spec.name);
+            layout.sources.push(spec.source);
+        }
+        Ok(layout)
+    }
+
+    /// The page order of this layout.
+    pub(crate) fn order(&self) -> RankOrder {
+        RankOrder::Spread { first: self.small_pages, last: self.table_pages }
+    }
+
+    /// The most pages one weight lies on.
+    pub(crate) fn widest(&self) -> u32 {
+        let whole = self.weights.iter().filter(|weight| matches!(weight.class, Class::Whole(_)));
+        whole.map(|weight| weight.last_page - weight.first_page + 1).max().unwrap_or(1)
+    }
+
+    /// Lays weights out from the next page on.
+    fn place(&mut self, which: &[usize], specs: &[WeightSpec], class: impl Fn(u32) -> Class) {
+        let mut offset = self.page_size * u64::from(self.pages);
+        for (number, &i) in which.iter().enumerate() {
+            let bytes = specs[i].source.len();
+            let page = |at: Bytes| (at.get() / self.page_size.get()) as u32;
+            let last = if bytes == Bytes::ZERO { offset } else { offset + bytes - Bytes::new(1) };
+            self.weights[i] = Placed {
+                offset,
+                bytes,
+                first_page: page(offset),
+                last_page: page(last),
+                class: class(number as u32),
+            };
+            self.pages = page(last) + 1;
+            offset = (offset + bytes.max(Bytes::new(1))).checked_align_up(ALIGNMENT).unwrap_or(Bytes::MAX);
+        }
+    }
+
+    fn fill_segments(&mut self, specs: &[WeightSpec]) -> Result<()> {
+        self.segments = vec![Vec::new(); self.pages as usize];
+        self.first_weight = vec![0; self.pages as usize];
+        let mut by_offset: Vec<_> = (0..specs.len()).collect();
+        by_offset.sort_by_key(|&i| self.weights[i].offset);
+        for i in by_offset {
+            let weight = self.weights[i];
+            for page in weight.first_page..=weight.last_page {
+                let base = self.page_size * u64::from(page);
+                let start = weight.offset.max(base);
+                let end = (weight.offset + weight.bytes).min(base + self.page_size);
+                if start >= end {
+                    continue;
+                }
+                if self.segments[page as usize].is_empty() {
+                    self.first_weight[page as usize] = i as u32;
+                }
+                self.segments[page as usize].push(Segment {
+                    source: specs[i].source.clone(),
+                    source_offset: (start - weight.offset).get(),
+                    dst_offset: (start - base).get(),
+                    len: (end - start).get(),
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+fn default_page_size(total: Bytes) -> Bytes {
+    let wanted = (total.get() / 64).clamp(Bytes::mib(2).get(), Bytes::mib(32).get());
+    Bytes::new(1 << wanted.ilog2())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::sync::Arc;
+
+    fn spec(name: &str, bytes: usize, kind: WeightKind) -> WeightSpec {
+        WeightSpec { name: name.into(), source: Source::memory(Arc::new(vec![7; bytes])), kind }
+    }
+
+    #[test]
+    fn small_weights_come_first_and_tables_last_smallest_first() {
+        let specs = vec![
+            spec("big table", 5 << 20, WeightKind::Table),
+            spec("w", 3 << 20, WeightKind::Whole),
+            spec("norm", 100, WeightKind::Whole),
+            spec("table", 1 << 20, WeightKind::Table),
+        ];
+        let layout = Layout::new(specs, LayoutOptions::default()).unwrap();
+        assert_eq!(layout.page_size, Bytes::mib(2));
+        let pages = layout.weights.iter().map(|w| (w.first_page, w.last_page)).collect::<Vec<_>>();
+        assert_eq!(pages, [(3, 5), (1, 2), (0, 0), (3, 3)]);
+        assert_eq!((layout.small_pages, layout.table_pages, layout.pages), (1, 3, 6));
+        assert_eq!(layout.scheduled, [1]);
+    }
+
+    #[test]
+    fn a_page_that_is_no_power_of_two_is_refused_by_value() {
+        let options = LayoutOptions { page_size: Some(Bytes::mib(3)), ..LayoutOptions::default() };
+        let error = Layout::new(vec![spec("w", 1, WeightKind::Whole)], options).unwrap_err();
+        assert_eq!(error.to_string(), "a page is a power of two of at least 2 MiB: 3 MiB");
+    }
+
+    proptest! {
+        #[test]
+        fn weights_never_overlap_and_segments_cover_them(sizes in prop::collection::vec((0usize..6 << 20, any::<bool>()), 1..12)) {
+            let specs: Vec<_> = sizes
+                .iter()
+                .map(|&(bytes, table)| spec("w", bytes, if table { WeightKind::Table } else { WeightKind::Whole }))
+                .collect();
+            let layout = Layout::new(specs, LayoutOptions::default()).unwrap();
+            let mut places: Vec<_> = layout.weights.iter().filter(|w| w.bytes > Bytes::ZERO).collect();
+            places.sort_by_key(|weight| weight.offset);
+            for pair in places.windows(2) {
+                prop_assert!(pair[0].offset + pair[0].bytes <= pair[1].offset);
+            }
+            prop_assert!(layout.weights.iter().all(|w| w.offset.get() % ALIGNMENT.get() == 0 && w.last_page < layout.pages));
+            let covered: u64 = layout.segments.iter().flatten().map(|segment| segment.len).sum();
+            prop_assert_eq!(covered, sizes.iter().map(|&(bytes, _)| bytes as u64).sum::<u64>());
+        }
+    }
+}

@@ -1,0 +1,344 @@
+//! The one thread that maps, retires and has pages filled; callers never map.
+//!
+//! It executes the policy's commands strictly in their order. A page is unmapped once the events of its last uses have
+//! completed; nothing else is waited for. While an event is pending the mover looks again every 50 us, unless something
+//! else happens first.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use forebay_core::{Bytes, Command, FrameId, PageRef, Serial};
+use forebay_device::{Event, Frame, FrameHandle};
+use forebay_store::{ReaderPool, Urgency};
+use parking_lot::MutexGuard;
+
+use crate::books::{FrameBook, VbarBook};
+use crate::filler::{self, Fill, Reader};
+use crate::state::{Budget, Shared, State};
+use crate::vbar::Vbar;
+use crate::{EngineError, Result};
+
+/// How often a pending event is looked at.
+const EVENT_POLL: Duration = Duration::from_micros(50);
+/// How often free memory is looked at, while memory moves and while it does not.
+const BUSY_POLL: Duration = Duration::from_millis(10);
+const IDLE_POLL: Duration = Duration::from_millis(200);
+/// A budget rises only by more than this, so that it does not follow every small allocation of others.
+const RISE: Bytes = Bytes::mib(64);
+
+pub(crate) struct Mover {
+    shared: Arc<Shared>,
+    readers: ReaderPool<Reader>,
+    polled: Instant,
+}
+
+/// What the mover took from the queue to do without the lock.
+enum Task {
+    /// Unmap these pages of one VBAR; the events are given back afterwards.
+    Unmap {
+        vbar: Arc<Vbar>,
+        pages: Range<u32>,
+        events: Vec<Arc<Event>>,
+    },
+    Create {
+        frame: FrameId,
+        size: Bytes,
+    },
+    Destroy {
+        book: Option<FrameBook>,
+    },
+    /// Map and fill these pages of one VBAR.
+    Map {
+        vbar: Arc<Vbar>,
+        first: u32,
+        backing: Vec<Backing>,
+    },
+}
+
+/// One page to be mapped.
+struct Backing {
+    frame: FrameHandle,
+    filled: Arc<Event>,
+    demanded: bool,
+}
+
+impl Mover {
+    pub(crate) fn new(shared: Arc<Shared>, readers: ReaderPool<Reader>) -> Self {
+        Mover { shared, readers, polled: Instant::now() }
+    }
+
+    /// Runs until the engine stops and everything is unmapped.
+    pub(crate) fn run(mut self) {
+        let shared = Arc::clone(&self.shared);
+        let mut state = shared.state.lock();
+        loop {
+            self.poll_budget(&mut state);
+            state.take_in_uses();
+            if !state.stop {
+                state.read_ahead();
+            }
+            match self.take_task(&mut state) {
+                Next::Task(task) => {
+                    state.executing += 1;
+                    let gone = MutexGuard::unlocked(&mut state, || self.execute(task));
+                    state.executing -= 1;
+                    if let Some(book) = gone {
+                        MutexGuard::unlocked(&mut state, || drop(book));
+                    }
+                }
+                Next::EventPending => {
+                    shared.work.wait_for(&mut state, EVENT_POLL);
+                }
+                Next::Nothing if state.stop && !self.empty_pool(&mut state) => return,
+                Next::Nothing => {
+                    shared.changed.notify_all();
+                    shared.work.wait_for(&mut state, IDLE_POLL);
+                }
+            }
+        }
+    }
+
+    /// Takes what is next in the queue, with what can be done in one go with it.
+    fn take_task(&mut self, state: &mut State) -> Next {
+        if state.books.fatal.is_some() {
+            state.queue.clear();
+            self.shared.changed.notify_all();
+            return Next::Nothing;
+        }
+        match state.queue.front().copied() {
+            None => Next::Nothing,
+            Some(Command::Create { frame, size }) => {
+                state.queue.pop_front();
+                Next::Task(Task::Create { frame, size })
+            }
+            Some(Command::Destroy { frame, .. }) => {
+                state.queue.pop_front();
+                Next::Task(Task::Destroy { book: state.books.frames.remove(&frame) })
+            }
+            Some(Command::Retire { page, .. }) => self.take_retires(state, page),
+            Some(Command::Map { page, .. }) => Self::take_maps(state, page),
+        }
+    }
+
+    /// The first page, and those behind it in the queue and in address, if their last uses have completed.
+    fn take_retires(&mut self, state: &mut State, first: PageRef) -> Next {
+        let vbar = Arc::clone(&state.books.vbar(first.vbar).vbar);
+        // A page whose mapping failed is retired all the same; there is nothing to unmap then.
+        let mapped = state.books.page(first).mapped;
+        let (mut events, mut end) = (Vec::new(), first.page.0);
+        while let Some(&Command::Retire { page, .. }) = state.queue.front() {
+            if page.vbar != first.vbar || page.page.0 != end || state.books.page(page).mapped != mapped {
+                break;
+            }
+            let entry = state.books.page(page);
+            match completed(&entry.leaving) {
+                Ok(true) => events.append(&mut entry.leaving),
+                Ok(false) if end > first.page.0 => break,
+                Ok(false) => return Next::EventPending,
+                Err(error) => {
+                    state.books.lost(error);
+                    return Next::EventPending;
+                }
+            }
+            state.queue.pop_front();
+            end += 1;
+        }
+        let start = if mapped { first.page.0 } else { end };
+        Next::Task(Task::Unmap { vbar, pages: start..end, events })
+    }
+
+    /// The first page, and those behind it in the queue and in address.
+    fn take_maps(state: &mut State, first: PageRef) -> Next {
+        let vbar = Arc::clone(&state.books.vbar(first.vbar).vbar);
+        let mut backing: Vec<Backing> = Vec::new();
+        while let Some(&Command::Map { page, frame, serial, demanded }) = state.queue.front() {
+            if page.vbar != first.vbar || page.page.0 != first.page.0 + backing.len() as u32 {
+                break;
+            }
+            state.queue.pop_front();
+            let Some(book) = state.books.frames.get(&frame) else { continue };
+            backing.push(Backing { frame: book.frame.handle(), filled: Arc::clone(&book.filled), demanded });
+            Self::begin_page(state, &vbar, page, frame, serial);
+        }
+        Next::Task(Task::Map { vbar, first: first.page.0, backing })
+    }
+
+    fn begin_page(state: &mut State, vbar: &Vbar, page: PageRef, frame: FrameId, serial: Serial) {
+        vbar.serials[page.page.as_usize()].store(serial.0, Ordering::Release);
+        state.filling += 1;
+        let entry = state.books.page(page);
+        (entry.frame, entry.error) = (Some(frame), None);
+    }
+
+    /// Does a task without the lock, then books it. Returns what is to be dropped without the lock.
+    fn execute(&mut self, task: Task) -> Option<VbarBook> {
+        match task {
+            Task::Create { frame, size } => {
+                self.create(frame, size);
+                None
+            }
+            Task::Destroy { book } => {
+                drop(book);
+                self.shared.changed.notify_all();
+                None
+            }
+            Task::Unmap { vbar, pages, events } => self.unmap(&vbar, pages, events),
+            Task::Map { vbar, first, backing } => {
+                self.map(&vbar, first, &backing);
+                None
+            }
+        }
+    }
+
+    fn create(&mut self, id: FrameId, size: Bytes) {
+        let device = &self.shared.device;
+        let made = Frame::new(Arc::clone(device), size)
+            .and_then(|frame| Ok(FrameBook { frame, filled: Arc::new(Event::new(Arc::clone(device))?) }));
+        let mut state = self.shared.state.lock();
+        match made {
+            Ok(book) => {
+                state.books.frames.insert(id, book);
+            }
+            Err(error) => {
+                tracing::info!(device = %self.shared.id, %error, "a frame could not be made; the budget falls");
+                if !error.is_out_of_memory() {
+                    state.books.lost(error.into());
+                }
+                // The frame's page comes right behind it in the queue.
+                let place =
+                    state.queue.iter().position(|c| matches!(c, Command::Map { frame, .. } if *frame == id));
+                if let Some(Command::Map { page, .. }) = place.and_then(|place| state.queue.remove(place)) {
+                    state.policy.create_failed(page);
+                }
+                drop(state);
+                self.shared.changed.notify_all();
+            }
+        }
+    }
+
+    fn map(&self, vbar: &Arc<Vbar>, first: u32, backing: &[Backing]) {
+        let pages = || (first..).zip(backing);
+        let mut mapped = 0;
+        let mut result: Result<()> = Ok(());
+        for (page, backing) in pages() {
+            // SAFETY: the page lies in the VBAR's reservation and is unmapped: the policy had it absent, and its
+            // `Retire` was executed before this command. The frame was free likewise.
+            if let Err(error) =
+                unsafe { self.shared.device.map(vbar.page_addr(page), vbar.page_size, backing.frame) }
+            {
+                result = Err(error.into());
+                break;
+            }
+            mapped += 1;
+        }
+        if mapped > 0 && result.is_ok() {
+            let len = vbar.page_size * u64::from(mapped);
+            // SAFETY: these pages were just mapped.
+            result =
+                unsafe { self.shared.device.allow_access(vbar.page_addr(first), len) }.map_err(Into::into);
+        }
+        {
+            let mut state = self.shared.state.lock();
+            let book = state.books.vbar(vbar.id);
+            book.mapped += mapped;
+            (first..first + mapped).for_each(|page| book.pages[page as usize].mapped = true);
+        }
+        for (page, backing) in pages() {
+            match &result {
+                Err(error) => filler::finished(&self.shared, vbar, page, Some(error.clone())),
+                Ok(()) if vbar.layout.is_none() => filler::finished(&self.shared, vbar, page, None),
+                Ok(()) => {
+                    let urgency = if backing.demanded { Urgency::Urgent } else { Urgency::Ahead };
+                    let filled = Arc::clone(&backing.filled);
+                    Fill::start(&self.shared, vbar, page, filled, &self.readers, urgency);
+                }
+            }
+        }
+    }
+
+    fn unmap(&self, vbar: &Vbar, pages: Range<u32>, events: Vec<Arc<Event>>) -> Option<VbarBook> {
+        let count = pages.end - pages.start;
+        let result = match count {
+            0 => Ok(()),
+            // SAFETY: the pages are mapped and claimed, so nobody pins them any more, and the events after their last
+            // uses and fills have completed.
+            _ => unsafe {
+                self.shared.device.unmap(vbar.page_addr(pages.start), vbar.page_size * u64::from(count))
+            },
+        };
+        let mut state = self.shared.state.lock();
+        if let Err(error) = result {
+            state.books.lost(error.into());
+        }
+        let book = state.books.vbar(vbar.id);
+        book.mapped -= count;
+        pages.for_each(|page| book.pages[page as usize].mapped = false);
+        state.books.recycle(events);
+        let gone = state.forget_if_gone(vbar.id);
+        drop(state);
+        self.shared.changed.notify_all();
+        gone
+    }
+
+    /// Follows what others take and give back, where the budget is by headroom.
+    fn poll_budget(&mut self, state: &mut State) {
+        let Budget::Headroom(headroom) = state.budget else { return };
+        let period = if state.is_settled() { IDLE_POLL } else { BUSY_POLL };
+        if self.polled.elapsed() < period || state.stop {
+            return;
+        }
+        self.polled = Instant::now();
+        let own: Bytes = state.books.frames.values().map(|book| book.frame.size()).sum();
+        let memory = self.shared.device.memory();
+        match memory {
+            Ok(memory) => {
+                let budget = own.checked_add(memory.free).unwrap_or(Bytes::MAX).saturating_sub(headroom);
+                let now = state.policy.budget();
+                if budget < now || budget > now.checked_add(RISE).unwrap_or(Bytes::MAX) {
+                    state.decide(|policy, books, out| policy.set_budget(budget, books, out));
+                }
+            }
+            Err(error) => tracing::warn!(device = %self.shared.id, %error, "free memory is unknown"),
+        }
+    }
+
+    /// Before the engine ends: whether there were still frames to give back.
+    fn empty_pool(&self, state: &mut State) -> bool {
+        if state.books.fatal.is_some() {
+            return false;
+        }
+        state.decide(|policy, books, out| policy.make_room(Bytes::MAX, books, out)) > Bytes::ZERO
+            || !state.is_settled()
+    }
+}
+
+enum Next {
+    Task(Task),
+    /// The head of the queue waits for the device.
+    EventPending,
+    Nothing,
+}
+
+fn completed(events: &[Arc<Event>]) -> Result<bool> {
+    for event in events {
+        if !event.is_complete()? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+impl Drop for Mover {
+    /// A mover that panicked takes the engine with it, instead of leaving callers waiting.
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let reason = "its mover thread panicked; see the log".to_owned();
+            let error = EngineError::Stopped { device: self.shared.id, reason };
+            // The panic may have happened under the lock, which parking_lot releases without poisoning.
+            self.shared.state.lock().books.lost(error);
+            self.shared.changed.notify_all();
+        }
+    }
+}

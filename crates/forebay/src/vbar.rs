@@ -1,0 +1,100 @@
+//! A VBAR as all threads share it.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use forebay_core::{Bytes, PageIndex, PageRef, Serial, VbarId};
+use forebay_device::{DeviceAddr, Reservation};
+
+use crate::cell::PageCell;
+use crate::layout::Layout;
+use crate::stats::Counters;
+use crate::trace::Trace;
+
+/// The address range of one model and the state of its pages. Dropped, and with it the reservation, when nothing is
+/// mapped any more and nobody holds one of its tensors.
+#[derive(Debug)]
+pub(crate) struct Vbar {
+    pub(crate) id: VbarId,
+    pub(crate) name: String,
+    pub(crate) page_size: Bytes,
+    pub(crate) cells: Box<[PageCell]>,
+    /// Written under the state lock when a page is mapped; stable while the page is pinned.
+    pub(crate) serials: Box<[AtomicU64]>,
+    /// What the pages are filled from; `None` where the user fills them.
+    pub(crate) layout: Option<Layout>,
+    pub(crate) trace: Trace,
+    pub(crate) counters: Counters,
+    reservation: Reservation,
+}
+
+impl Vbar {
+    pub(crate) fn new(
+        id: VbarId,
+        name: String,
+        reservation: Reservation,
+        page_size: Bytes,
+        layout: Option<Layout>,
+    ) -> Self {
+        let pages = reservation.size().pages_of(page_size);
+        Vbar {
+            id,
+            name,
+            page_size,
+            cells: (0..pages).map(|_| PageCell::default()).collect(),
+            serials: (0..pages).map(|_| AtomicU64::new(0)).collect(),
+            trace: Trace::new(layout.as_ref().map_or(0, |layout| layout.scheduled.len())),
+            layout,
+            counters: Counters::default(),
+            reservation,
+        }
+    }
+
+    pub(crate) fn base(&self) -> DeviceAddr {
+        self.reservation.addr()
+    }
+
+    pub(crate) fn size(&self) -> Bytes {
+        self.reservation.size()
+    }
+
+    pub(crate) fn page_addr(&self, page: u32) -> DeviceAddr {
+        self.base().offset(self.page_size * u64::from(page))
+    }
+
+    pub(crate) fn page_ref(&self, page: u32) -> PageRef {
+        PageRef { vbar: self.id, page: PageIndex(page) }
+    }
+
+    pub(crate) fn cell(&self, page: u32) -> &PageCell {
+        &self.cells[page as usize]
+    }
+
+    /// Whether any page is pinned. Reads every page; for closing only.
+    pub(crate) fn has_pins(&self) -> bool {
+        self.cells.iter().any(|cell| cell.load().pins() > 0)
+    }
+
+    pub(crate) fn serial(&self, page: u32) -> Serial {
+        Serial(self.serials[page as usize].load(Ordering::Acquire))
+    }
+}
+
+/// A run of pages of one VBAR, inclusive at both ends.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Span<V> {
+    pub(crate) vbar: V,
+    pub(crate) first: u32,
+    pub(crate) last: u32,
+}
+
+impl<V: AsRef<Vbar>> Span<V> {
+    pub(crate) fn pages(&self) -> impl Iterator<Item = (&Vbar, u32)> {
+        (self.first..=self.last).map(|page| (self.vbar.as_ref(), page))
+    }
+}
+
+impl AsRef<Vbar> for Vbar {
+    fn as_ref(&self) -> &Vbar {
+        self
+    }
+}

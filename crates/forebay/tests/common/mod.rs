@@ -1,0 +1,190 @@
+//! A model of random weights, uses of it that read the weights back on a stream, and the device the tests run on.
+#![allow(dead_code, unreachable_pub, reason = "each test file uses its part")]
+
+use std::io::Write;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use forebay::device::host::{HostConfig, HostDevice};
+use forebay::device::{Device, Event, PinnedBuffer, Stream, StreamHandle};
+use forebay::store::{Source, SourceFile};
+use forebay::{Attachment, Budget, Bytes, Engine, EngineConfig, LayoutOptions, Use, WeightKind, WeightSpec};
+
+/// The device under test: the one named by `FOREBAY_TEST_DEVICE`, else a host device that poisons its frames.
+pub fn device() -> Arc<dyn Device> {
+    match std::env::var("FOREBAY_TEST_DEVICE") {
+        Ok(name) => forebay::device::open(name.parse().unwrap()).unwrap(),
+        Err(_) => {
+            let config = HostConfig { capacity: Bytes::gib(4), poison: true, ..HostConfig::default() };
+            Arc::new(HostDevice::new(config).unwrap())
+        }
+    }
+}
+
+pub fn engine(budget: Bytes) -> Arc<Engine> {
+    engine_on(device(), budget)
+}
+
+pub fn engine_on(device: Arc<dyn Device>, budget: Bytes) -> Arc<Engine> {
+    Engine::new(device, EngineConfig { budget: Budget::Fixed(budget), readers: Some(3) }).unwrap()
+}
+
+/// Random numbers from a seed that a failing test prints (xorshift64*, S. Vigna 2016).
+pub struct Random(u64);
+
+impl Random {
+    /// From `FOREBAY_TEST_SEED`, else from the clock.
+    pub fn seeded() -> Self {
+        let clock =
+            std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_nanos() as u64;
+        let seed = std::env::var("FOREBAY_TEST_SEED").ok().map_or(clock, |seed| seed.parse().unwrap());
+        println!("FOREBAY_TEST_SEED={seed}");
+        Random(seed | 1)
+    }
+
+    pub fn from_seed(seed: u64) -> Self {
+        Random(seed | 1)
+    }
+
+    pub fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_F491_4F6C_DD1D)
+    }
+
+    pub fn below(&mut self, n: u64) -> u64 {
+        self.next() % n
+    }
+
+    /// Bytes that are never zero.
+    pub fn bytes(&mut self, n: usize) -> Vec<u8> {
+        let mut bytes: Vec<u8> = (0..n.div_ceil(8)).flat_map(|_| self.next().to_le_bytes()).collect();
+        bytes.truncate(n);
+        bytes.iter_mut().for_each(|byte| *byte |= 1);
+        bytes
+    }
+}
+
+/// Weights and what they hold.
+pub struct Weights {
+    pub contents: Vec<Arc<Vec<u8>>>,
+    pub specs: Vec<WeightSpec>,
+    pub file: tempfile::NamedTempFile,
+}
+
+impl Weights {
+    /// Weights of the given sizes: every third one in memory, the others in one file.
+    pub fn new(random: &mut Random, sizes: &[usize]) -> Self {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        let contents: Vec<_> = sizes.iter().map(|&size| Arc::new(random.bytes(size))).collect();
+        for bytes in &contents {
+            file.write_all(bytes).unwrap();
+        }
+        file.flush().unwrap();
+        let opened = SourceFile::open(file.path()).unwrap();
+        let mut offset = 0;
+        let specs = contents.iter().enumerate().map(|(i, bytes)| {
+            let len = Bytes::new(bytes.len() as u64);
+            let source = match i % 3 {
+                2 => Source::memory(Arc::new(bytes.to_vec())),
+                _ => Source::file(&opened, offset, len),
+            };
+            offset += len.get();
+            WeightSpec { name: format!("w{i}"), source, kind: WeightKind::Whole }
+        });
+        Weights { specs: specs.collect(), contents, file }
+    }
+
+    pub fn attach(&self, engine: &Arc<Engine>, name: &str) -> Attachment {
+        let options = LayoutOptions { page_size: Some(Bytes::mib(2)), ..LayoutOptions::default() };
+        engine.attach(name, self.specs.clone(), options).unwrap()
+    }
+}
+
+/// A stream whose "kernels" read weights back.
+pub struct Consumer {
+    device: Arc<dyn Device>,
+    own: Option<Stream>,
+    reads: Vec<Read>,
+}
+
+struct Read {
+    buffer: PinnedBuffer,
+    done: Event,
+    expected: Arc<Vec<u8>>,
+    what: String,
+}
+
+static READS: AtomicU64 = AtomicU64::new(0);
+
+impl Consumer {
+    /// On a stream of its own.
+    pub fn new(device: &Arc<dyn Device>) -> Self {
+        let own = Some(Stream::new(Arc::clone(device)).unwrap());
+        Consumer { device: Arc::clone(device), own, reads: Vec::new() }
+    }
+
+    /// On the default stream.
+    pub fn on_default(device: &Arc<dyn Device>) -> Self {
+        Consumer { device: Arc::clone(device), own: None, reads: Vec::new() }
+    }
+
+    pub fn stream(&self) -> StreamHandle {
+        self.own.as_ref().map_or(StreamHandle::DEFAULT, Stream::handle)
+    }
+
+    /// Acquires a weight, enqueues a read of it and releases it without waiting for the read.
+    pub fn use_weight(
+        &mut self,
+        model: &Attachment,
+        weights: &Weights,
+        weight: usize,
+    ) -> forebay::Result<()> {
+        let pinned = model.acquire(weight, Use::on(self.stream()))?;
+        self.read(model, weights, weight);
+        drop(pinned);
+        Ok(())
+    }
+
+    /// Enqueues a read of a pinned weight.
+    pub fn read(&mut self, model: &Attachment, weights: &Weights, weight: usize) {
+        let expected = Arc::clone(&weights.contents[weight]);
+        let len = Bytes::new(expected.len() as u64);
+        let buffer = PinnedBuffer::new(Arc::clone(&self.device), len).unwrap();
+        let done = Event::new(Arc::clone(&self.device)).unwrap();
+        let from = model.address(weight).unwrap();
+        // SAFETY: the weight is pinned in this stream's order; the buffer lives until the read was checked.
+        unsafe { self.device.copy_to_host(buffer.as_ptr(), from, len, self.stream()) }.unwrap();
+        // SAFETY: the stream lives as long as this consumer.
+        unsafe { done.record(self.stream()) }.unwrap();
+        let what = format!("read {} of {} w{weight}", READS.fetch_add(1, Ordering::Relaxed), model.name());
+        self.reads.push(Read { buffer, done, expected, what });
+        if self.reads.len() >= 16 {
+            self.check();
+        }
+    }
+
+    /// Waits for the reads and compares every byte.
+    pub fn check(&mut self) {
+        for read in self.reads.drain(..) {
+            read.done.synchronize().unwrap();
+            // SAFETY: the only copy to the buffer has completed.
+            let got = unsafe { read.buffer.slice(Bytes::ZERO, read.buffer.size()) };
+            if let Some(at) = got.iter().zip(&*read.expected).position(|(got, want)| got != want) {
+                panic!("{}: byte {at} is {:#x}, not {:#x}", read.what, got[at], read.expected[at]);
+            }
+        }
+    }
+}
+
+impl Drop for Consumer {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            self.check();
+        }
+        for read in self.reads.drain(..) {
+            read.done.synchronize().ok();
+        }
+    }
+}
