@@ -40,7 +40,10 @@ impl Policy {
                 out.push(Command::Destroy { frame, size });
                 continue;
             }
-            self.vbar(page.vbar).calm = 0;
+            let own = self.vbar(page.vbar);
+            if own.streamed() <= own.spec.window {
+                own.calm = 0;
+            }
             if !self.evict_for(page, purpose, pins, out) {
                 return None;
             }
@@ -139,12 +142,9 @@ impl Policy {
 
     /// The page of `id` read ahead for the farthest use.
     fn evict_ahead(&mut self, id: VbarId, pins: &mut impl Pins, out: &mut Vec<Command>) -> bool {
-        while let Some(page) = self.vbar(id).ahead.pop_back() {
+        while let Some(page) = self.vbar(id).pop_ahead() {
             self.steps += 1;
             let at = PageRef { vbar: id, page };
-            if self.vbar(id).place(page) != Place::Ahead {
-                continue;
-            }
             if self.try_evict(at, pins, out) {
                 return true;
             }
@@ -201,6 +201,8 @@ impl Policy {
     pub(crate) fn try_evict(&mut self, page: PageRef, pins: &mut impl Pins, out: &mut Vec<Command>) -> bool {
         let claimed = pins.claim(page);
         if claimed {
+            let vbar = self.vbar(page.vbar);
+            vbar.lost_plan |= vbar.page(page.page).upcoming > 0;
             self.vacate(page, out);
         }
         claimed

@@ -34,6 +34,7 @@ mod eviction;
 mod frames;
 mod ids;
 mod order;
+mod parse;
 mod pins;
 mod policy;
 mod rank_set;
@@ -43,6 +44,7 @@ mod vbar;
 
 pub use ids::{FrameId, PageIndex, PageRef, Rank, Serial, VbarId};
 pub use order::{RankOrder, Ranks};
+pub use parse::ParseBytesError;
 pub use pins::Pins;
 pub use policy::{Command, Outcome, PageState, Policy};
 pub use schedule::Schedule;

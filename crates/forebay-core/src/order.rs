@@ -109,6 +109,7 @@ mod tests {
         for watermark in [10, 100, 250, 500, 750] {
             let mut kept: Vec<_> = (0..watermark).map(|r| ranks.page(Rank(r)).0).collect();
             kept.sort_unstable();
+            kept.push(pages + kept[0]);
             let even = pages / watermark;
             let widest = kept.windows(2).map(|w| w[1] - w[0]).max().unwrap();
             assert!(

@@ -16,7 +16,7 @@ use crate::frames::Frames;
 use crate::vbar::{Place, Vbar};
 use crate::{Bytes, FrameId, PageIndex, PageRef, Pins, Rank, Serial, VbarId, VbarSpec};
 
-/// Releases without any frame being taken before a watermark rises again.
+/// Releases without shortage before a watermark rises again: no frame was taken but those beyond the window.
 const CALM_RELEASES: u32 = 64;
 
 /// What the policy asks its executor to do, strictly in this order.
@@ -61,7 +61,7 @@ pub enum Command {
 pub enum Outcome {
     /// Every page is pinned, and is filled or on its way.
     Granted,
-    /// Explicit mode: a page lies above the watermark. Nothing was pinned.
+    /// A page lies above an explicit watermark, or its VBAR closes. Nothing was pinned.
     Refused,
     /// Pins of others, or fills on their way, hold what is needed. Nothing was pinned; ask again when something was
     /// released or filled.
@@ -169,6 +169,7 @@ impl Policy {
                         self.settle(earlier, pins, out);
                     }
                 }
+                self.shrink(pins, out);
                 return outcome;
             }
         }
@@ -186,12 +187,18 @@ impl Policy {
                 let Some(frame) = self.take_frame(page, Purpose::ReadAhead, pins, out) else { return false };
                 self.map(page, frame, Purpose::ReadAhead, pins, out);
             }
-            Place::Spent => self.set_ahead(page),
+            Place::Spent => vbar.push_ahead(page.page),
             Place::Filling | Place::Resident | Place::Ahead | Place::InUse => {}
         }
         let page = self.vbar(page.vbar).page(page.page);
         page.upcoming = page.upcoming.saturating_add(1);
         true
+    }
+
+    /// Whether pages were given up since the last call before uses that were planned for them. Then every plan is to be
+    /// taken back and made again from the nearest use: what waits for far uses is in the way of near ones.
+    pub fn lost_plans(&mut self, id: VbarId) -> bool {
+        std::mem::take(&mut self.vbar(id).lost_plan)
     }
 
     /// A planned use came, or will not come after all.
@@ -234,14 +241,22 @@ impl Policy {
         self.steps += 1;
         let vbar = self.vbar(page.vbar);
         vbar.calm = vbar.calm.saturating_add(1);
-        if vbar.lends() && vbar.calm > CALM_RELEASES && vbar.watermark < vbar.spec.pages {
-            vbar.watermark += 1;
+        let rises = vbar.lends() && vbar.calm > CALM_RELEASES && vbar.watermark < vbar.spec.pages;
+        if rises && self.could_keep_one_more(page.vbar) {
+            self.vbar(page.vbar).watermark += 1;
         }
-        match vbar.place(page.page) {
+        match self.vbar(page.vbar).place(page.page) {
             Place::Absent | Place::Filling | Place::Resident => {}
             Place::Ahead | Place::InUse | Place::Spent => self.settle(page, pins, out),
         }
         self.shrink(pins, out);
+    }
+
+    /// Gives a page up if it is filled and has no pins, so that it is filled again at its next use.
+    pub fn discard(&mut self, page: PageRef, pins: &mut impl Pins, out: &mut Vec<Command>) {
+        if !matches!(self.vbar(page.vbar).place(page.page), Place::Absent | Place::Filling) {
+            self.try_evict(page, pins, out);
+        }
     }
 
     /// The VBAR is used: it goes to the top of the priorities, its watermark fully open, unless it is there.
@@ -397,12 +412,21 @@ impl Policy {
                 };
                 self.map(page, frame, Purpose::Demand, pins, out);
             }
-            Place::Filling => vbar.page(page.page).demanded = true,
             Place::Ahead | Place::Spent => vbar.page(page.page).place = Place::InUse,
-            Place::Resident | Place::InUse => {}
+            Place::Filling | Place::Resident | Place::InUse => {}
         }
         pins.pin(page);
         Ok(())
+    }
+
+    /// Whether the pages below the watermark and one more leave room for a full window, in the frames that the VBAR
+    /// has and those that nobody has.
+    fn could_keep_one_more(&mut self, id: VbarId) -> bool {
+        let unused = self.budget.saturating_sub(self.frames.held() - self.frames.free_bytes());
+        let vbar = self.vbar(id);
+        let frames = u64::from(vbar.held) + unused.get() / vbar.spec.page_size.get();
+        let wanted = u64::from(vbar.watermark) + 1 + u64::from(vbar.spec.window);
+        frames >= wanted.min(vbar.spec.pages.into())
     }
 
     /// Explicit mode closes the watermark down to what could not be had, and the next fault is refused at once.
@@ -431,7 +455,7 @@ impl Policy {
         vbar.held += 1;
         let kept = vbar.is_kept(page.page);
         let entry = vbar.page(page.page);
-        (entry.place, entry.frame, entry.serial, entry.demanded) = (Place::Filling, frame, serial, demanded);
+        (entry.place, entry.frame, entry.serial) = (Place::Filling, frame, serial);
         if kept {
             pins.set_resident(page);
         } else {
@@ -482,14 +506,7 @@ impl Policy {
         if !lends && self.try_evict(page, pins, out) {
             return;
         }
-        if expected { self.set_ahead(page) } else { self.set_spent(page) }
-    }
-
-    fn set_ahead(&mut self, page: PageRef) {
-        let vbar = self.vbar(page.vbar);
-        vbar.page(page.page).place = Place::Ahead;
-        vbar.trim_ahead();
-        vbar.ahead.push_back(page.page);
+        if expected { self.vbar(page.vbar).push_ahead(page.page) } else { self.set_spent(page) }
     }
 
     fn set_spent(&mut self, page: PageRef) {

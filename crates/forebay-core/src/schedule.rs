@@ -93,10 +93,13 @@ impl Schedule {
         Some(weight)
     }
 
-    /// Takes the latest [`plan_next`](Schedule::plan_next) back, to be handed out again.
-    pub fn unplan_last(&mut self) {
-        debug_assert!(self.planned > 0);
-        self.planned = self.planned.saturating_sub(1);
+    /// Takes the latest [`plan_next`](Schedule::plan_next) back, to be handed out again. Which use it was.
+    ///
+    /// When a planned page was lost to pressure, take everything back and plan again from the nearest use: what is
+    /// read ahead for far uses would only be in the way of near ones.
+    pub fn unplan_last(&mut self) -> Option<u32> {
+        self.planned = self.planned.checked_sub(1)?;
+        self.queue.get(self.planned).copied()
     }
 
     /// How often a use was not the one expected.
@@ -191,6 +194,14 @@ mod tests {
         assert_eq!(dropped, [0, 1, 2]);
         assert_eq!(ahead(&mut schedule, 2), [51, 52]);
         assert_eq!(schedule.mispredicted(), 1);
+    }
+
+    #[test]
+    fn plans_are_taken_back_farthest_first() {
+        let mut schedule = Schedule::new(4);
+        let planned: Vec<_> = std::iter::from_fn(|| schedule.plan_next()).take(3).collect();
+        let back: Vec<_> = std::iter::from_fn(|| schedule.unplan_last()).collect();
+        assert_eq!((planned, back), (vec![0, 1, 2], vec![2, 1, 0]));
     }
 
     #[test]

@@ -55,8 +55,8 @@ pub(crate) struct Page {
     pub(crate) upcoming: u16,
     /// Stands in the queue of spent pages, still spent or not.
     pub(crate) queued: bool,
-    /// The fill was asked for by a caller, not by read-ahead.
-    pub(crate) demanded: bool,
+    /// The number of its latest entry among the pages read ahead.
+    entry: u32,
 }
 
 #[derive(Debug)]
@@ -70,12 +70,16 @@ pub(crate) struct Vbar {
     pub(crate) floor: u32,
     /// The filled pages below the watermark.
     pub(crate) resident: RankSet,
-    /// Pages filled ahead of their use, nearest first; entries whose page moved on are skipped.
-    pub(crate) ahead: VecDeque<PageIndex>,
+    /// Pages filled ahead of their use, nearest first, and the number of the entry; entries whose page moved on are
+    /// skipped.
+    ahead: VecDeque<(PageIndex, u32)>,
+    entries: u32,
     /// Pages with a frame.
     pub(crate) held: u32,
-    /// Uses since pressure last lowered the watermark.
+    /// Releases since the watermark last fell, or a frame had to be taken for a window that was not overfull.
     pub(crate) calm: u32,
+    /// A page was given up before a use that was planned for it.
+    pub(crate) lost_plan: bool,
     /// Being removed: every page leaves as soon as it can.
     pub(crate) closing: bool,
 }
@@ -88,7 +92,7 @@ impl Vbar {
             serial: Serial(0),
             upcoming: 0,
             queued: false,
-            demanded: false,
+            entry: 0,
         };
         Vbar {
             spec,
@@ -98,8 +102,10 @@ impl Vbar {
             floor: 0,
             resident: RankSet::new(spec.pages),
             ahead: VecDeque::new(),
+            entries: 0,
             held: 0,
             calm: 0,
+            lost_plan: false,
             closing: false,
         }
     }
@@ -139,10 +145,53 @@ impl Vbar {
         }
     }
 
-    /// Drops entries at the front of the read-ahead queue whose page was used or given up meanwhile.
-    pub(crate) fn trim_ahead(&mut self) {
-        while self.ahead.front().is_some_and(|&page| self.place(page) != Place::Ahead) {
+    /// A filled page waits for its use, after those that wait already.
+    pub(crate) fn push_ahead(&mut self, page: PageIndex) {
+        while self.ahead.front().is_some_and(|&entry| !self.is_current(entry)) {
             self.ahead.pop_front();
         }
+        self.entries = self.entries.wrapping_add(1);
+        let number = self.entries;
+        let entry = self.page(page);
+        (entry.place, entry.entry) = (Place::Ahead, number);
+        self.ahead.push_back((page, number));
+    }
+
+    /// Takes the page that waits for the farthest use out of the queue.
+    pub(crate) fn pop_ahead(&mut self) -> Option<PageIndex> {
+        while let Some(entry) = self.ahead.pop_back() {
+            if self.is_current(entry) {
+                return Some(entry.0);
+            }
+        }
+        None
+    }
+
+    fn is_current(&self, (page, number): (PageIndex, u32)) -> bool {
+        let page = &self.pages[page.as_usize()];
+        page.place == Place::Ahead && page.entry == number
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_that_wait_again_and_again_leave_no_trail() {
+        let order = RankOrder::Address;
+        let spec = VbarSpec { pages: 2, page_size: Bytes::mib(2), order, mode: Mode::Streamed, window: 2 };
+        let mut vbar = Vbar::new(spec);
+        for n in 0..1000 {
+            let page = PageIndex(n % 2);
+            vbar.push_ahead(page);
+            vbar.page(page).place = Place::InUse;
+            vbar.push_ahead(page);
+        }
+        assert!(vbar.ahead.len() <= 4, "{} entries for two pages", vbar.ahead.len());
+        assert_eq!(
+            [vbar.pop_ahead(), vbar.pop_ahead(), vbar.pop_ahead()],
+            [Some(PageIndex(1)), Some(PageIndex(0)), None]
+        );
     }
 }

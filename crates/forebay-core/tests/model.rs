@@ -63,6 +63,10 @@ enum Event {
     MakeRoom {
         units: u8,
     },
+    Discard {
+        vbar: u8,
+        page: u8,
+    },
     FreeFrom {
         vbar: u8,
         units: u8,
@@ -124,6 +128,7 @@ fn event() -> impl Strategy<Value = Event> {
         2 => vbar.clone().prop_map(|vbar| Event::Deprioritize { vbar }),
         5 => (0u8..50).prop_map(|units| Event::SetBudget { units }),
         2 => (0u8..12).prop_map(|units| Event::MakeRoom { units }),
+        2 => (vbar.clone(), page.clone()).prop_map(|(vbar, page)| Event::Discard { vbar, page }),
         2 => (vbar.clone(), 0u8..12).prop_map(|(vbar, units)| Event::FreeFrom { vbar, units }),
         3 => (vbar.clone(), 0u8..26).prop_map(|(vbar, rank)| Event::SetFloor { vbar, rank }),
         3 => (vbar.clone(), 0u8..26).prop_map(|(vbar, rank)| Event::LowerWatermark { vbar, rank }),
@@ -189,6 +194,7 @@ fn run(world: &mut World, event: &Event) -> Checked {
         Event::Deprioritize { vbar } => world.deprioritize(id(vbar)),
         Event::SetBudget { units } => world.set_budget(UNIT * u64::from(units)),
         Event::MakeRoom { units } => world.make_room(UNIT * u64::from(units)),
+        Event::Discard { vbar, page: n } => world.discard(page(world, vbar, n)),
         Event::FreeFrom { vbar, units } => world.free_from(id(vbar), UNIT * u64::from(units)),
         Event::SetFloor { vbar, rank } => world.set_floor(id(vbar), rank.into()),
         Event::LowerWatermark { vbar, rank } => world.lower_watermark(id(vbar), rank.into()),
@@ -256,14 +262,14 @@ fn cases(cases: u32) -> ProptestConfig {
 }
 
 proptest! {
-    #![proptest_config(cases(6000))]
+    #![proptest_config(cases(12_000))]
 
     #[test]
     fn every_promise_holds_whatever_happens(
         specs in prop::collection::vec(spec(), 1..4),
         budget in 1u8..50,
         eager in any::<bool>(),
-        events in prop::collection::vec(event(), 1..60),
+        events in prop::collection::vec(event(), 1..120),
         last in prop::collection::vec(0u8..24, 1..=6),
     ) {
         check(specs, budget, eager, events, last).map_err(TestCaseError::fail)?;

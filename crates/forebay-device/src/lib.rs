@@ -69,12 +69,29 @@ impl DeviceAddr {
 pub struct FrameHandle(pub u64);
 
 /// A stream, by the driver's own handle (`CUstream`; on the host backend a number of its own).
+///
+/// Streams of a [`Device`] exist as long as it does, so a handle that somebody kept does no harm.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct StreamHandle(pub u64);
+pub struct StreamHandle(u64);
 
 impl StreamHandle {
     /// CUDA: the legacy default stream. Host: the calling thread itself, where work is done before the call returns.
     pub const DEFAULT: StreamHandle = StreamHandle(0);
+
+    /// A stream that was made elsewhere, by PyTorch say.
+    ///
+    /// # Safety
+    /// It is a stream of the device it is used with, and exists as long as anything remembers the handle: a model whose
+    /// weights were used on it remembers it until the model is detached and its last view is gone. (PyTorch's own streams
+    /// exist for ever.)
+    pub const unsafe fn from_raw(raw: u64) -> Self {
+        StreamHandle(raw)
+    }
+
+    /// The plain number.
+    pub const fn get(self) -> u64 {
+        self.0
+    }
 }
 
 /// An event, by the backend's own handle.
@@ -143,14 +160,11 @@ pub trait Device: Send + Sync + fmt::Debug {
     /// The range consists of whole mapped frames, and no work that touches it is pending or running.
     unsafe fn unmap(&self, addr: DeviceAddr, size: Bytes) -> Result<()>;
 
-    /// Makes a stream that does not synchronise with the default stream.
-    fn create_stream(&self) -> Result<StreamHandle>;
+    /// A stream that does not synchronise with the default stream and is nobody else's until it is given back.
+    fn take_stream(&self) -> Result<StreamHandle>;
 
-    /// Destroys a stream; work on it still completes.
-    ///
-    /// # Safety
-    /// The stream came from [`create_stream`](Device::create_stream) and is not used again.
-    unsafe fn destroy_stream(&self, stream: StreamHandle) -> Result<()>;
+    /// Gives a stream from [`take_stream`](Device::take_stream) back, to be taken again. Work on it still completes.
+    fn give_back_stream(&self, stream: StreamHandle) -> Result<()>;
 
     /// Makes an event (no timing, blocking host waits). One that was never recorded counts as complete.
     fn create_event(&self) -> Result<EventHandle>;

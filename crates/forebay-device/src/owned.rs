@@ -102,13 +102,13 @@ impl Stream {
     /// Makes a stream.
     ///
     /// # Errors
-    /// What [`Device::create_stream`] reports.
+    /// What [`Device::take_stream`] reports.
     pub fn new(device: Arc<dyn Device>) -> Result<Self> {
-        let handle = device.create_stream()?;
+        let handle = device.take_stream()?;
         Ok(Stream { device, handle })
     }
 
-    /// The driver's handle, alive as long as this value lives.
+    /// The driver's handle. After this value it may be somebody else's.
     pub fn handle(&self) -> StreamHandle {
         self.handle
     }
@@ -116,9 +116,7 @@ impl Stream {
 
 impl Drop for Stream {
     fn drop(&mut self) {
-        // SAFETY: the handle came from `create_stream` of this device and is given back once, here.
-        let destroyed = unsafe { self.device.destroy_stream(self.handle) };
-        report(&*self.device, "stream", destroyed);
+        report(&*self.device, "stream", self.device.give_back_stream(self.handle));
     }
 }
 

@@ -38,7 +38,7 @@ pub(crate) struct NaiveVbar {
     pub(crate) pages: Vec<Page>,
     pub(crate) floor: u32,
     pub(crate) closing: bool,
-    /// Releases told since its watermark last fell.
+    /// Releases told since its watermark last fell or memory was short.
     pub(crate) calm: u32,
     /// Streamed frames when the decision that is under way began.
     pub(crate) streamed_before: u32,
@@ -67,6 +67,7 @@ pub(crate) enum Asked {
     /// The page may leave for good, then what is over the budget.
     Leave(PageRef),
     FreeFrom(VbarId),
+    Discard(PageRef),
     LowerTo(VbarId, u32),
     Close(VbarId),
 }
@@ -83,6 +84,8 @@ pub(crate) struct Books {
     pub(crate) undoing: bool,
     /// Pages of which the call under way took, or tried to take, the frame.
     pub(crate) tried: Vec<PageRef>,
+    /// Those of them that were kept ones.
+    pub(crate) unkept: Vec<PageRef>,
     pub(crate) wrong: Vec<String>,
     clock: u64,
 }
@@ -96,6 +99,7 @@ impl Books {
             given: 0,
             undoing: false,
             tried: Vec::new(),
+            unkept: Vec::new(),
             wrong: Vec::new(),
             clock: 0,
         }
@@ -120,6 +124,7 @@ impl Books {
         self.given = 0;
         self.undoing = false;
         self.tried.clear();
+        self.unkept.clear();
         self.note_streamed();
     }
 
@@ -186,6 +191,19 @@ impl Books {
         }
     }
 
+    /// A frame is taken for a VBAR that streams through no more than its window: that is no calm.
+    fn note_pressure(&mut self) {
+        let id = match &self.asked {
+            Asked::Demand(pages) if !self.undoing => pages[0].vbar,
+            Asked::Plan(page) => page.vbar,
+            _ => return,
+        };
+        let vbar = self.vbar_mut(id);
+        if vbar.streamed_before <= vbar.spec.window {
+            vbar.calm = 0;
+        }
+    }
+
     /// A page that has no frame is mapped; any other changes its flag.
     fn flag(&mut self, page: PageRef, streamed: bool) -> bool {
         let entry = self.page_mut(page);
@@ -219,6 +237,10 @@ impl Pins for Books {
 
     fn claim(&mut self, page: PageRef) -> bool {
         self.tried.push(page);
+        let vbar = self.vbar(page.vbar);
+        if vbar.kept(self.page(page)) {
+            self.unkept.push(page);
+        }
         if self.page(page).pins > 0 {
             return false;
         }
@@ -228,6 +250,7 @@ impl Pins for Books {
             let asked = &self.asked;
             self.wrong.push(format!("{asked:?} took {page} ({standing:?}), which is none of {allowed:?}"));
         }
+        self.note_pressure();
         self.page_mut(page).backed = false;
         self.note_streamed();
         true

@@ -100,6 +100,10 @@ impl Engine {
     }
 
     fn read_ahead(&mut self, model: &mut Model) -> Checked {
+        let lost = self.world.policy.lost_plans(model.id);
+        while lost && let Some(page) = model.schedule.unplan_last() {
+            self.world.unplan(page_at(model.id, page))?;
+        }
         while let Some(page) = model.schedule.plan_next() {
             if !self.world.plan(page_at(model.id, page))? {
                 model.schedule.unplan_last();

@@ -17,6 +17,8 @@ impl Books {
             Asked::Pressure => self.any(),
             Asked::Leave(page) if self.must_leave(*page) => vec![*page],
             Asked::Leave(_) => self.any(),
+            Asked::Discard(page) if self.evictable(*page) => vec![*page],
+            Asked::Discard(_) => vec![],
             Asked::FreeFrom(id) => self.highest(*id, self.vbar(*id).floor),
             Asked::LowerTo(id, rank) => self.highest(*id, *rank),
             Asked::Close(id) => self.pages_of(*id).filter(|&page| self.evictable(page)).collect(),

@@ -94,6 +94,8 @@ impl World {
                 let own_watermark_fell = self.books.tried.iter().any(|page| page.vbar == pages[0].vbar);
                 let mut left = self.books.victims_for(*failed.expect("a refused page"));
                 left.retain(|page| !pages.contains(page));
+                let kept = failed.is_some_and(|&page| self.policy.is_kept(page));
+                ensure!(!kept, "a page was refused that is below the watermark");
                 ensure!(own_watermark_fell || left.is_empty(), "refused, while {left:?} could have gone");
                 Ok(())
             }
@@ -142,13 +144,18 @@ impl World {
 
     fn released(&mut self, page: PageRef) -> Checked {
         let before = self.policy.watermark(page.vbar).0;
+        let unused = self.budget.saturating_sub(self.ledger.held()) + self.ledger.free();
+        let frames =
+            u64::from(self.policy.held_pages(page.vbar)) + unused.get() / self.books.size(page).get();
         self.books.vbar_mut(page.vbar).calm += 1;
         self.call(Asked::Leave(page), |policy, books, out| policy.released(page, books, out))?;
         let (now, vbar) = (self.policy.watermark(page.vbar).0, self.books.vbar(page.vbar));
         ensure!(now <= before + 1, "one release raised the watermark from {before} to {now}");
         if now > before {
             ensure!(vbar.spec.mode == Mode::Streamed && !vbar.closing, "this watermark may not rise");
-            ensure!(vbar.calm > CALM, "the watermark rose {} releases after it fell", vbar.calm);
+            ensure!(vbar.calm > CALM, "the watermark rose after {} calm releases", vbar.calm);
+            let wanted = (now + vbar.spec.window).min(vbar.spec.pages);
+            ensure!(frames >= wanted.into(), "the watermark rose to {now}, with {frames} frames to be had");
         }
         Ok(())
     }
@@ -244,6 +251,12 @@ impl World {
         ensure!(before - self.policy.held() >= freed, "{freed} reported, {} before", before);
         let left = self.books.victims();
         ensure!(freed >= want || left.is_empty(), "{freed} of {want} freed, while {left:?} could have gone");
+        Ok(())
+    }
+
+    pub(crate) fn discard(&mut self, page: PageRef) -> Checked {
+        self.call(Asked::Discard(page), |policy, books, out| policy.discard(page, books, out))?;
+        ensure!(!self.books.evictable(page), "{page} was discarded and is there");
         Ok(())
     }
 
@@ -353,6 +366,11 @@ impl World {
             if now < before {
                 self.books.vbar_mut(id).calm = 0;
             }
+        }
+        for &page in &self.books.unkept {
+            let (rank, now) = (self.books.rank(page), self.policy.watermark(page.vbar).0);
+            let by_pressure = !matches!(self.books.asked, Asked::Discard(_));
+            ensure!(now <= rank || !by_pressure, "{page} of rank {rank} went, the watermark stayed at {now}");
         }
         for command in out {
             let (books, held) = (&self.books, self.ledger.held());

@@ -34,6 +34,8 @@ pub struct CudaDevice {
     /// Where the driver's allocation begins, by the first byte handed out, for pinned buffers that it did not align.
     /// A leaf: no driver call is made under it.
     padded: Mutex<HashMap<usize, Padded>>,
+    /// Streams given back. A leaf like `padded`.
+    idle_streams: Mutex<Vec<StreamHandle>>,
 }
 
 /// The start of an allocation of pinned host memory.
@@ -65,7 +67,7 @@ impl CudaDevice {
             PrimaryContext::retain(driver, device).map_err(|code| no_context(driver, &name, code))?;
         let granularity = granularity_of(driver, &context, device)?;
         tracing::debug!(%info, %granularity, "opened");
-        Ok(Arc::new(CudaDevice { driver, context, device, info, granularity, padded: Mutex::default() }))
+        Ok(Arc::new(CudaDevice { driver, context, device, info, granularity, padded: Mutex::default(), idle_streams: Mutex::default() }))
     }
 
     /// What the driver says of the GPU.
@@ -120,7 +122,7 @@ impl CudaDevice {
     }
 
     fn check_stream(&self, call: &'static str, code: Code, stream: StreamHandle) -> Result<()> {
-        self.driver.check(call, code, || format!("stream {:#x}", stream.0))
+        self.driver.check(call, code, || format!("stream {:#x}", stream.get()))
     }
 }
 
@@ -215,20 +217,22 @@ impl Device for CudaDevice {
         self.check_range("cuMemUnmap", code, addr, size)
     }
 
-    fn create_stream(&self) -> Result<StreamHandle> {
+    fn take_stream(&self) -> Result<StreamHandle> {
+        if let Some(stream) = self.idle_streams.lock().pop() {
+            return Ok(stream);
+        }
         let _current = self.context.enter()?;
         let mut stream = 0;
         // SAFETY: the result has a place to go.
         let code = unsafe { (self.table().stream_create)(&mut stream, STREAM_NON_BLOCKING) };
         self.driver.check("cuStreamCreate", code, || "a stream of its own".to_owned())?;
-        Ok(StreamHandle(stream))
+        // SAFETY: a stream of this device, which destroys it only with itself.
+        Ok(unsafe { StreamHandle::from_raw(stream) })
     }
 
-    unsafe fn destroy_stream(&self, stream: StreamHandle) -> Result<()> {
-        let _current = self.context.enter()?;
-        // SAFETY: a stream of this device that is not used again, by the contract of this call.
-        let code = unsafe { (self.table().stream_destroy)(stream.0) };
-        self.check_stream("cuStreamDestroy", code, stream)
+    fn give_back_stream(&self, stream: StreamHandle) -> Result<()> {
+        self.idle_streams.lock().push(stream);
+        Ok(())
     }
 
     fn create_event(&self) -> Result<EventHandle> {
@@ -250,14 +254,14 @@ impl Device for CudaDevice {
     unsafe fn record(&self, event: EventHandle, stream: StreamHandle) -> Result<()> {
         let _current = self.context.enter()?;
         // SAFETY: both are alive, by the contract of this call.
-        let code = unsafe { (self.table().event_record)(event.0, stream.0) };
+        let code = unsafe { (self.table().event_record)(event.0, stream.get()) };
         self.check_stream("cuEventRecord", code, stream)
     }
 
     unsafe fn wait(&self, stream: StreamHandle, event: EventHandle) -> Result<()> {
         let _current = self.context.enter()?;
         // SAFETY: both are alive, by the contract of this call.
-        let code = unsafe { (self.table().stream_wait_event)(stream.0, event.0, 0) };
+        let code = unsafe { (self.table().stream_wait_event)(stream.get(), event.0, 0) };
         self.check_stream("cuStreamWaitEvent", code, stream)
     }
 
@@ -307,7 +311,7 @@ impl Device for CudaDevice {
         let _current = self.context.enter()?;
         // SAFETY: both sides stay valid until the copy has completed, by the contract of this call.
         let code =
-            unsafe { (self.table().memcpy_to_device)(dst.get(), src.cast(), len.as_usize(), stream.0) };
+            unsafe { (self.table().memcpy_to_device)(dst.get(), src.cast(), len.as_usize(), stream.get()) };
         self.check_range("cuMemcpyHtoDAsync", code, dst, len)
     }
 
@@ -320,7 +324,7 @@ impl Device for CudaDevice {
     ) -> Result<()> {
         let _current = self.context.enter()?;
         // SAFETY: both sides stay valid until the copy has completed, by the contract of this call.
-        let code = unsafe { (self.table().memcpy_to_host)(dst.cast(), src.get(), len.as_usize(), stream.0) };
+        let code = unsafe { (self.table().memcpy_to_host)(dst.cast(), src.get(), len.as_usize(), stream.get()) };
         self.check_range("cuMemcpyDtoHAsync", code, src, len)
     }
 }
@@ -351,4 +355,17 @@ fn no_context(driver: &Driver, device: &str, code: Code) -> DeviceError {
         ),
     };
     DeviceError::Unavailable { device: device.to_owned(), reason, remedy: remedy.to_owned() }
+}
+
+impl Drop for CudaDevice {
+    fn drop(&mut self) {
+        let Ok(_current) = self.context.enter() else { return };
+        for stream in std::mem::take(self.idle_streams.get_mut()) {
+            // SAFETY: made by this device, of which nothing is left that could use it.
+            let code = unsafe { (self.table().stream_destroy)(stream.get()) };
+            if let Err(error) = self.check_stream("cuStreamDestroy", code, stream) {
+                tracing::debug!(%error, "a stream went with its device");
+            }
+        }
+    }
 }

@@ -178,12 +178,12 @@ impl Device for HostDevice {
         self.memory.lock().unmap(addr, size)
     }
 
-    fn create_stream(&self) -> Result<StreamHandle> {
-        self.streams.create()
+    fn take_stream(&self) -> Result<StreamHandle> {
+        self.streams.take()
     }
 
-    unsafe fn destroy_stream(&self, stream: StreamHandle) -> Result<()> {
-        self.streams.destroy(stream)
+    fn give_back_stream(&self, stream: StreamHandle) -> Result<()> {
+        self.streams.give_back(stream)
     }
 
     fn create_event(&self) -> Result<EventHandle> {

@@ -24,10 +24,10 @@ pub(super) struct Streams {
 
 #[derive(Debug, Default)]
 struct Table {
+    /// Every stream there is.
     running: HashMap<StreamHandle, Worker>,
-    /// Destroyed streams whose threads may still be at work.
-    ending: Vec<JoinHandle<()>>,
-    made: u64,
+    /// Those that were given back.
+    idle: Vec<StreamHandle>,
 }
 
 struct Worker {
@@ -37,18 +37,21 @@ struct Worker {
 }
 
 impl Streams {
-    pub(super) fn create(&self) -> Result<StreamHandle> {
-        self.reap();
+    /// A stream that was given back, or a new one.
+    pub(super) fn take(&self) -> Result<StreamHandle> {
+        let mut table = self.table.lock();
+        if let Some(stream) = table.idle.pop() {
+            return Ok(stream);
+        }
         let (queue, work) = mpsc::channel();
         let lost = Arc::clone(&self.lost);
-        let mut table = self.table.lock();
-        table.made += 1;
-        let handle = StreamHandle(table.made);
+        // SAFETY: a number that only this table gives a meaning to; the stream runs until the device goes.
+        let handle = unsafe { StreamHandle::from_raw(table.running.len() as u64 + 1) };
         let thread = thread::Builder::new()
-            .name(format!("forebay-host-{}", handle.0))
+            .name(format!("forebay-host-{}", handle.get()))
             .spawn(move || run(&work, &lost))
             .map_err(|error| DeviceError::System {
-                call: "create_stream",
+                call: "take_stream",
                 errno: error.raw_os_error().unwrap_or_default(),
                 error: error.to_string(),
                 context: format!("a thread beside those of {} other streams", table.running.len()),
@@ -57,13 +60,12 @@ impl Streams {
         Ok(handle)
     }
 
-    pub(super) fn destroy(&self, stream: StreamHandle) -> Result<()> {
-        self.reap();
+    pub(super) fn give_back(&self, stream: StreamHandle) -> Result<()> {
         let mut table = self.table.lock();
-        let Worker { queue, thread } =
-            table.running.remove(&stream).ok_or_else(|| unknown("destroy_stream", stream))?;
-        drop(queue);
-        table.ending.push(thread);
+        if !table.running.contains_key(&stream) || table.idle.contains(&stream) {
+            return Err(unknown("give_back_stream", stream));
+        }
+        table.idle.push(stream);
         Ok(())
     }
 
@@ -101,20 +103,14 @@ impl Streams {
             }),
         }
     }
-
-    /// Collects threads that have ended; their stacks stay until then.
-    fn reap(&self) {
-        let ended: Vec<_> = self.table.lock().ending.extract_if(.., |thread| thread.is_finished()).collect();
-        ended.into_iter().for_each(join);
-    }
 }
 
 impl Drop for Streams {
     /// Ends all work: the memory it touches goes next.
     fn drop(&mut self) {
-        let Table { running, ending, .. } = std::mem::take(self.table.get_mut());
+        let Table { running, .. } = std::mem::take(self.table.get_mut());
         // All queues close before the first wait: one stream may be waiting for another.
-        let threads: Vec<_> = running.into_values().map(|worker| worker.thread).chain(ending).collect();
+        let threads: Vec<_> = running.into_values().map(|worker| worker.thread).collect();
         threads.into_iter().for_each(join);
     }
 }
@@ -145,5 +141,5 @@ fn join(thread: JoinHandle<()>) {
 }
 
 fn unknown(call: &'static str, stream: StreamHandle) -> DeviceError {
-    DeviceError::invalid(call, format!("no stream {}", stream.0))
+    DeviceError::invalid(call, format!("no stream {}", stream.get()))
 }
