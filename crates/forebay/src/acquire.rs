@@ -45,37 +45,104 @@ pub(crate) enum Above {
     Refuse,
 }
 
+/// What a look without the lock found.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Found {
+    /// Every page is pinned and its bytes are there.
+    Ready,
+    /// Every page is pinned, its bytes there or on their way in the copy stream.
+    Pending,
+    /// Nothing is pinned.
+    Missing,
+}
+
+/// Where pages were used between their pin and its end.
+#[derive(Clone, Copy)]
+pub(crate) enum Used {
+    /// On this stream.
+    On(StreamHandle),
+    /// On any stream that the VBAR knows.
+    Anywhere,
+    /// Not at all.
+    Nowhere,
+}
+
 impl Shared {
     /// Pins every page of the spans, once for each time it occurs, and orders `how.stream` behind their fills.
-    /// `false` when refused.
+    /// `false` when refused. `note` is called once, as soon as the pages are pinned: a use that was noted earlier would
+    /// count as past while its pages can still be taken.
     pub(crate) fn acquire<V: AsRef<Vbar>>(
         &self,
         spans: &[Span<V>],
         how: Use<'_>,
         above: Above,
+        note: impl FnOnce(),
     ) -> Result<bool> {
-        self.know_stream(how.stream);
-        if self.try_fast(spans) {
-            self.operations.fetch_add(1, Ordering::Relaxed);
+        spans.iter().for_each(|span| span.vbar.as_ref().streams.know(how.stream));
+        let start = Instant::now();
+        let found = self.begin(spans);
+        let was_filled = found != Found::Missing;
+        let pending = match found {
+            Found::Ready => {
+                note();
+                return Ok(true);
+            }
+            Found::Pending => {
+                note();
+                let pages: Vec<(&Vbar, u32)> = spans.iter().flat_map(Span::pages).collect();
+                let pending = self.pending(&mut self.state.lock(), &pages);
+                Some(pending.inspect_err(|_| self.release(spans, Used::Nowhere))?)
+            }
+            Found::Missing => self.acquire_slow(spans, how, above, note)?,
+        };
+        let Some(pending) = pending else { return Ok(false) };
+        if was_filled && pending.is_empty() {
             return Ok(true);
         }
-        let start = Instant::now();
-        let granted = self.acquire_slow(spans, how, above)?;
-        if let (true, Some(span)) = (granted, spans.first()) {
-            span.vbar.as_ref().counters.waited(start.elapsed());
-            self.operations.fetch_add(1, Ordering::Relaxed);
+        for event in &pending {
+            // SAFETY: a stream exists as long as anything remembers its handle.
+            if let Err(error) = unsafe { event.wait_on(how.stream) } {
+                self.release(spans, Used::Nowhere);
+                return Err(error.into());
+            }
         }
-        Ok(granted)
+        if let Some(span) = spans.first() {
+            span.vbar.as_ref().counters.waited(start.elapsed());
+        }
+        Ok(true)
     }
 
-    /// Takes the pins of [`acquire`](Shared::acquire) back. `stream` is where the pages were used; without one they may
-    /// have been used on any stream the engine knows.
-    pub(crate) fn release<V: AsRef<Vbar>>(&self, spans: &[Span<V>], stream: Option<StreamHandle>) {
-        self.operations.fetch_sub(1, Ordering::Relaxed);
-        self.unpin(spans, stream);
+    /// Pins every page of the spans if all are there.
+    pub(crate) fn acquire_now<V: AsRef<Vbar>>(&self, spans: &[Span<V>], stream: StreamHandle) -> bool {
+        spans.iter().for_each(|span| span.vbar.as_ref().streams.know(stream));
+        match self.begin(spans) {
+            Found::Ready => true,
+            Found::Pending => {
+                self.release(spans, Used::Nowhere);
+                false
+            }
+            Found::Missing => false,
+        }
     }
 
-    pub(crate) fn unpin<V: AsRef<Vbar>>(&self, spans: &[Span<V>], stream: Option<StreamHandle>) {
+    /// Begins an operation if its pages are filled.
+    fn begin<V: AsRef<Vbar>>(&self, spans: &[Span<V>]) -> Found {
+        // Counted before the first pin and until after the last: who waits for pins sees whose they are.
+        self.operations.fetch_add(1, Ordering::AcqRel);
+        let found = self.try_fast(spans);
+        if found == Found::Missing {
+            self.operations.fetch_sub(1, Ordering::AcqRel);
+        }
+        found
+    }
+
+    /// Ends an operation: takes the pins of [`acquire`](Shared::acquire) back.
+    pub(crate) fn release<V: AsRef<Vbar>>(&self, spans: &[Span<V>], used: Used) {
+        self.unpin(spans, used);
+        self.operations.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    pub(crate) fn unpin<V: AsRef<Vbar>>(&self, spans: &[Span<V>], used: Used) {
         let mut streamed: Vec<(&Vbar, u32)> = Vec::new();
         let mut last_of_streamed: Vec<PageRef> = Vec::new();
         for (vbar, page) in spans.iter().flat_map(Span::pages) {
@@ -94,10 +161,11 @@ impl Shared {
         let mut state = self.state.lock();
         let pages: Vec<PageRef> = streamed.iter().map(|(vbar, page)| vbar.page_ref(*page)).collect();
         let mut gone = Vec::new();
-        // A closed and emptied VBAR has no book any more, but then it had no pins either: these pages have books.
-        match stream {
-            Some(stream) => state.books.used_until_now(&pages, stream),
-            None => pages.iter().for_each(|&page| state.books.used_somewhere(page)),
+        // These pages are still pinned, so their VBARs have books.
+        match used {
+            Used::On(stream) => state.books.used_until_now(&pages, stream),
+            Used::Anywhere => pages.iter().for_each(|&page| state.books.used_somewhere(page)),
+            Used::Nowhere => {}
         }
         for (vbar, page) in streamed {
             if vbar.cell(page).unpin().is_some_and(|now| now.pins() == 0) {
@@ -114,43 +182,60 @@ impl Shared {
         self.changed.notify_all();
     }
 
-    /// Pins filled pages whose bytes are there; all or none.
-    fn try_fast<V: AsRef<Vbar>>(&self, spans: &[Span<V>]) -> bool {
-        let mut pinned = 0;
-        for (vbar, page) in spans.iter().flat_map(Span::pages) {
-            let seen = vbar.cell(page).try_pin();
-            pinned += u32::from(seen.is_some());
-            if !seen.is_some_and(|seen| seen.is_ready()) {
-                self.unpin_first(spans, pinned);
-                return false;
+    /// Pins filled pages; all or none.
+    fn try_fast<V: AsRef<Vbar>>(&self, spans: &[Span<V>]) -> Found {
+        if spans.iter().any(|span| span.vbar.as_ref().closed.load(Ordering::Acquire)) {
+            return Found::Missing;
+        }
+        let mut found = Found::Ready;
+        for (pinned, (vbar, page)) in (0..).zip(spans.iter().flat_map(Span::pages)) {
+            match vbar.cell(page).try_pin() {
+                Some(seen) if seen.is_ready() => {}
+                Some(_) => found = Found::Pending,
+                None => {
+                    self.unpin_first(spans, pinned);
+                    return Found::Missing;
+                }
             }
         }
-        true
+        found
     }
 
-    /// Takes the first `count` pins of a try back. Nothing was enqueued meanwhile that reads the pages.
+    /// Takes the first `count` pins of a try back.
     fn unpin_first<V: AsRef<Vbar>>(&self, spans: &[Span<V>], count: u32) {
         let mut left = count;
         for span in spans {
             let len = (span.last - span.first + 1).min(left);
             if len > 0 {
                 let part = Span { vbar: span.vbar.as_ref(), first: span.first, last: span.first + len - 1 };
-                self.unpin(&[part], None);
+                self.unpin(&[part], Used::Nowhere);
             }
             left -= len;
         }
     }
 
-    fn acquire_slow<V: AsRef<Vbar>>(&self, spans: &[Span<V>], how: Use<'_>, above: Above) -> Result<bool> {
+    /// Returns the events of the fills that are still pending, or `None` when refused.
+    fn acquire_slow<V: AsRef<Vbar>>(
+        &self,
+        spans: &[Span<V>],
+        how: Use<'_>,
+        above: Above,
+        note: impl FnOnce(),
+    ) -> Result<Option<Vec<Arc<Event>>>> {
+        let mut note = Some(note);
         let pages: Vec<(&Vbar, u32)> = spans.iter().flat_map(Span::pages).collect();
         let mut distinct: Vec<PageRef> = pages.iter().map(|(vbar, page)| vbar.page_ref(*page)).collect();
         distinct.sort_unstable();
         distinct.dedup();
         let mut wait = Wait::new(how);
         let mut state = self.state.lock();
-        let pending = loop {
+        loop {
             if !self.demand(&mut state, spans, &distinct, above, &mut wait)? {
-                return Ok(false);
+                return Ok(None);
+            }
+            self.operations.fetch_add(1, Ordering::AcqRel);
+            if let Some(note) = note.take() {
+                note();
             }
             // Pages that occur twice are pinned twice, as they will be released.
             let mut seen: Vec<PageRef> = Vec::with_capacity(distinct.len());
@@ -163,23 +248,18 @@ impl Shared {
                 }
             }
             match self.wait_for_fills(&mut state, &pages, &mut wait) {
-                Ok(Some(pending)) => break pending,
-                Ok(None) => self.give_up(&mut state, spans),
+                Ok(true) => {
+                    let pending = self.pending(&mut state, &pages);
+                    drop(state);
+                    return pending.map(Some).inspect_err(|_| self.release(spans, Used::Nowhere));
+                }
+                Ok(false) => self.give_up(&mut state, spans),
                 Err(error) => {
                     self.give_up(&mut state, spans);
                     return Err(error);
                 }
             }
-        };
-        drop(state);
-        for event in pending {
-            // SAFETY: the caller keeps the stream alive for the time of the use.
-            if let Err(error) = unsafe { event.wait_on(how.stream) } {
-                self.unpin(spans, None);
-                return Err(error.into());
-            }
         }
-        Ok(true)
     }
 
     /// Asks the policy until it grants the pages. `false` when refused.
@@ -196,19 +276,19 @@ impl Shared {
             state.take_in_uses();
             for span in spans {
                 let vbar = span.vbar.as_ref();
-                match state.books.vbars.get(&vbar.id) {
-                    Some(book) if !book.closing => {}
-                    _ => return Err(State::detached(&vbar.name, self.id)),
+                if !state.is_open(vbar.id) {
+                    return Err(State::detached(&vbar.name, self.id));
                 }
                 if vbar.layout.is_some() {
                     state.policy.touch(vbar.id);
                 }
             }
-            let reserved = self.reserved_beside(spans);
+            let reserved = self.reserved_beside(state, distinct);
             let outcome = state.decide(|policy, books, out| policy.demand(distinct, reserved, books, out));
             self.work.notify_one();
             match outcome {
                 Outcome::Granted => return Ok(true),
+                Outcome::TooLarge { .. } if wait.looks_again(self, state) => {}
                 Outcome::Refused if above == Above::Refuse => return Ok(false),
                 Outcome::TooLarge { .. } if above == Above::Refuse => return Ok(false),
                 Outcome::TooLarge { needed } => {
@@ -221,13 +301,12 @@ impl Shared {
     }
 
     /// Pages pinned for good are counted once, also where the operation itself asks for them.
-    fn reserved_beside<V: AsRef<Vbar>>(&self, spans: &[Span<V>]) -> Bytes {
-        let own = spans
-            .iter()
-            .flat_map(Span::pages)
-            .filter(|(vbar, page)| vbar.layout.as_ref().is_some_and(|layout| *page < layout.small_pages));
-        let own: Bytes = own.map(|(vbar, _)| vbar.page_size).sum();
-        self.reserved().saturating_sub(own)
+    fn reserved_beside(&self, state: &State, distinct: &[PageRef]) -> Bytes {
+        let own = distinct.iter().map(|page| match state.books.vbars.get(&page.vbar) {
+            Some(book) if page.page.0 < book.vbar.reserved.load(Ordering::Acquire) => book.vbar.page_size,
+            _ => Bytes::ZERO,
+        });
+        self.reserved().saturating_sub(own.sum())
     }
 
     fn wait_for_room(
@@ -236,7 +315,7 @@ impl Shared {
         distinct: &[PageRef],
         wait: &mut Wait<'_>,
     ) -> Result<()> {
-        let operations = self.operations.load(Ordering::Relaxed);
+        let operations = self.operations.load(Ordering::Acquire);
         let busy = operations > 0 || !state.is_settled();
         let patience = if busy { PATIENCE } else { VIEW_PATIENCE };
         if wait.elapsed() > patience {
@@ -262,14 +341,14 @@ impl Shared {
         }
     }
 
-    /// Waits until every page's copies are enqueued and returns the events that are still pending; `None` when a page
-    /// was lost on the way without an error (no frame could be made for it), and the demand is to be made again.
+    /// Waits until every page's copies are enqueued. `false` when a page was lost on the way without an error (no frame
+    /// could be made for it), and the demand is to be made again.
     fn wait_for_fills(
         &self,
         state: &mut MutexGuard<'_, State>,
         pages: &[(&Vbar, u32)],
         wait: &mut Wait<'_>,
-    ) -> Result<Option<Vec<Arc<Event>>>> {
+    ) -> Result<bool> {
         loop {
             state.check()?;
             let mut waiting = false;
@@ -281,14 +360,18 @@ impl Shared {
                 let at = vbar.page_ref(*page);
                 if state.policy.state(at) == PageState::Absent {
                     let error = state.books.page(at).error.clone();
-                    return error.map_or(Ok(None), Err);
+                    return error.map_or(Ok(false), Err);
                 }
             }
             if !waiting {
-                break;
+                return Ok(true);
             }
             wait.for_change(self, state)?;
         }
+    }
+
+    /// The events of fills that are not complete, of pages that are pinned and filled.
+    fn pending(&self, state: &mut State, pages: &[(&Vbar, u32)]) -> Result<Vec<Arc<Event>>> {
         let mut pending = Vec::new();
         for (vbar, page) in pages {
             let cell = vbar.cell(*page);
@@ -307,12 +390,16 @@ impl Shared {
                 pending.push(Arc::clone(filled));
             }
         }
-        Ok(Some(pending))
+        Ok(pending)
     }
 
     /// Takes all pins of a demand back that came to nothing.
     fn give_up<V: AsRef<Vbar>>(&self, state: &mut MutexGuard<'_, State>, spans: &[Span<V>]) {
-        MutexGuard::unlocked(state, || self.unpin(spans, None));
+        MutexGuard::unlocked(state, || self.release(spans, Used::Nowhere));
+        // The model may have been detached meanwhile, and these pins may have been what kept it.
+        let gone: Vec<_> =
+            spans.iter().filter_map(|span| state.forget_if_gone(span.vbar.as_ref().id)).collect();
+        MutexGuard::unlocked(state, || drop(gone));
     }
 }
 
@@ -320,11 +407,13 @@ impl Shared {
 struct Wait<'a> {
     how: Use<'a>,
     since: Option<Instant>,
+    asked: Instant,
+    has_looked: bool,
 }
 
 impl<'a> Wait<'a> {
     fn new(how: Use<'a>) -> Self {
-        Wait { how, since: None }
+        Wait { how, since: None, asked: Instant::now(), has_looked: false }
     }
 
     fn elapsed(&self) -> Duration {
@@ -334,10 +423,20 @@ impl<'a> Wait<'a> {
     /// Waits until something changed, was interrupted, or a while has passed.
     fn for_change(&mut self, shared: &Shared, state: &mut MutexGuard<'_, State>) -> Result<()> {
         self.since.get_or_insert_with(Instant::now);
-        let timed_out = shared.changed.wait_for(state, INTERRUPT_POLL).timed_out();
-        if timed_out && MutexGuard::unlocked(state, || (self.how.interrupted)()) {
-            return Err(EngineError::Interrupted { device: shared.id });
+        shared.changed.wait_for(state, INTERRUPT_POLL);
+        // Other threads may change things all the time, so a wait that did not time out asks as well.
+        if self.asked.elapsed() >= INTERRUPT_POLL {
+            self.asked = Instant::now();
+            if MutexGuard::unlocked(state, || (self.how.interrupted)()) {
+                return Err(EngineError::Interrupted { device: shared.id });
+            }
         }
         Ok(())
+    }
+
+    /// Before a demand is refused, once: whether others have given memory back since it was looked at.
+    fn looks_again(&mut self, shared: &Shared, state: &mut State) -> bool {
+        !std::mem::replace(&mut self.has_looked, true)
+            && state.follow_memory(&*shared.device, Bytes::new(1)).unwrap_or(false)
     }
 }

@@ -6,8 +6,9 @@ use std::sync::atomic::Ordering;
 use forebay_core::{Bytes, PageState};
 use forebay_device::{DeviceAddr, StreamHandle};
 use forebay_store::{Source, read_rows};
+use parking_lot::Mutex;
 
-use crate::acquire::{Above, Use};
+use crate::acquire::{Above, Use, Used};
 use crate::engine::Engine;
 use crate::layout::{Class, Layout, Placed};
 use crate::stats::VbarStats;
@@ -21,7 +22,7 @@ pub struct Attachment {
     engine: Arc<Engine>,
     vbar: Arc<Vbar>,
     /// The always-resident region stays pinned as long as the model is attached.
-    small: Option<SmallPins>,
+    small: Mutex<Option<SmallPins>>,
 }
 
 /// The weights of an operation, pinned and in order with its stream. Dropping it releases them behind the work that
@@ -53,20 +54,19 @@ struct SmallPins {
 
 impl Attachment {
     pub(crate) fn new(engine: &Arc<Engine>, vbar: Arc<Vbar>) -> Result<Self> {
-        let mut attachment = Attachment { engine: Arc::clone(engine), vbar, small: None };
+        let attachment = Attachment { engine: Arc::clone(engine), vbar, small: Mutex::new(None) };
         let small_pages = attachment.layout().small_pages;
         if small_pages > 0 {
             let span = Span { vbar: Arc::clone(&attachment.vbar), first: 0, last: small_pages - 1 };
-            engine.shared().acquire(
-                std::slice::from_ref(&span),
-                Use::on(StreamHandle::DEFAULT),
-                Above::Fail,
-            )?;
+            // Nobody uses them now. The copy stream is the one that need not wait for its copies.
+            let nobody = Use::on(engine.shared().copy.lock().handle());
+            engine.shared().acquire(std::slice::from_ref(&span), nobody, Above::Fail, || {})?;
             // Not an operation: nobody is to wait for it to end.
             engine.shared().operations.fetch_sub(1, Ordering::Relaxed);
             let bytes = attachment.vbar.page_size * u64::from(small_pages);
             engine.shared().reserved.fetch_add(bytes.get(), Ordering::AcqRel);
-            attachment.small = Some(SmallPins { span, bytes });
+            attachment.vbar.reserved.store(small_pages, Ordering::Release);
+            *attachment.small.lock() = Some(SmallPins { span, bytes });
         }
         Ok(attachment)
     }
@@ -74,7 +74,8 @@ impl Attachment {
     /// Pins a weight for work on `how.stream`, which will see the weight's bytes at [`address`](Attachment::address).
     /// Waits where they are not on their way yet.
     ///
-    /// The stream must be alive until the model is detached: pages are unmapped behind what it has been given.
+    /// The engine remembers the stream until the model is detached and its views are dropped: pages are unmapped behind
+    /// what it has been given.
     ///
     /// # Errors
     /// [`EngineError::TooLarge`], [`EngineError::AllPinned`], [`EngineError::Source`], [`EngineError::Interrupted`], or
@@ -88,14 +89,8 @@ impl Attachment {
     /// # Errors
     /// As for `acquire`.
     pub fn view(&self, weight: usize, how: Use<'_>) -> Result<View> {
-        let placed = self.placed(weight)?;
-        let span = self.use_of(weight)?;
-        self.engine.shared().acquire(std::slice::from_ref(&span), how, Above::Fail)?;
-        // A view is no operation that will end soon.
-        self.engine.shared().operations.fetch_sub(1, Ordering::Relaxed);
-        self.engine.shared().views.fetch_add(1, Ordering::Relaxed);
-        let addr = self.vbar.base().offset(placed.offset);
-        Ok(View { engine: Arc::clone(&self.engine), span, addr, bytes: placed.bytes })
+        let mut views = self.engine.views(&[(self, weight)], how)?;
+        views.pop().ok_or_else(|| EngineError::Invalid(format!("no view of weight {weight}")))
     }
 
     /// Whether a table is to be acquired as a whole: it is resident, or everything before it fits as well. If not, its
@@ -166,12 +161,45 @@ impl Attachment {
 
     /// To the top of the priorities, with the watermark fully open.
     pub fn prioritize(&self) {
-        self.engine.shared().state.lock().policy.prioritize(self.vbar.id);
+        self.engine.prioritize(&self.vbar);
     }
 
     /// To the bottom of the priorities: its memory is taken first.
     pub fn deprioritize(&self) {
-        self.engine.shared().state.lock().policy.deprioritize(self.vbar.id);
+        self.engine.deprioritize(&self.vbar);
+    }
+
+    /// Detaches the model, as dropping does: what is not in use leaves at once, what is with its last use. Later calls
+    /// find [`EngineError::Detached`].
+    pub fn detach(&self) {
+        let shared = self.engine.shared();
+        let small = self.small.lock().take();
+        if let Some(small) = small {
+            self.vbar.reserved.store(0, Ordering::Release);
+            shared.reserved.fetch_sub(small.bytes.get(), Ordering::AcqRel);
+            shared.unpin(&[small.span], Used::Anywhere);
+        }
+        self.engine.close(&self.vbar);
+    }
+
+    /// Gives the pages of a weight up if nobody pins them, so that its bytes are read again at the next use.
+    ///
+    /// # Errors
+    /// [`EngineError::Invalid`] for a weight that does not exist.
+    pub fn discard(&self, weight: usize) -> Result<()> {
+        let placed = self.placed(weight)?;
+        let shared = self.engine.shared();
+        let mut state = shared.state.lock();
+        if !state.is_open(self.vbar.id) {
+            return Ok(()); // a detached model's pages leave anyway
+        }
+        for page in placed.first_page..=placed.last_page {
+            let at = self.vbar.page_ref(page);
+            state.decide(|policy, books, out| policy.discard(at, books, out));
+        }
+        drop(state);
+        shared.work.notify_one();
+        Ok(())
     }
 
     /// Where each page stands.
@@ -199,13 +227,16 @@ impl Attachment {
         &self.engine
     }
 
-    /// The pages of a weight, its use noted in the schedule.
-    pub(crate) fn use_of(&self, weight: usize) -> Result<Span<Arc<Vbar>>> {
+    pub(crate) fn span(&self, weight: usize) -> Result<Span<Arc<Vbar>>> {
         let placed = self.placed(weight)?;
-        if let Class::Whole(number) = placed.class {
+        Ok(Span { vbar: Arc::clone(&self.vbar), first: placed.first_page, last: placed.last_page })
+    }
+
+    /// Lets the schedule know.
+    pub(crate) fn note_use(&self, weight: usize) {
+        if let Class::Whole(number) = self.layout().weights[weight].class {
             self.vbar.trace.push(number);
         }
-        Ok(Span { vbar: Arc::clone(&self.vbar), first: placed.first_page, last: placed.last_page })
     }
 
     fn placed(&self, weight: usize) -> Result<Placed> {
@@ -220,19 +251,14 @@ impl Attachment {
     }
 
     fn reserved_by_others(&self) -> Bytes {
-        let own = self.small.as_ref().map_or(Bytes::ZERO, |small| small.bytes);
+        let own = self.small.lock().as_ref().map_or(Bytes::ZERO, |small| small.bytes);
         self.engine.shared().reserved().saturating_sub(own)
     }
 }
 
 impl Drop for Attachment {
     fn drop(&mut self) {
-        let shared = self.engine.shared();
-        if let Some(small) = self.small.take() {
-            shared.reserved.fetch_sub(small.bytes.get(), Ordering::AcqRel);
-            shared.unpin(&[small.span], None);
-        }
-        self.engine.close(&self.vbar);
+        self.detach();
     }
 }
 
@@ -244,11 +270,18 @@ impl<'a> Pinned<'a> {
 
 impl Drop for Pinned<'_> {
     fn drop(&mut self) {
-        self.engine.shared().release(&self.spans, Some(self.stream));
+        self.engine.shared().release(&self.spans, Used::On(self.stream));
     }
 }
 
 impl View {
+    /// A view of a weight whose pages the caller has pinned; from now on they are the view's.
+    pub(crate) fn new(engine: &Arc<Engine>, attachment: &Attachment, weight: usize) -> Result<Self> {
+        let (span, addr) = (attachment.span(weight)?, attachment.address(weight)?);
+        engine.shared().views.fetch_add(1, Ordering::Relaxed);
+        Ok(View { engine: Arc::clone(engine), span, addr, bytes: attachment.placed(weight)?.bytes })
+    }
+
     /// Where the weight is.
     pub fn address(&self) -> DeviceAddr {
         self.addr
@@ -268,6 +301,6 @@ impl View {
 impl Drop for View {
     fn drop(&mut self) {
         self.engine.shared().views.fetch_sub(1, Ordering::Relaxed);
-        self.engine.shared().unpin(std::slice::from_ref(&self.span), None);
+        self.engine.shared().unpin(std::slice::from_ref(&self.span), Used::Anywhere);
     }
 }

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use forebay_core::{FrameId, PageRef, Pins, Schedule, VbarId};
-use forebay_device::{Device, Event, Frame, StreamHandle};
+use forebay_device::{Device, DeviceError, Event, Frame, StreamHandle};
 
 use crate::vbar::Vbar;
 use crate::{EngineError, Result};
@@ -12,7 +12,7 @@ use crate::{EngineError, Result};
 /// One page.
 #[derive(Debug, Default)]
 pub(crate) struct PageBook {
-    /// Every release since the page was mapped is in `uses`. If not, any known stream may have used it.
+    /// Every release since the page was mapped is in `uses`. If not, any stream known to its VBAR may have used it.
     tracked: bool,
     /// The last release on each stream.
     uses: Vec<(StreamHandle, Arc<Event>)>,
@@ -52,11 +52,11 @@ pub(crate) struct Books {
     device: Arc<dyn Device>,
     pub(crate) vbars: HashMap<VbarId, VbarBook>,
     pub(crate) frames: HashMap<FrameId, FrameBook>,
-    /// Every stream that ever used a weight.
-    streams: Vec<StreamHandle>,
     spare_events: Vec<Arc<Event>>,
     /// Set for good when the device or a thread of the engine is lost.
     pub(crate) fatal: Option<EngineError>,
+    /// To be logged by the mover: under the lock a log that calls back would wait for ever.
+    pub(crate) warnings: Vec<String>,
 }
 
 impl Books {
@@ -65,15 +65,9 @@ impl Books {
             device,
             vbars: HashMap::new(),
             frames: HashMap::new(),
-            streams: Vec::new(),
             spare_events: Vec::new(),
             fatal: None,
-        }
-    }
-
-    pub(crate) fn know_stream(&mut self, stream: StreamHandle) {
-        if !self.streams.contains(&stream) {
-            self.streams.push(stream);
+            warnings: Vec::new(),
         }
     }
 
@@ -87,25 +81,25 @@ impl Books {
 
     /// Notes that work now in `stream` is the last that uses these pages on it.
     pub(crate) fn used_until_now(&mut self, pages: &[PageRef], stream: StreamHandle) {
-        match self.mark(stream) {
-            Ok(event) => {
-                for &page in pages {
-                    let uses = &mut self.page(page).uses;
-                    uses.retain(|(other, _)| *other != stream);
-                    uses.push((stream, Arc::clone(&event)));
-                }
-            }
-            Err(error) => self.lost(error),
+        let Ok(event) = self.mark(stream) else {
+            // Marked again when the pages leave: a later mark covers what an earlier one would have.
+            return pages.iter().for_each(|&page| self.used_somewhere(page));
+        };
+        for &page in pages {
+            let uses = &mut self.page(page).uses;
+            let earlier =
+                uses.iter().position(|(other, _)| *other == stream).map(|at| uses.swap_remove(at).1);
+            uses.push((stream, Arc::clone(&event)));
+            self.recycle(earlier);
         }
     }
 
-    /// A page may have been used on any known stream.
+    /// A page may have been used on any stream known to its VBAR.
     pub(crate) fn used_somewhere(&mut self, page: PageRef) {
         self.page(page).tracked = false;
     }
 
     pub(crate) fn lost(&mut self, error: EngineError) {
-        tracing::error!(%error, "the engine stops");
         self.fatal.get_or_insert(error);
     }
 
@@ -125,28 +119,36 @@ impl Books {
     /// An event at the end of what is now in the stream.
     fn mark(&mut self, stream: StreamHandle) -> Result<Arc<Event>> {
         let event = self.spare_event()?;
-        // SAFETY: whoever uses a weight on a stream keeps the stream alive while the weight's model is attached (see
-        // `Attachment::acquire`).
-        unsafe { event.record(stream) }?;
+        // SAFETY: a stream exists as long as anything remembers its handle (see `StreamHandle`).
+        let recorded = unsafe { event.record(stream) };
+        if let Err(error) = recorded {
+            self.recycle([event]);
+            return Err(error.into());
+        }
         Ok(event)
     }
 
     /// What must complete before a page that was just claimed may be unmapped.
-    fn leave(&mut self, page: PageRef) -> Result<()> {
+    fn leave(&mut self, page: PageRef, was_used: bool) -> Result<()> {
         let entry = self.page(page);
         let uses = std::mem::take(&mut entry.uses);
         let (tracked, frame) = (entry.tracked, entry.frame);
         let mut leaving = Vec::with_capacity(2);
-        if tracked {
+        if tracked || !was_used {
             leaving.extend(uses.into_iter().map(|(_, event)| event));
         } else {
             self.recycle(uses.into_iter().map(|(_, event)| event));
-            for stream in self.streams.clone() {
-                match self.mark(stream) {
+            let vbar = Arc::clone(&self.vbar(page.vbar).vbar);
+            for stream in vbar.streams.all() {
+                // A driver that refused once is asked once more: to go on without the mark is not safe.
+                match self.mark(stream).or_else(|_| self.mark(stream)) {
                     Ok(event) => leaving.push(event),
-                    Err(EngineError::Device(error)) if !error.is_lost() => {
-                        tracing::warn!(?stream, %error, "a stream that used weights is gone and no longer waited for");
-                        self.streams.retain(|other| *other != stream);
+                    Err(EngineError::Device(error)) if is_no_stream(&error) => {
+                        self.warnings.push(format!(
+                            "a stream that used weights of {:?} is gone and no longer waited for: {error}",
+                            vbar.name
+                        ));
+                        vbar.streams.forget(stream);
                     }
                     Err(error) => return Err(error),
                 }
@@ -156,6 +158,11 @@ impl Books {
         self.page(page).leaving = leaving;
         Ok(())
     }
+}
+
+/// Whether the device says that there is no such stream, by CUDA's codes for an invalid value and an invalid handle.
+fn is_no_stream(error: &DeviceError) -> bool {
+    matches!(error, DeviceError::Driver { code: 1 | 400, .. })
 }
 
 impl Pins for Books {
@@ -168,11 +175,11 @@ impl Pins for Books {
     }
 
     fn claim(&mut self, page: PageRef) -> bool {
-        let claimed = self.vbar(page.vbar).vbar.cell(page.page.0).try_claim();
-        if claimed && let Err(error) = self.leave(page) {
+        let Some(was) = self.vbar(page.vbar).vbar.cell(page.page.0).try_claim() else { return false };
+        if let Err(error) = self.leave(page, was.was_used()) {
             self.lost(error);
         }
-        claimed
+        true
     }
 
     fn set_streamed(&mut self, page: PageRef) -> bool {

@@ -16,6 +16,8 @@ const FILLED: u64 = 1 << 32;
 const READY: u64 = 1 << 33;
 /// Releases are to be reported.
 const STREAMED: u64 = 1 << 34;
+/// Was pinned since it was mapped.
+const USED: u64 = 1 << 35;
 
 /// What a page was found to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,6 +36,10 @@ impl Seen {
         self.0 & STREAMED != 0
     }
 
+    pub(crate) fn was_used(self) -> bool {
+        self.0 & USED != 0
+    }
+
     pub(crate) fn pins(self) -> u32 {
         (self.0 & PINS) as u32
     }
@@ -48,7 +54,7 @@ impl PageCell {
     pub(crate) fn try_pin(&self) -> Option<Seen> {
         self.0
             .fetch_update(Ordering::AcqRel, Ordering::Acquire, |word| {
-                (word & FILLED != 0).then_some(word + 1)
+                (word & FILLED != 0).then_some((word + 1) | USED)
             })
             .ok()
             .map(Seen)
@@ -56,6 +62,7 @@ impl PageCell {
 
     /// Adds a pin, filled or not. Under the state lock.
     pub(crate) fn pin(&self) {
+        self.0.fetch_or(USED, Ordering::AcqRel);
         self.0.fetch_add(1, Ordering::AcqRel);
     }
 
@@ -67,13 +74,14 @@ impl PageCell {
             .map(|before| Seen(before - 1))
     }
 
-    /// Takes a filled page without pins away from everybody. Under the state lock.
-    pub(crate) fn try_claim(&self) -> bool {
+    /// Takes a filled page without pins away from everybody; what it was. Under the state lock.
+    pub(crate) fn try_claim(&self) -> Option<Seen> {
         self.0
             .fetch_update(Ordering::AcqRel, Ordering::Acquire, |word| {
                 (word & PINS == 0 && word & FILLED != 0).then_some(0)
             })
-            .is_ok()
+            .ok()
+            .map(Seen)
     }
 
     pub(crate) fn set_filled(&self) {
@@ -103,11 +111,21 @@ mod tests {
         assert!(cell.try_pin().is_none(), "not filled yet");
         cell.set_filled();
         assert!(cell.try_pin().is_some());
-        assert!(!cell.try_claim());
+        assert_eq!(cell.try_claim(), None);
         assert_eq!(cell.unpin().map(Seen::pins), Some(0));
-        assert!(cell.try_claim());
+        assert!(cell.try_claim().is_some_and(Seen::was_used));
         assert!(cell.try_pin().is_none());
         assert!(cell.unpin().is_none(), "there is no pin to take back");
+    }
+
+    #[test]
+    fn a_page_that_nobody_pinned_since_it_was_mapped_is_known_as_unused() {
+        let cell = PageCell::default();
+        cell.set_filled();
+        assert!(cell.try_pin().is_some() && cell.unpin().is_some());
+        assert!(cell.try_claim().is_some_and(Seen::was_used));
+        cell.set_filled();
+        assert!(cell.try_claim().is_some_and(|seen| !seen.was_used()));
     }
 
     #[test]
@@ -128,7 +146,7 @@ mod tests {
             }
             scope.spawn(|| {
                 for _ in 0..20_000 {
-                    if cell.try_claim() {
+                    if cell.try_claim().is_some() {
                         owned.store(true, Ordering::SeqCst);
                         std::hint::spin_loop();
                         owned.store(false, Ordering::SeqCst);

@@ -5,12 +5,12 @@ use std::sync::atomic::Ordering;
 use std::thread::{Builder, JoinHandle, available_parallelism};
 
 use forebay_core::{Bytes, Mode, PageIndex, PageRef, RankOrder, Schedule, VbarId, VbarSpec};
-use forebay_device::{Device, DeviceId, Reservation};
+use forebay_device::{Device, DeviceId, Reservation, StreamHandle};
 use forebay_store::ReaderPool;
 use parking_lot::Mutex;
 
 use crate::acquire::{Above, Use};
-use crate::attachment::{Attachment, Pinned};
+use crate::attachment::{Attachment, Pinned, View};
 use crate::books::{PageBook, VbarBook};
 use crate::explicit::ExplicitVbar;
 use crate::filler::Reader;
@@ -18,11 +18,8 @@ use crate::layout::{Layout, LayoutOptions, WeightSpec};
 use crate::mover::Mover;
 use crate::state::{Budget, Shared, State};
 use crate::stats::{EngineStats, VbarStats};
-use crate::vbar::Vbar;
+use crate::vbar::{Span, Vbar};
 use crate::{EngineError, Result};
-
-/// Streamed frames to aim at where the budget allows, so that read-ahead runs well before its use.
-const WINDOW: u32 = 16;
 
 /// The pages of an explicit VBAR (ComfyUI's contract).
 const EXPLICIT_PAGE: Bytes = Bytes::mib(32);
@@ -87,14 +84,10 @@ impl Engine {
         options: LayoutOptions,
     ) -> Result<Attachment> {
         let layout = Layout::new(weights, options)?;
-        let window = {
-            let state = self.shared.state.lock();
-            let affordable = state.policy.budget().get() / layout.page_size.get() / 4;
-            // Room for the operation at hand and the next one, and more where it costs little.
-            (2 * layout.widest()).max(WINDOW.min(u32::try_from(affordable).unwrap_or(WINDOW)))
-        };
+        let window = layout.window(self.shared.state.lock().policy.budget());
         let spec = VbarSpec {
-            pages: layout.pages,
+            // A model without weights has an address as well.
+            pages: layout.pages.max(1),
             page_size: layout.page_size,
             order: layout.order(),
             mode: Mode::Streamed,
@@ -132,28 +125,53 @@ impl Engine {
     /// # Errors
     /// As [`Attachment::acquire`]; [`EngineError::Invalid`] for an attachment of another engine.
     pub fn acquire(&self, weights: &[(&Attachment, usize)], how: Use<'_>) -> Result<Pinned<'_>> {
-        let mut spans = Vec::with_capacity(weights.len());
-        for (attachment, weight) in weights {
-            if !std::ptr::eq(&**attachment.engine(), self) {
-                let name = attachment.name();
-                return Err(EngineError::Invalid(format!("{name:?} is attached to another engine")));
-            }
-            spans.push(attachment.use_of(*weight)?);
-        }
-        self.shared.acquire(&spans, how, Above::Fail)?;
+        let spans = self.spans(weights)?;
+        self.shared.acquire(&spans, how, Above::Fail, || note_uses(weights))?;
         Ok(Pinned::new(self, spans, how.stream))
     }
 
+    /// [`acquire`](Engine::acquire) if that needs no waiting: every page is there. `None` otherwise.
+    ///
+    /// # Errors
+    /// [`EngineError::Invalid`] for an attachment of another engine or a weight that does not exist.
+    pub fn acquire_now(
+        &self,
+        weights: &[(&Attachment, usize)],
+        stream: StreamHandle,
+    ) -> Result<Option<Pinned<'_>>> {
+        let spans = self.spans(weights)?;
+        let pinned = self.shared.acquire_now(&spans, stream);
+        if pinned {
+            note_uses(weights);
+        }
+        Ok(pinned.then(|| Pinned::new(self, spans, stream)))
+    }
+
+    /// Pins weights together like [`acquire`](Engine::acquire), each for as long as its view lives.
+    ///
+    /// # Errors
+    /// As [`acquire`](Engine::acquire).
+    pub fn views(self: &Arc<Self>, weights: &[(&Attachment, usize)], how: Use<'_>) -> Result<Vec<View>> {
+        let spans = self.spans(weights)?;
+        self.shared.acquire(&spans, how, Above::Fail, || note_uses(weights))?;
+        // Views are no operations that will end soon.
+        self.shared.operations.fetch_sub(1, Ordering::Relaxed);
+        weights.iter().map(|(attachment, weight)| View::new(self, attachment, *weight)).collect()
+    }
+
     /// Gives at least `bytes` of device memory back, as far as there are unpinned pages, lowest priority first. The
-    /// memory is free when this returns. Returns how much it was.
+    /// memory is free when this returns, and for a moment the engine leaves `bytes` to others, unless an operation
+    /// could not be done without. Returns how much was given back.
     ///
     /// # Errors
     /// What the device reports.
     pub fn make_room(&self, bytes: Bytes) -> Result<Bytes> {
         let mut state = self.shared.state.lock();
-        let freed = state.decide(|policy, books, out| policy.make_room(bytes, books, out));
+        let freed = state.make_room(&*self.shared.device, bytes);
         drop(state);
-        self.settle()?;
+        let settled = self.settle();
+        self.shared.state.lock().room_was_made();
+        settled?;
         Ok(freed)
     }
 
@@ -169,6 +187,7 @@ impl Engine {
         state.budget = budget;
         state.decide(|policy, books, out| policy.set_budget(effective, books, out));
         drop(state);
+        self.shared.changed.notify_all();
         self.shared.work.notify_one();
         Ok(())
     }
@@ -181,13 +200,16 @@ impl Engine {
     pub fn settle(&self) -> Result<()> {
         let mut state = self.shared.state.lock();
         self.shared.work.notify_one();
-        loop {
-            state.check()?;
-            if state.is_settled() {
-                return Ok(());
+        // Twice: a page that was filled may have to leave at once. Never until there is nothing to do at all, which may
+        // not come while others use weights.
+        for _ in 0..2 {
+            let so_far = state.so_far();
+            while !state.is_done(so_far) {
+                state.check()?;
+                self.shared.changed.wait_for(&mut state, std::time::Duration::from_millis(10));
             }
-            self.shared.changed.wait_for(&mut state, std::time::Duration::from_millis(10));
         }
+        state.check()
     }
 
     /// The device's name.
@@ -220,6 +242,18 @@ impl Engine {
         }
     }
 
+    /// The pages of an operation's weights.
+    fn spans(&self, weights: &[(&Attachment, usize)]) -> Result<Vec<Span<Arc<Vbar>>>> {
+        let of = |(attachment, weight): &(&Attachment, usize)| {
+            if !std::ptr::eq(&**attachment.engine(), self) {
+                let name = attachment.name();
+                return Err(EngineError::Invalid(format!("{name:?} is attached to another engine")));
+            }
+            attachment.span(*weight)
+        };
+        weights.iter().map(of).collect()
+    }
+
     pub(crate) fn shared(&self) -> &Shared {
         &self.shared
     }
@@ -235,6 +269,7 @@ impl Engine {
             bytes: weights.unwrap_or(vbar.size()),
             page_size: vbar.page_size,
             pages: (0..vbar.cells.len() as u32).map(|p| state.policy.state(page(p))).collect(),
+            pinned: vbar.page_size * vbar.cells.iter().filter(|cell| cell.load().pins() > 0).count() as u64,
             watermark: state.policy.watermark(vbar.id).0,
             filled: Bytes::new(load(&counters.filled_bytes)),
             filled_pages: load(&counters.filled_pages),
@@ -245,9 +280,27 @@ impl Engine {
         }
     }
 
+    pub(crate) fn prioritize(&self, vbar: &Vbar) {
+        let mut state = self.shared.state.lock();
+        // A use from before must not change the order afterwards.
+        state.take_in_uses();
+        if state.is_open(vbar.id) {
+            state.policy.prioritize(vbar.id);
+        }
+    }
+
+    pub(crate) fn deprioritize(&self, vbar: &Vbar) {
+        let mut state = self.shared.state.lock();
+        state.take_in_uses();
+        if state.is_open(vbar.id) {
+            state.policy.deprioritize(vbar.id);
+        }
+    }
+
     /// Begins to remove a VBAR: what is not pinned leaves at once, the rest with its last pin.
     pub(crate) fn close(&self, vbar: &Vbar) {
         let mut state = self.shared.state.lock();
+        vbar.closed.store(true, Ordering::Release);
         if let Some(book) = state.books.vbars.get_mut(&vbar.id) {
             book.closing = true;
             state.decide(|policy, books, out| policy.close_vbar(vbar.id, books, out));
@@ -293,6 +346,10 @@ impl Drop for Engine {
             tracing::error!(device = %self.shared.id, "the mover thread had panicked");
         }
     }
+}
+
+fn note_uses(weights: &[(&Attachment, usize)]) {
+    weights.iter().for_each(|(attachment, weight)| attachment.note_use(*weight));
 }
 
 fn check_budget(budget: Budget, device: &dyn Device) -> Result<()> {

@@ -20,7 +20,7 @@ pub enum EngineError {
     Source {
         /// The model's name.
         model: String,
-        /// The first weight that was to be read.
+        /// The weight.
         weight: String,
         /// What the source said.
         error: Box<StoreError>,

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use forebay_core::{Bytes, PageState, Rank, Serial};
 use forebay_device::{DeviceAddr, StreamHandle};
 
-use crate::acquire::{Above, Use};
+use crate::acquire::{Above, Use, Used};
 use crate::engine::Engine;
 use crate::layout::ALIGNMENT;
 use crate::stats::VbarStats;
@@ -62,13 +62,13 @@ impl ExplicitVbar {
     }
 
     /// Backs and pins the range. `None` above the watermark: nothing was pinned. New memory holds arbitrary bytes; its
-    /// signature tells.
+    /// signature tells. Pins that were not taken back go when the VBAR is dropped.
     ///
     /// # Errors
     /// [`EngineError::Invalid`] for a range outside the VBAR, and what the device reports.
     pub fn fault(&self, addr: DeviceAddr, bytes: Bytes, how: Use<'_>) -> Result<Option<Signature>> {
         let span = self.span(addr, bytes)?;
-        if !self.engine.shared().acquire(std::slice::from_ref(&span), how, Above::Refuse)? {
+        if !self.engine.shared().acquire(std::slice::from_ref(&span), how, Above::Refuse, || {})? {
             return Ok(None);
         }
         self.engine.shared().operations.fetch_sub(1, Ordering::Relaxed);
@@ -82,19 +82,19 @@ impl ExplicitVbar {
     /// [`EngineError::Invalid`] for a range outside the VBAR.
     pub fn unpin(&self, addr: DeviceAddr, bytes: Bytes, stream: StreamHandle) -> Result<()> {
         let span = self.span(addr, bytes)?;
-        self.engine.shared().know_stream(stream);
-        self.engine.shared().unpin(std::slice::from_ref(&span), Some(stream));
+        self.vbar.streams.know(stream);
+        self.engine.shared().unpin(std::slice::from_ref(&span), Used::On(stream));
         Ok(())
     }
 
     /// To the top of the priorities, with the watermark fully open.
     pub fn prioritize(&self) {
-        self.engine.shared().state.lock().policy.prioritize(self.vbar.id);
+        self.engine.prioritize(&self.vbar);
     }
 
     /// To the bottom of the priorities.
     pub fn deprioritize(&self) {
-        self.engine.shared().state.lock().policy.deprioritize(self.vbar.id);
+        self.engine.deprioritize(&self.vbar);
     }
 
     /// Lowers the watermark: pages above it leave, pinned ones when unpinned; faults there are refused until the next
@@ -185,7 +185,14 @@ impl ExplicitVbar {
 }
 
 impl Drop for ExplicitVbar {
+    /// Pins go with the range: nobody could take them back any more.
     fn drop(&mut self) {
+        for (page, cell) in (0..).zip(&*self.vbar.cells) {
+            for _ in 0..cell.load().pins() {
+                let span = Span { vbar: &*self.vbar, first: page, last: page };
+                self.engine.shared().unpin(&[span], Used::Anywhere);
+            }
+        }
         self.engine.close(&self.vbar);
     }
 }

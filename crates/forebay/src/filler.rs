@@ -11,6 +11,7 @@ use forebay_device::{Event, PinnedBuffer};
 use forebay_store::{ReaderPool, Urgency, read_segments};
 use parking_lot::Mutex;
 
+use crate::layout::Layout;
 use crate::state::Shared;
 use crate::vbar::Vbar;
 use crate::{EngineError, Result};
@@ -93,13 +94,13 @@ impl Fill {
             return Ok(());
         }
         let Some(layout) = &self.vbar.layout else { return Ok(()) };
-        let segments = &layout.segments[self.page as usize];
+        let segments = layout.segments[self.page as usize].iter().zip(&layout.weight_of[self.page as usize]);
         let start = chunk * CHUNK.get();
-        let in_chunk =
-            segments.iter().filter(|s| s.dst_offset < start + CHUNK.get() && s.dst_offset + s.len > start);
+        let in_chunk: Vec<_> = segments
+            .filter(|(s, _)| s.dst_offset < start + CHUNK.get() && s.dst_offset + s.len > start)
+            .collect();
         let (mut first, mut last) = (start + CHUNK.get(), start);
-        for segment in in_chunk {
-            segment.source.verify().map_err(|error| self.source_error(error))?;
+        for (segment, _) in &in_chunk {
             first = first.min(segment.dst_offset.max(start));
             last = last.max((segment.dst_offset + segment.len).min(start + CHUNK.get()));
         }
@@ -108,14 +109,24 @@ impl Fill {
         let (slot, copied) = slots.next()?;
         // SAFETY: the slot is this reader's own, and `next` waited for the copy that read it last.
         let bytes = unsafe { slots.buffer.slice_mut(slot, len) };
-        read_segments(segments, first, bytes).map_err(|error| self.source_error(error))?;
+        for (segment, weight) in in_chunk {
+            let read = segment.source.verify();
+            let read = read.and_then(|()| read_segments(std::slice::from_ref(segment), first, bytes));
+            read.map_err(|error| self.source_error(layout, *weight, error))?;
+        }
         let to = self.vbar.page_addr(self.page).offset(Bytes::new(first));
         let stream = self.shared.copy.lock();
         // SAFETY: the slot is not touched before its event has completed; the page is mapped and stays so until its
         // fill event, recorded after this copy, has completed.
         unsafe { self.shared.device.copy_to_device(to, bytes.as_ptr(), len, stream.handle()) }?;
         // SAFETY: the copy stream lives as long as `shared`.
-        unsafe { slots.copied[copied].record(stream.handle()) }?;
+        let recorded = unsafe { slots.copied[copied].record(stream.handle()) };
+        drop(stream);
+        if let Err(error) = recorded {
+            // Nobody can know any more when the copy ends, so its slot stays for ever.
+            std::mem::forget(reader.slots.take());
+            return Err(error.into());
+        }
         self.vbar.counters.filled_bytes.fetch_add(len.get(), Ordering::Relaxed);
         Ok(())
     }
@@ -132,7 +143,13 @@ impl Fill {
         {
             let stream = self.shared.copy.lock();
             // SAFETY: the copy stream lives as long as `shared`.
-            if let Err(error) = unsafe { self.filled.record(stream.handle()) } {
+            let recorded = unsafe { self.filled.record(stream.handle()) };
+            // SAFETY: as before. A driver that refused once is asked once more.
+            let recorded = recorded.or_else(|_| unsafe { self.filled.record(stream.handle()) });
+            drop(stream);
+            if let Err(error) = recorded {
+                // Nobody can know any more when the copies to this page end, so it must stay mapped for ever.
+                self.shared.state.lock().books.lost(error.clone().into());
                 self.fail(error.into());
             }
         }
@@ -140,47 +157,53 @@ impl Fill {
         if error.is_none() {
             self.vbar.counters.filled_pages.fetch_add(1, Ordering::Relaxed);
         }
-        finished(&self.shared, &self.vbar, self.page, error);
+        finished(&self.shared, &self.vbar, self.page, error.map_or(Ok(()), |error| Err(Some(error))));
     }
 
-    fn source_error(&self, error: forebay_store::StoreError) -> EngineError {
-        let layout = self.vbar.layout.as_ref();
-        let weight =
-            layout.map(|layout| layout.names[layout.first_weight[self.page as usize] as usize].clone());
+    fn source_error(&self, layout: &Layout, weight: u32, error: forebay_store::StoreError) -> EngineError {
         EngineError::Source {
             model: self.vbar.name.clone(),
-            weight: weight.unwrap_or_default(),
+            weight: layout.names[weight as usize].clone(),
             error: Box::new(error),
         }
     }
 }
 
-/// Tells the state that a page is filled, or why not.
-pub(crate) fn finished(shared: &Shared, vbar: &Vbar, page: u32, error: Option<EngineError>) {
+/// Tells the state that a page is filled, or why not; without a reason, whoever waits for it asks for it again.
+pub(crate) fn finished(
+    shared: &Shared,
+    vbar: &Vbar,
+    page: u32,
+    result: std::result::Result<(), Option<EngineError>>,
+) {
+    if let Err(Some(error)) = &result {
+        tracing::warn!(model = %vbar.name, page, %error, "a page could not be filled");
+    }
     let at: PageRef = vbar.page_ref(page);
     let mut state = shared.state.lock();
-    state.filling -= 1;
-    match error {
-        None => {
+    state.filling.remove(&vbar.serial(page));
+    match result {
+        Ok(()) => {
             vbar.cell(page).set_filled();
             if vbar.layout.is_none() {
                 vbar.cell(page).set_ready();
+            } else {
+                state.landing.push_back(at);
             }
             state.decide(|policy, books, out| policy.filled(at, books, out));
         }
-        Some(error) => {
-            tracing::warn!(model = %vbar.name, page, %error, "a page could not be filled");
-            if let EngineError::Device(device) = &error
+        Err(error) => {
+            if let Some(EngineError::Device(device)) = &error
                 && device.is_lost()
             {
-                state.books.lost(error.clone());
+                state.books.lost(device.clone().into());
             }
             let frame = state.books.page(at).frame;
             let filled =
                 frame.and_then(|frame| state.books.frames.get(&frame)).map(|book| Arc::clone(&book.filled));
             let entry = state.books.page(at);
             entry.leaving = filled.into_iter().collect();
-            entry.error = Some(error);
+            entry.error = error;
             state.decide(|policy, _, out| policy.failed(at, out));
         }
     }

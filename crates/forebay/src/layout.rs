@@ -8,6 +8,9 @@ use crate::{EngineError, Result};
 /// Weights start at multiples of this.
 pub const ALIGNMENT: Bytes = Bytes::new(512);
 
+/// Streamed frames to aim at where the budget allows, so that read-ahead runs well before its use.
+const WINDOW: u32 = 16;
+
 /// A weight to be attached.
 #[derive(Clone, Debug)]
 pub struct WeightSpec {
@@ -81,8 +84,8 @@ pub(crate) struct Layout {
     pub(crate) table_pages: u32,
     /// What each page is filled from.
     pub(crate) segments: Vec<Vec<Segment>>,
-    /// The first weight of each page.
-    pub(crate) first_weight: Vec<u32>,
+    /// The weight of each segment.
+    pub(crate) weight_of: Vec<Vec<u32>>,
 }
 
 impl Layout {
@@ -123,7 +126,7 @@ impl Layout {
             small_pages: 0,
             table_pages: 0,
             segments: Vec::new(),
-            first_weight: Vec::new(),
+            weight_of: Vec::new(),
         };
         let class = |spec: &WeightSpec| match spec.kind {
             _ if spec.source.len() < options.small => Class::Small,
@@ -162,6 +165,13 @@ impl Layout {
         whole.map(|weight| weight.last_page - weight.first_page + 1).max().unwrap_or(1)
     }
 
+    /// How many streamed frames to aim at in this budget: room for the operation at hand and the next one, and more
+    /// where it costs little.
+    pub(crate) fn window(&self, budget: Bytes) -> u32 {
+        let affordable = budget.get() / self.page_size.get() / 4;
+        (2 * self.widest()).max(WINDOW.min(u32::try_from(affordable).unwrap_or(WINDOW)))
+    }
+
     /// Lays weights out from the next page on.
     fn place(&mut self, which: &[usize], specs: &[WeightSpec], class: impl Fn(u32) -> Class) {
         let mut offset = self.page_size * u64::from(self.pages);
@@ -183,7 +193,7 @@ impl Layout {
 
     fn fill_segments(&mut self, specs: &[WeightSpec]) -> Result<()> {
         self.segments = vec![Vec::new(); self.pages as usize];
-        self.first_weight = vec![0; self.pages as usize];
+        self.weight_of = vec![Vec::new(); self.pages as usize];
         let mut by_offset: Vec<_> = (0..specs.len()).collect();
         by_offset.sort_by_key(|&i| self.weights[i].offset);
         for i in by_offset {
@@ -195,9 +205,7 @@ impl Layout {
                 if start >= end {
                     continue;
                 }
-                if self.segments[page as usize].is_empty() {
-                    self.first_weight[page as usize] = i as u32;
-                }
+                self.weight_of[page as usize].push(i as u32);
                 self.segments[page as usize].push(Segment {
                     source: specs[i].source.clone(),
                     source_offset: (start - weight.offset).get(),

@@ -50,8 +50,12 @@ mod layout;
 mod mover;
 mod state;
 mod stats;
+mod streams;
 mod trace;
 mod vbar;
+
+pub mod doctor;
+pub mod plan;
 
 pub use acquire::Use;
 pub use attachment::{Attachment, Pinned, View};

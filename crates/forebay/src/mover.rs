@@ -7,7 +7,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use forebay_core::{Bytes, Command, FrameId, PageRef, Serial};
 use forebay_device::{Event, Frame, FrameHandle};
@@ -16,7 +16,7 @@ use parking_lot::MutexGuard;
 
 use crate::books::{FrameBook, VbarBook};
 use crate::filler::{self, Fill, Reader};
-use crate::state::{Budget, Shared, State};
+use crate::state::{Shared, State};
 use crate::vbar::Vbar;
 use crate::{EngineError, Result};
 
@@ -25,13 +25,16 @@ const EVENT_POLL: Duration = Duration::from_micros(50);
 /// How often free memory is looked at, while memory moves and while it does not.
 const BUSY_POLL: Duration = Duration::from_millis(10);
 const IDLE_POLL: Duration = Duration::from_millis(200);
-/// A budget rises only by more than this, so that it does not follow every small allocation of others.
-const RISE: Bytes = Bytes::mib(64);
+/// By how much more a budget must be able to rise before it does, at most; on a small device a sixteenth of its memory.
+const MOST_RISE: Bytes = Bytes::mib(64);
 
 pub(crate) struct Mover {
     shared: Arc<Shared>,
     readers: ReaderPool<Reader>,
-    polled: Instant,
+    /// A budget rises only by at least this, so that it does not follow every small allocation of others.
+    rise: Bytes,
+    /// What stopped the engine was logged.
+    told: bool,
 }
 
 /// What the mover took from the queue to do without the lock.
@@ -66,7 +69,9 @@ struct Backing {
 
 impl Mover {
     pub(crate) fn new(shared: Arc<Shared>, readers: ReaderPool<Reader>) -> Self {
-        Mover { shared, readers, polled: Instant::now() }
+        let total = shared.device.memory().map_or(Bytes::MAX, |memory| memory.total);
+        let rise = MOST_RISE.min(Bytes::new(total.get() / 16));
+        Mover { shared, readers, rise, told: false }
     }
 
     /// Runs until the engine stops and everything is unmapped.
@@ -75,23 +80,22 @@ impl Mover {
         let mut state = shared.state.lock();
         loop {
             self.poll_budget(&mut state);
+            self.log(&mut state);
+            state.land();
             state.take_in_uses();
             if !state.stop {
                 state.read_ahead();
             }
             match self.take_task(&mut state) {
                 Next::Task(task) => {
-                    state.executing += 1;
-                    let gone = MutexGuard::unlocked(&mut state, || self.execute(task));
-                    state.executing -= 1;
-                    if let Some(book) = gone {
-                        MutexGuard::unlocked(&mut state, || drop(book));
-                    }
+                    let gone = State::unlocked(&mut state, || self.execute(task));
+                    MutexGuard::unlocked(&mut state, || drop(gone));
                 }
                 Next::EventPending => {
                     shared.work.wait_for(&mut state, EVENT_POLL);
                 }
-                Next::Nothing if state.stop && !self.empty_pool(&mut state) => return,
+                Next::Nothing if state.stop && self.empty_pool(&mut state) => {}
+                Next::Nothing if state.stop && self.is_over(&state) => return,
                 Next::Nothing => {
                     shared.changed.notify_all();
                     shared.work.wait_for(&mut state, IDLE_POLL);
@@ -167,7 +171,7 @@ impl Mover {
 
     fn begin_page(state: &mut State, vbar: &Vbar, page: PageRef, frame: FrameId, serial: Serial) {
         vbar.serials[page.page.as_usize()].store(serial.0, Ordering::Release);
-        state.filling += 1;
+        state.filling.insert(serial);
         let entry = state.books.page(page);
         (entry.frame, entry.error) = (Some(frame), None);
     }
@@ -175,10 +179,7 @@ impl Mover {
     /// Does a task without the lock, then books it. Returns what is to be dropped without the lock.
     fn execute(&mut self, task: Task) -> Option<VbarBook> {
         match task {
-            Task::Create { frame, size } => {
-                self.create(frame, size);
-                None
-            }
+            Task::Create { frame, size } => self.create(frame, size),
             Task::Destroy { book } => {
                 drop(book);
                 self.shared.changed.notify_all();
@@ -192,30 +193,34 @@ impl Mover {
         }
     }
 
-    fn create(&mut self, id: FrameId, size: Bytes) {
+    fn create(&mut self, id: FrameId, size: Bytes) -> Option<VbarBook> {
         let device = &self.shared.device;
         let made = Frame::new(Arc::clone(device), size)
             .and_then(|frame| Ok(FrameBook { frame, filled: Arc::new(Event::new(Arc::clone(device))?) }));
-        let mut state = self.shared.state.lock();
-        match made {
+        let error = match made {
             Ok(book) => {
-                state.books.frames.insert(id, book);
+                self.shared.state.lock().books.frames.insert(id, book);
+                return None;
             }
-            Err(error) => {
-                tracing::info!(device = %self.shared.id, %error, "a frame could not be made; the budget falls");
-                if !error.is_out_of_memory() {
-                    state.books.lost(error.into());
-                }
-                // The frame's page comes right behind it in the queue.
-                let place =
-                    state.queue.iter().position(|c| matches!(c, Command::Map { frame, .. } if *frame == id));
-                if let Some(Command::Map { page, .. }) = place.and_then(|place| state.queue.remove(place)) {
-                    state.policy.create_failed(page);
-                }
-                drop(state);
-                self.shared.changed.notify_all();
-            }
+            Err(error) => error,
+        };
+        tracing::info!(device = %self.shared.id, %error, "a frame could not be made; the budget falls");
+        let mut state = self.shared.state.lock();
+        if error.is_lost() {
+            state.books.lost(error.clone().into());
         }
+        // The frame's page comes right behind it in the queue.
+        let place = state.queue.iter().position(|c| matches!(c, Command::Map { frame, .. } if *frame == id));
+        let mut gone = None;
+        if let Some(Command::Map { page, .. }) = place.and_then(|place| state.queue.remove(place)) {
+            // Without room whoever waits asks again, and finds the new budget.
+            state.books.page(page).error = (!error.is_out_of_memory()).then(|| error.into());
+            state.policy.create_failed(page);
+            gone = state.forget_if_gone(page.vbar);
+        }
+        drop(state);
+        self.shared.changed.notify_all();
+        gone
     }
 
     fn map(&self, vbar: &Arc<Vbar>, first: u32, backing: &[Backing]) {
@@ -223,11 +228,11 @@ impl Mover {
         let mut mapped = 0;
         let mut result: Result<()> = Ok(());
         for (page, backing) in pages() {
+            let at = vbar.page_addr(page);
             // SAFETY: the page lies in the VBAR's reservation and is unmapped: the policy had it absent, and its
             // `Retire` was executed before this command. The frame was free likewise.
-            if let Err(error) =
-                unsafe { self.shared.device.map(vbar.page_addr(page), vbar.page_size, backing.frame) }
-            {
+            let done = unsafe { self.shared.device.map(at, vbar.page_size, backing.frame) };
+            if let Err(error) = done {
                 result = Err(error.into());
                 break;
             }
@@ -245,10 +250,22 @@ impl Mover {
             book.mapped += mapped;
             (first..first + mapped).for_each(|page| book.pages[page as usize].mapped = true);
         }
+        if let Err(error) = &result
+            && error.is_out_of_memory()
+        {
+            tracing::info!(device = %self.shared.id, %error, "a page could not be mapped; the budget falls");
+            let mut state = self.shared.state.lock();
+            let less = state.policy.held().saturating_sub(vbar.page_size);
+            state.decide(|policy, books, out| policy.set_budget(policy.budget().min(less), books, out));
+        }
         for (page, backing) in pages() {
             match &result {
-                Err(error) => filler::finished(&self.shared, vbar, page, Some(error.clone())),
-                Ok(()) if vbar.layout.is_none() => filler::finished(&self.shared, vbar, page, None),
+                Err(error) => {
+                    // Without room whoever waits asks again, and finds the new budget.
+                    let reason = (!error.is_out_of_memory()).then(|| error.clone());
+                    filler::finished(&self.shared, vbar, page, Err(reason));
+                }
+                Ok(()) if vbar.layout.is_none() => filler::finished(&self.shared, vbar, page, Ok(())),
                 Ok(()) => {
                     let urgency = if backing.demanded { Urgency::Urgent } else { Urgency::Ahead };
                     let filled = Arc::clone(&backing.filled);
@@ -272,9 +289,11 @@ impl Mover {
         if let Err(error) = result {
             state.books.lost(error.into());
         }
-        let book = state.books.vbar(vbar.id);
-        book.mapped -= count;
-        pages.for_each(|page| book.pages[page as usize].mapped = false);
+        // Where nothing was mapped the VBAR may be gone by now.
+        if let Some(book) = state.books.vbars.get_mut(&vbar.id) {
+            book.mapped -= count;
+            pages.for_each(|page| book.pages[page as usize].mapped = false);
+        }
         state.books.recycle(events);
         let gone = state.forget_if_gone(vbar.id);
         drop(state);
@@ -282,35 +301,40 @@ impl Mover {
         gone
     }
 
-    /// Follows what others take and give back, where the budget is by headroom.
-    fn poll_budget(&mut self, state: &mut State) {
-        let Budget::Headroom(headroom) = state.budget else { return };
+    /// Follows what others take and give back.
+    fn poll_budget(&mut self, state: &mut MutexGuard<'_, State>) {
         let period = if state.is_settled() { IDLE_POLL } else { BUSY_POLL };
-        if self.polled.elapsed() < period || state.stop {
+        if !state.is_time_to_look(period) {
             return;
         }
-        self.polled = Instant::now();
-        let own: Bytes = state.books.frames.values().map(|book| book.frame.size()).sum();
-        let memory = self.shared.device.memory();
-        match memory {
-            Ok(memory) => {
-                let budget = own.checked_add(memory.free).unwrap_or(Bytes::MAX).saturating_sub(headroom);
-                let now = state.policy.budget();
-                if budget < now || budget > now.checked_add(RISE).unwrap_or(Bytes::MAX) {
-                    state.decide(|policy, books, out| policy.set_budget(budget, books, out));
-                }
-            }
-            Err(error) => tracing::warn!(device = %self.shared.id, %error, "free memory is unknown"),
+        if let Err(error) = state.follow_memory(&*self.shared.device, self.rise) {
+            state.books.warnings.push(format!("free memory is unknown: {error}"));
         }
     }
 
-    /// Before the engine ends: whether there were still frames to give back.
-    fn empty_pool(&self, state: &mut State) -> bool {
-        if state.books.fatal.is_some() {
-            return false;
+    /// Logs what happened under the lock.
+    fn log(&mut self, state: &mut MutexGuard<'_, State>) {
+        let warnings = std::mem::take(&mut state.books.warnings);
+        let fatal = state.books.fatal.clone().filter(|_| !std::mem::replace(&mut self.told, true));
+        if warnings.is_empty() && fatal.is_none() {
+            return;
         }
-        state.decide(|policy, books, out| policy.make_room(Bytes::MAX, books, out)) > Bytes::ZERO
-            || !state.is_settled()
+        MutexGuard::unlocked(state, || {
+            let device = self.shared.id;
+            warnings.iter().for_each(|warning| tracing::warn!(%device, "{warning}"));
+            fatal.iter().for_each(|error| tracing::error!(%device, %error, "the engine stops"));
+        });
+    }
+
+    /// Before the engine ends: takes all frames that can be had. Whether there were any.
+    fn empty_pool(&self, state: &mut State) -> bool {
+        state.books.fatal.is_none()
+            && state.decide(|policy, books, out| policy.make_room(Bytes::MAX, books, out)) > Bytes::ZERO
+    }
+
+    /// Whether nothing is left that could be done before the engine ends.
+    fn is_over(&self, state: &State) -> bool {
+        state.books.fatal.is_some() || state.is_settled()
     }
 }
 
@@ -336,6 +360,7 @@ impl Drop for Mover {
         if std::thread::panicking() {
             let reason = "its mover thread panicked; see the log".to_owned();
             let error = EngineError::Stopped { device: self.shared.id, reason };
+            tracing::error!(%error, "the engine stops");
             // The panic may have happened under the lock, which parking_lot releases without poisoning.
             self.shared.state.lock().books.lost(error);
             self.shared.changed.notify_all();

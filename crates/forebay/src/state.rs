@@ -1,16 +1,17 @@
 //! The engine's one lock and what is under it.
 //!
-//! Lock order: the state lock, then nothing. The copy lock ([`Shared::copy`]) is never taken together with it. Under
-//! the state lock nobody waits for the device, calls Python, reads a source, maps or unmaps; recording and querying
-//! events is allowed, as neither waits.
+//! Lock order: the state lock, then a VBAR's [`KnownStreams`](crate::streams::KnownStreams), then nothing. The copy lock
+//! ([`Shared::copy`]) is never taken together with it. Under the state lock nobody waits for the device, calls Python,
+//! logs, reads a source, maps or unmaps; recording and querying events is allowed, as neither waits.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
-use forebay_core::{Bytes, Command, PageRef, Policy, VbarId};
-use forebay_device::{Device, DeviceId, Stream, StreamHandle};
-use parking_lot::{Condvar, Mutex};
+use forebay_core::{Bytes, Command, PageRef, Policy, Serial, VbarId};
+use forebay_device::{Device, DeviceId, Stream};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use crate::books::{Books, VbarBook};
 use crate::layout::Class;
@@ -24,6 +25,9 @@ pub enum Budget {
     /// Everything that is free, but for this many bytes, which are kept free for everyone else.
     Headroom(Bytes),
 }
+
+/// How long memory that was made free is left to others.
+const GRACE: Duration = Duration::from_millis(200);
 
 /// What all threads of an engine share.
 #[derive(Debug)]
@@ -45,7 +49,6 @@ pub(crate) struct Shared {
     /// Exported tensors that hold weights.
     pub(crate) views: AtomicUsize,
     pub(crate) ring: AtomicU64,
-    last_stream: AtomicU64,
 }
 
 /// What is under the lock.
@@ -54,17 +57,25 @@ pub(crate) struct State {
     pub(crate) policy: Policy,
     pub(crate) books: Books,
     pub(crate) queue: VecDeque<Command>,
+    /// Filled pages whose copies were not complete when last looked at, oldest first.
+    pub(crate) landing: VecDeque<PageRef>,
     pub(crate) budget: Budget,
+    /// Commands that were ever queued, and the serial of the latest page among them.
+    decided: u64,
+    newest: Serial,
+    /// Commands that were ever finished, in their order.
+    done: u64,
     /// Fills on their way.
-    pub(crate) filling: usize,
+    pub(crate) filling: BTreeSet<Serial>,
     /// Commands taken from the queue and not finished.
-    pub(crate) executing: usize,
+    executing: usize,
     pub(crate) stop: bool,
+    /// When the device's memory is to be looked at the next time.
+    look_after: Instant,
+    /// Calls that wait for memory to be free.
+    making_room: usize,
     scratch: Vec<Command>,
 }
-
-/// No stream: every real handle, 0 included, differs from it.
-const NO_STREAM: u64 = u64::MAX;
 
 impl Shared {
     pub(crate) fn new(device: Arc<dyn Device>, budget: Budget, effective: Bytes) -> Result<Self> {
@@ -75,10 +86,16 @@ impl Shared {
                 policy: Policy::new(effective),
                 books: Books::new(Arc::clone(&device)),
                 queue: VecDeque::new(),
+                landing: VecDeque::new(),
                 budget,
-                filling: 0,
+                decided: 0,
+                newest: Serial(0),
+                done: 0,
+                filling: BTreeSet::new(),
                 executing: 0,
                 stop: false,
+                look_after: Instant::now(),
+                making_room: 0,
                 scratch: Vec::new(),
             }),
             device,
@@ -89,21 +106,19 @@ impl Shared {
             operations: AtomicUsize::new(0),
             views: AtomicUsize::new(0),
             ring: AtomicU64::new(0),
-            last_stream: AtomicU64::new(NO_STREAM),
         })
-    }
-
-    /// Sees to it that a stream is waited for before pages are unmapped that it may have used.
-    pub(crate) fn know_stream(&self, stream: StreamHandle) {
-        if self.last_stream.load(Ordering::Acquire) != stream.0 {
-            self.state.lock().books.know_stream(stream);
-            self.last_stream.store(stream.0, Ordering::Release);
-        }
     }
 
     pub(crate) fn reserved(&self) -> Bytes {
         Bytes::new(self.reserved.load(Ordering::Acquire))
     }
+}
+
+/// A point in the order of decisions.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct SoFar {
+    commands: u64,
+    fills: Serial,
 }
 
 impl State {
@@ -113,8 +128,33 @@ impl State {
         event: impl FnOnce(&mut Policy, &mut Books, &mut Vec<Command>) -> T,
     ) -> T {
         let answer = event(&mut self.policy, &mut self.books, &mut self.scratch);
-        self.queue.extend(self.scratch.drain(..));
+        for command in self.scratch.drain(..) {
+            if let Command::Map { serial, .. } = command {
+                self.newest = serial;
+            }
+            self.decided += 1;
+            self.queue.push_back(command);
+        }
         answer
+    }
+
+    /// Runs a part of the mover's work without the lock.
+    pub(crate) fn unlocked<T>(state: &mut MutexGuard<'_, State>, work: impl FnOnce() -> T) -> T {
+        state.executing += 1;
+        let result = MutexGuard::unlocked(state, work);
+        state.executing -= 1;
+        state.done = state.decided - state.queue.len() as u64;
+        result
+    }
+
+    /// All that is decided by now.
+    pub(crate) fn so_far(&self) -> SoFar {
+        SoFar { commands: self.decided, fills: self.newest }
+    }
+
+    /// Whether all that was decided by then is done, whatever was decided since.
+    pub(crate) fn is_done(&self, then: SoFar) -> bool {
+        self.done >= then.commands && self.filling.first().is_none_or(|oldest| *oldest > then.fills)
     }
 
     /// Fails if the device or a thread of the engine is lost.
@@ -157,30 +197,116 @@ impl State {
         let Some(book) = self.books.vbars.get(&id) else { return };
         let vbar = Arc::clone(&book.vbar);
         let Some(layout) = vbar.layout.as_ref().filter(|_| book.started && !book.closing) else { return };
-        while let Some(number) = self.books.vbar(id).schedule.plan_next() {
+        let pages_of = |number: u32| {
             let weight = layout.weights[layout.scheduled[number as usize] as usize];
             debug_assert!(matches!(weight.class, Class::Whole(_)));
-            let pages = weight.first_page..=weight.last_page;
+            weight.first_page..=weight.last_page
+        };
+        if self.policy.lost_plans(id) {
+            while let Some(number) = self.books.vbar(id).schedule.unplan_last() {
+                pages_of(number).for_each(|page| self.policy.unplan(vbar.page_ref(page)));
+            }
+        }
+        while let Some(number) = self.books.vbar(id).schedule.plan_next() {
+            let pages = pages_of(number);
             let planned = pages.clone().take_while(|&page| {
                 self.decide(|policy, books, out| policy.plan(vbar.page_ref(page), books, out))
             });
-            let planned = planned.count() as u32;
-            if planned <= weight.last_page - weight.first_page {
-                pages.take(planned as usize).for_each(|page| self.policy.unplan(vbar.page_ref(page)));
+            let planned = planned.count();
+            if planned < pages.clone().count() {
+                pages.take(planned).for_each(|page| self.policy.unplan(vbar.page_ref(page)));
                 self.books.vbar(id).schedule.unplan_last();
                 return;
             }
         }
     }
 
-    /// Whether everything that was decided is done.
-    pub(crate) fn is_settled(&self) -> bool {
-        self.queue.is_empty() && self.executing == 0 && self.filling == 0
+    /// Marks pages whose copies have completed, so that their uses need no look at an event.
+    pub(crate) fn land(&mut self) {
+        while let Some(&page) = self.landing.front() {
+            if let Some(book) = self.books.vbars.get(&page.vbar)
+                && let cell = book.vbar.cell(page.page.0)
+                && cell.load().is_filled()
+            {
+                let frame = book.pages[page.page.as_usize()].frame;
+                let filled = frame.and_then(|frame| self.books.frames.get(&frame)).map(|frame| &frame.filled);
+                match filled.map(|filled| filled.is_complete()) {
+                    Some(Ok(true)) => cell.set_ready(),
+                    Some(Ok(false)) => return,
+                    // The next wait for the device meets the error.
+                    Some(Err(_)) | None => {}
+                }
+            }
+            self.landing.pop_front();
+        }
     }
 
-    /// Reports the last release of streamed pages.
+    /// Whether everything that was decided is done.
+    pub(crate) fn is_settled(&self) -> bool {
+        self.queue.is_empty() && self.executing == 0 && self.filling.is_empty()
+    }
+
+    /// Whether a VBAR is neither closed nor gone.
+    pub(crate) fn is_open(&self, id: VbarId) -> bool {
+        self.books.vbars.get(&id).is_some_and(|book| !book.closing)
+    }
+
+    /// Reports the last release of a streamed page. Another thread may have used, released and evicted the page since
+    /// its pin went, and the VBAR may be gone.
     pub(crate) fn released(&mut self, page: PageRef) {
-        self.decide(|policy, books, out| policy.released(page, books, out));
+        if self.books.vbars.contains_key(&page.vbar) {
+            self.decide(|policy, books, out| policy.released(page, books, out));
+        }
+    }
+
+    /// Gives memory back, and leaves `bytes` to others until the device's memory is looked at the next time.
+    pub(crate) fn make_room(&mut self, device: &dyn Device, bytes: Bytes) -> Bytes {
+        self.making_room += 1;
+        let left = self.usable(device).unwrap_or(Bytes::ZERO).saturating_sub(bytes);
+        self.decide(|policy, books, out| {
+            let freed = policy.make_room(bytes, books, out);
+            policy.set_budget(policy.budget().min(left.max(policy.held())), books, out);
+            freed
+        })
+    }
+
+    /// The memory that a call of [`make_room`](State::make_room) gave up is free.
+    pub(crate) fn room_was_made(&mut self) {
+        self.making_room -= 1;
+        self.look_after = Instant::now() + GRACE;
+    }
+
+    /// Whether it is time to look at the device's memory; the next time is after `period`.
+    pub(crate) fn is_time_to_look(&mut self, period: Duration) -> bool {
+        let now = Instant::now();
+        let is_time = now >= self.look_after && self.making_room == 0 && !self.stop;
+        if is_time {
+            self.look_after = now + period;
+        }
+        is_time
+    }
+
+    /// Sets the budget to what others leave, where that is less, or more by at least `least`. Whether it rose.
+    pub(crate) fn follow_memory(&mut self, device: &dyn Device, least: Bytes) -> Result<bool> {
+        let now = self.policy.budget();
+        let target = match self.budget {
+            Budget::Fixed(bytes) if bytes == now => return Ok(false),
+            // A device without room made it fall: it rises as there is room again.
+            Budget::Fixed(bytes) => self.usable(device)?.min(bytes).max(now),
+            Budget::Headroom(headroom) => self.usable(device)?.saturating_sub(headroom),
+        };
+        let is_whole = self.budget == Budget::Fixed(target);
+        let rises = target > now && (is_whole || target - now >= least);
+        if rises || target < now {
+            self.decide(|policy, books, out| policy.set_budget(target, books, out));
+        }
+        Ok(rises)
+    }
+
+    /// What the engine has and what nobody has.
+    fn usable(&self, device: &dyn Device) -> Result<Bytes> {
+        let own: Bytes = self.books.frames.values().map(|book| book.frame.size()).sum();
+        Ok(own.checked_add(device.memory()?.free).unwrap_or(Bytes::MAX))
     }
 
     /// Takes a closed VBAR of which nothing is mapped any more out of the books. The caller drops it without the lock:
@@ -188,8 +314,11 @@ impl State {
     #[must_use]
     pub(crate) fn forget_if_gone(&mut self, id: VbarId) -> Option<VbarBook> {
         let book = self.books.vbars.get(&id)?;
-        let gone =
-            book.closing && book.mapped == 0 && self.policy.held_pages(id) == 0 && !book.vbar.has_pins();
+        let gone = book.closing
+            && book.mapped == 0
+            && self.policy.held_pages(id) == 0
+            && !book.vbar.has_pins()
+            && !self.queue.iter().any(|command| is_of(command, id));
         if !gone {
             return None;
         }
@@ -200,5 +329,13 @@ impl State {
     /// The error of a model that is gone.
     pub(crate) fn detached(name: &str, device: DeviceId) -> EngineError {
         EngineError::Detached { name: name.to_owned(), device }
+    }
+}
+
+/// Whether a command works on a page of the VBAR.
+fn is_of(command: &Command, id: VbarId) -> bool {
+    match command {
+        Command::Retire { page, .. } | Command::Map { page, .. } => page.vbar == id,
+        Command::Create { .. } | Command::Destroy { .. } => false,
     }
 }

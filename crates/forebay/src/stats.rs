@@ -35,6 +35,8 @@ pub struct VbarStats {
     pub page_size: Bytes,
     /// Where each page stands.
     pub pages: Vec<PageState>,
+    /// Bytes of the pages that cannot leave now: small weights, weights of running operations and of views.
+    pub pinned: Bytes,
     /// How many ranks are resident; pages above are streamed.
     pub watermark: u32,
     /// Bytes copied to the device since it was attached.

@@ -1,6 +1,6 @@
 //! A VBAR as all threads share it.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use forebay_core::{Bytes, PageIndex, PageRef, Serial, VbarId};
 use forebay_device::{DeviceAddr, Reservation};
@@ -8,6 +8,7 @@ use forebay_device::{DeviceAddr, Reservation};
 use crate::cell::PageCell;
 use crate::layout::Layout;
 use crate::stats::Counters;
+use crate::streams::KnownStreams;
 use crate::trace::Trace;
 
 /// The address range of one model and the state of its pages. Dropped, and with it the reservation, when nothing is
@@ -24,6 +25,11 @@ pub(crate) struct Vbar {
     pub(crate) layout: Option<Layout>,
     pub(crate) trace: Trace,
     pub(crate) counters: Counters,
+    pub(crate) streams: KnownStreams,
+    /// Leading pages that are pinned as long as the model is attached, once they are.
+    pub(crate) reserved: AtomicU32,
+    /// Set when the VBAR is closed, so that nobody pins what others still hold.
+    pub(crate) closed: AtomicBool,
     reservation: Reservation,
 }
 
@@ -45,6 +51,9 @@ impl Vbar {
             trace: Trace::new(layout.as_ref().map_or(0, |layout| layout.scheduled.len())),
             layout,
             counters: Counters::default(),
+            streams: KnownStreams::default(),
+            reserved: AtomicU32::new(0),
+            closed: AtomicBool::new(false),
             reservation,
         }
     }

@@ -1,23 +1,69 @@
 //! A model of random weights, uses of it that read the weights back on a stream, and the device the tests run on.
 #![allow(dead_code, unreachable_pub, reason = "each test file uses its part")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "tests end where their setting fails, and print their seed"
+)]
+
+pub mod faulty;
+pub mod gate;
+pub mod watchdog;
 
 use std::io::Write;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use forebay::device::host::{HostConfig, HostDevice};
-use forebay::device::{Device, Event, PinnedBuffer, Stream, StreamHandle};
+use forebay::device::{Device, DeviceAddr, Event, PinnedBuffer, Stream, StreamHandle};
 use forebay::store::{Source, SourceFile};
 use forebay::{Attachment, Budget, Bytes, Engine, EngineConfig, LayoutOptions, Use, WeightKind, WeightSpec};
 
 /// The device under test: the one named by `FOREBAY_TEST_DEVICE`, else a host device that poisons its frames.
 pub fn device() -> Arc<dyn Device> {
-    match std::env::var("FOREBAY_TEST_DEVICE") {
-        Ok(name) => forebay::device::open(name.parse().unwrap()).unwrap(),
-        Err(_) => {
-            let config = HostConfig { capacity: Bytes::gib(4), poison: true, ..HostConfig::default() };
-            Arc::new(HostDevice::new(config).unwrap())
+    Rig::new().device
+}
+
+/// The device under test, and what a host device can do beyond.
+pub struct Rig {
+    pub device: Arc<dyn Device>,
+    /// The same device, if it is a host device.
+    pub host: Option<Arc<HostDevice>>,
+}
+
+impl Rig {
+    pub fn new() -> Self {
+        let config = HostConfig { capacity: Bytes::gib(4), poison: true, ..HostConfig::default() };
+        Self::host(config).unwrap_or_else(|| {
+            let name = std::env::var("FOREBAY_TEST_DEVICE").unwrap();
+            Rig { device: forebay::device::open(name.parse().unwrap()).unwrap(), host: None }
+        })
+    }
+
+    /// A host device of this kind; `None` where the tests run on another device, and the test has nothing to say.
+    pub fn host(config: HostConfig) -> Option<Self> {
+        match std::env::var("FOREBAY_TEST_DEVICE") {
+            Ok(name) if name != "host" => {
+                println!("not on {name}");
+                None
+            }
+            _ => {
+                let host = Arc::new(HostDevice::new(config).unwrap());
+                Some(Rig { device: Arc::clone(&host) as Arc<dyn Device>, host: Some(host) })
+            }
         }
+    }
+
+    pub fn engine(&self, budget: Bytes) -> Arc<Engine> {
+        engine_on(Arc::clone(&self.device), budget)
+    }
+
+    pub fn stream(&self) -> Stream {
+        Stream::new(Arc::clone(&self.device)).unwrap()
+    }
+
+    pub fn consumer(&self) -> Consumer {
+        Consumer::new(&self.device)
     }
 }
 
@@ -26,11 +72,27 @@ pub fn engine(budget: Bytes) -> Arc<Engine> {
 }
 
 pub fn engine_on(device: Arc<dyn Device>, budget: Bytes) -> Arc<Engine> {
-    Engine::new(device, EngineConfig { budget: Budget::Fixed(budget), readers: Some(3) }).unwrap()
+    try_engine_on(device, Budget::Fixed(budget)).unwrap()
+}
+
+pub fn try_engine_on(device: Arc<dyn Device>, budget: Budget) -> forebay::Result<Arc<Engine>> {
+    let engine = Engine::new(device, EngineConfig { budget, readers: Some(3) })?;
+    watchdog::report_on(&engine);
+    Ok(engine)
+}
+
+/// Checks that no page is pinned but for the small weights' `small` pages of 2 MiB: everything else can leave.
+pub fn assert_no_pins(engine: &Engine, small: u64) {
+    let pinned: Bytes = engine.stats().vbars.iter().map(|vbar| vbar.pinned).sum();
+    assert_eq!(pinned, Bytes::mib(2) * small, "{}", engine.stats());
+    engine.settle().unwrap();
+    engine.make_room(Bytes::MAX).unwrap();
 }
 
 /// Random numbers from a seed that a failing test prints (xorshift64*, S. Vigna 2016).
-pub struct Random(u64);
+///
+/// The test that made it is watched for as long as it lives.
+pub struct Random(u64, Option<watchdog::Watchdog>);
 
 impl Random {
     /// From `FOREBAY_TEST_SEED`, else from the clock.
@@ -39,11 +101,18 @@ impl Random {
             std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_nanos() as u64;
         let seed = std::env::var("FOREBAY_TEST_SEED").ok().map_or(clock, |seed| seed.parse().unwrap());
         println!("FOREBAY_TEST_SEED={seed}");
-        Random(seed | 1)
+        Random(seed | 1, Some(watchdog::Watchdog::start(seed)))
+    }
+
+    /// Seeded, for a test that takes longer than others.
+    pub fn seeded_for(limit: std::time::Duration) -> Self {
+        let mut random = Self::seeded();
+        random.1 = Some(watchdog::Watchdog::with_limit(random.0, limit));
+        random
     }
 
     pub fn from_seed(seed: u64) -> Self {
-        Random(seed | 1)
+        Random(seed | 1, None)
     }
 
     pub fn next(&mut self) -> u64 {
@@ -97,15 +166,20 @@ impl Weights {
     }
 
     pub fn attach(&self, engine: &Arc<Engine>, name: &str) -> Attachment {
+        self.try_attach(engine, name).unwrap()
+    }
+
+    pub fn try_attach(&self, engine: &Arc<Engine>, name: &str) -> forebay::Result<Attachment> {
         let options = LayoutOptions { page_size: Some(Bytes::mib(2)), ..LayoutOptions::default() };
-        engine.attach(name, self.specs.clone(), options).unwrap()
+        engine.attach(name, self.specs.clone(), options)
     }
 }
 
 /// A stream whose "kernels" read weights back.
 pub struct Consumer {
     device: Arc<dyn Device>,
-    own: Option<Stream>,
+    stream: StreamHandle,
+    _own: Option<Stream>,
     reads: Vec<Read>,
 }
 
@@ -121,17 +195,22 @@ static READS: AtomicU64 = AtomicU64::new(0);
 impl Consumer {
     /// On a stream of its own.
     pub fn new(device: &Arc<dyn Device>) -> Self {
-        let own = Some(Stream::new(Arc::clone(device)).unwrap());
-        Consumer { device: Arc::clone(device), own, reads: Vec::new() }
+        let own = Stream::new(Arc::clone(device)).unwrap();
+        Consumer { stream: own.handle(), _own: Some(own), device: Arc::clone(device), reads: Vec::new() }
     }
 
     /// On the default stream.
     pub fn on_default(device: &Arc<dyn Device>) -> Self {
-        Consumer { device: Arc::clone(device), own: None, reads: Vec::new() }
+        Self::borrowing(device, StreamHandle::DEFAULT)
+    }
+
+    /// On a stream that lives longer.
+    pub fn borrowing(device: &Arc<dyn Device>, stream: StreamHandle) -> Self {
+        Consumer { device: Arc::clone(device), stream, _own: None, reads: Vec::new() }
     }
 
     pub fn stream(&self) -> StreamHandle {
-        self.own.as_ref().map_or(StreamHandle::DEFAULT, Stream::handle)
+        self.stream
     }
 
     /// Acquires a weight, enqueues a read of it and releases it without waiting for the read.
@@ -149,16 +228,21 @@ impl Consumer {
 
     /// Enqueues a read of a pinned weight.
     pub fn read(&mut self, model: &Attachment, weights: &Weights, weight: usize) {
-        let expected = Arc::clone(&weights.contents[weight]);
+        let what = format!("{} w{weight}", model.name());
+        self.read_at(model.address(weight).unwrap(), &weights.contents[weight], &what);
+    }
+
+    /// Enqueues a read of bytes that are pinned.
+    pub fn read_at(&mut self, from: DeviceAddr, expected: &Arc<Vec<u8>>, what: &str) {
+        let expected = Arc::clone(expected);
         let len = Bytes::new(expected.len() as u64);
         let buffer = PinnedBuffer::new(Arc::clone(&self.device), len).unwrap();
         let done = Event::new(Arc::clone(&self.device)).unwrap();
-        let from = model.address(weight).unwrap();
         // SAFETY: the weight is pinned in this stream's order; the buffer lives until the read was checked.
         unsafe { self.device.copy_to_host(buffer.as_ptr(), from, len, self.stream()) }.unwrap();
         // SAFETY: the stream lives as long as this consumer.
         unsafe { done.record(self.stream()) }.unwrap();
-        let what = format!("read {} of {} w{weight}", READS.fetch_add(1, Ordering::Relaxed), model.name());
+        let what = format!("read {} of {what}", READS.fetch_add(1, Ordering::Relaxed));
         self.reads.push(Read { buffer, done, expected, what });
         if self.reads.len() >= 16 {
             self.check();
