@@ -1,1 +1,34 @@
-//! x
+//! The extension module `forebay._forebay`: the engine as Python sees it.
+//!
+//! Python is never called while a lock of the engine is held, and the interpreter lock is never held while the engine
+//! waits.
+
+mod bytes;
+mod checkpoint;
+mod dlpack;
+mod doctor;
+mod engine;
+mod errors;
+mod logs;
+mod model;
+mod run;
+mod vbar;
+
+use pyo3::prelude::*;
+
+/// The extension module of the package `forebay`.
+#[pymodule(gil_used = false)]
+fn _forebay(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    logs::install();
+    module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    module.add_class::<engine::Engine>()?;
+    module.add_class::<model::Model>()?;
+    module.add_class::<model::Weight>()?;
+    module.add_class::<vbar::ExplicitVbar>()?;
+    module.add_class::<checkpoint::Checkpoint>()?;
+    module.add_function(wrap_pyfunction!(doctor::examine, module)?)?;
+    module.add_function(wrap_pyfunction!(run::run, module)?)?;
+    module.add_function(wrap_pyfunction!(run::view_all, module)?)?;
+    module.add_function(wrap_pyfunction!(run::set_managed_types, module)?)?;
+    errors::add(module)
+}

@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Checks, runs and times everything on a GPU machine with torch, from what bench/bundle.sh built. Full results go to $OUT.
+# Usage: bench/gpu_check.sh [FOLDER] [all|tests|stack|demo], defaults .carry and all.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+bundle=$(realpath "${1:-.carry}")
+what=${2:-all}
+out=${OUT:-target/gpu}
+site=$(mktemp -d)
+failed=()
+mkdir -p "$out"
+python3 -m pip install -q --no-index --no-deps --no-compile --target "$site" "$bundle"/*.whl || exit 1
+export PYTHONPATH=$site PYTHONUNBUFFERED=1 FOREBAY_TEST_DEVICE=${DEVICE:-cuda:0}
+
+step() { # step NAME SECONDS COMMAND...
+    local name=$1 limit=$2 start=$SECONDS
+    shift 2
+    timeout -k 5 "$limit" "$@" >"$out/$name.log" 2>&1
+    local code=$?
+    printf '%-28s %-6s %4d s  %s\n' "$name" "$([ $code = 0 ] && echo ok || echo "rc $code")" $((SECONDS - start)) \
+        "$(grep -E '^test result|passed|failed' "$out/$name.log" | tail -n 1)"
+    [ $code = 0 ] || failed+=("$name")
+}
+
+exec > >(tee "$out/summary.txt") 2>&1
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+[ -x "$bundle/forebay" ] && "$bundle/forebay" doctor
+if [ "$what" = all ] || [ "$what" = tests ]; then
+    for program in "$bundle"/tests/*; do
+        step "$(basename "$program")" 240 "$program"
+    done
+    step pytest 420 python3 -m pytest -q -x --timeout 120 -p no:cacheprovider python/tests
+fi
+if [ "$what" = all ] || [ "$what" = demo ]; then
+    python3 - "$bundle/minilm" <<'E2'
+import sys, torch
+from transformers import BertConfig, BertModel
+torch.manual_seed(3)
+BertModel(BertConfig.from_json_file(sys.argv[1] + "/config.json")).save_pretrained("/tmp/random-bert")
+E2
+    cp "$bundle"/minilm/* /tmp/random-bert
+    step demo 120 python3 examples/embed.py --model /tmp/random-bert --picture "$out/page-map.svg"
+    cat "$out/demo.log"
+fi
+if [ "$what" = all ] || [ "$what" = stack ]; then
+    step stack 400 python3 bench/stack.py --out "$out/stack.json"
+    cat "$out/stack.log"
+fi
+for name in "${failed[@]}"; do
+    echo "--- $name"
+    tail -n 40 "$out/$name.log"
+done
+tar -C "$out" -czf "$out/logs.tgz" --remove-files $(cd "$out" && ls *.log)
+[ ${#failed[@]} = 0 ]

@@ -1,0 +1,218 @@
+"""A transformer stack larger than the memory left free, timed beside the physical limit.
+
+Writes a bf16 stack of random weights to a safetensors file, runs it once as plain torch with everything resident, then
+fills the GPU with a ballast until only ``--free`` is left and runs the same file attached to Forebay. The limit of a step
+is max(compute, bytes moved / link): compute is the plain step's time, bytes moved are counted by the engine, the link is
+measured in the same run. Every output is compared with the plain one bit for bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import sys
+import time
+from datetime import date
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import forebay
+
+GIB = 1 << 30
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, tokens, width = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        attended = nn.functional.scaled_dot_product_attention(q, k, v)
+        x = x + self.out(attended.transpose(1, 2).reshape(batch, tokens, width))
+        return x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
+
+
+class Stack(nn.Sequential):
+    """Blocks of 12 width^2 weights each."""
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--blocks", type=int, default=40, help="blocks of the stack (default: %(default)s)")
+    parser.add_argument("--width", type=int, default=5120, help="width of a block (default: %(default)s: 25 GB)")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048, 4096, 8192], help="tokens a step")
+    parser.add_argument("--free", type=float, default=8.0, help="GiB of device memory left free (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=5, help="steps after the first (default: %(default)s)")
+    parser.add_argument("--device", default="cuda:0", help="default: %(default)s")
+    parser.add_argument("--file", type=Path, default=Path("/tmp/forebay-stack.safetensors"), help="where the weights go")
+    parser.add_argument("--out", type=Path, help="write the full result as JSON here")
+    return parser.parse_args()
+
+
+def write_weights(path: Path, blocks: int, width: int) -> int:
+    """A file of random bf16 weights, written block by block; bytes of its data."""
+    with torch.device("meta"):
+        shapes = {name: tuple(value.shape) for name, value in Block(width, 40).state_dict().items()}
+    header: dict[str, object] = {}
+    offset = 0
+    for block in range(blocks):
+        for name, shape in shapes.items():
+            nbytes = 2 * int(torch.Size(shape).numel())
+            header[f"{block}.{name}"] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
+            offset += nbytes
+    if path.exists() and path.stat().st_size > offset:
+        return offset
+    if shutil.disk_usage(path.parent).free < offset + GIB:
+        raise SystemExit(f"the weights take {offset / GIB:.1f} GiB on disk, more than is free: {path.parent}")
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    generator = torch.Generator(device="cuda").manual_seed(1)
+    with path.open("wb", buffering=0) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _ in range(blocks):
+            for name, shape in shapes.items():
+                scale = 1.0 if name.startswith("norm") and name.endswith("weight") else shape[-1] ** -0.5
+                values = torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16) * scale
+                file.write(values.cpu().view(torch.uint8).numpy().data)
+    return offset
+
+
+def load(path: Path, blocks: int, width: int) -> Stack:
+    with torch.device("meta"):
+        stack = Stack(*(Block(width, 40) for _ in range(blocks))).to(torch.bfloat16)
+    stack.load_state_dict(forebay.load(path), assign=True)
+    return stack.eval().requires_grad_(False)
+
+
+def link_rate(nbytes: int = GIB) -> float:
+    """Host to device, pinned, bytes a second: the best of five."""
+    host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).random_(1, 255)
+    device = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
+    seconds = []
+    for _ in range(6):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        device.copy_(host, non_blocking=True)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return nbytes / min(seconds[1:])
+
+
+def timed_step(stack: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, float]:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    y = stack(x)
+    torch.cuda.synchronize()
+    return y, time.perf_counter() - start
+
+
+def anonymous_mib() -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) / 1024
+    return 0.0
+
+
+def inputs(tokens: int, width: int) -> torch.Tensor:
+    generator = torch.Generator(device="cuda").manual_seed(tokens)
+    return torch.randn(1, tokens, width, generator=generator, device="cuda", dtype=torch.bfloat16)
+
+
+def plain_run(chosen: argparse.Namespace) -> dict[int, tuple[torch.Tensor, float]]:
+    """Output and seconds of a step with every weight resident, for each number of tokens."""
+    stack = load(chosen.file, chosen.blocks, chosen.width).to(chosen.device)
+    results = {}
+    for tokens in chosen.tokens:
+        x = inputs(tokens, chosen.width)
+        timed_step(stack, x)
+        runs = [timed_step(stack, x) for _ in range(3)]
+        results[tokens] = (runs[-1][0].cpu(), statistics.median(seconds for _, seconds in runs))
+    del stack
+    torch.cuda.empty_cache()
+    return results
+
+
+def streamed_run(
+    chosen: argparse.Namespace, link: float, nbytes: int, plain: dict[int, tuple[torch.Tensor, float]]
+) -> list[dict[str, object]]:
+    free, _ = torch.cuda.mem_get_info()
+    ballast = torch.empty(max(0, free - int(chosen.free * GIB)), dtype=torch.uint8, device="cuda")
+    rows: list[dict[str, object]] = []
+    for tokens in chosen.tokens:
+        stack = load(chosen.file, chosen.blocks, chosen.width)
+        x = inputs(tokens, chosen.width)
+        before = anonymous_mib()
+        # What is kept free is for activations.
+        with forebay.attach(stack, chosen.device, headroom=1.5 * GIB) as attachment:
+            expected, compute = plain[tokens]
+            y, first = timed_step(stack, x)
+            same = torch.equal(y.cpu(), expected)
+            filled = [attachment.stats()[0]["filled"]]
+            seconds = []
+            for _ in range(chosen.steps):
+                y, took = timed_step(stack, x)
+                seconds.append(took)
+                filled.append(attachment.stats()[0]["filled"])
+                same = same and torch.equal(y.cpu(), expected)
+            stats = attachment.stats()[0]
+            moved = filled[-1] - filled[-2]
+            later = statistics.median(seconds[1:])
+            limit = max(compute, moved / link)
+            first_limit = max(compute, nbytes / link)
+            rows.append(
+                {
+                    "tokens": tokens, "same": same, "compute_s": compute, "moved_bytes": moved, "first_s": first,
+                    "first_limit_s": first_limit, "first_ratio": first / first_limit, "steps_s": seconds,
+                    "later_s": later, "limit_s": limit, "ratio": later / limit, "waits": stats["waits"],
+                    "wait_s": stats["wait_s"], "resident_bytes": stats["resident"], "filled_bytes": filled,
+                    "mispredicted": stats["mispredicted"], "anonymous_mib": anonymous_mib() - before,
+                    "page_map": next(iter(attachment.page_map().values())),
+                }
+            )  # fmt: skip
+            print(attachment.memory_summary(), flush=True)
+        torch.cuda.synchronize()
+        del stack
+    del ballast
+    return rows
+
+
+def main() -> int:
+    chosen = parse()
+    torch.cuda.set_device(chosen.device)
+    with torch.inference_mode():
+        nbytes = write_weights(chosen.file, chosen.blocks, chosen.width)
+        link = link_rate()
+        plain = plain_run(chosen)
+        rows = streamed_run(chosen, link, nbytes, plain)
+    result = {
+        "command": " ".join(["python", *sys.argv]), "date": date.today().isoformat(),
+        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "forebay": forebay.__version__,
+        "cores": os.cpu_count(), "kernel": platform.release(), "weights_bytes": nbytes, "free_gib": chosen.free,
+        "link_gb_s": link / 1e9, "rows": rows,
+    }  # fmt: skip
+    if chosen.out:
+        chosen.out.write_text(json.dumps(result, indent=1))
+    print(f"{nbytes / 1e9:.1f} GB of weights, {chosen.free} GiB free, link {link / 1e9:.1f} GB/s, {result['gpu']}")
+    print(f"{'tokens':>7} {'same':>5} {'compute':>9} {'moved':>9} {'first':>9} {'x limit':>8} {'later':>9} {'x limit':>8} {'waits':>6} {'anon':>8}")
+    for row in rows:
+        print(
+            f"{row['tokens']:7} {row['same']!s:>5} {row['compute_s'] * 1e3:6.0f} ms {row['moved_bytes'] / 1e9:6.1f} GB "
+            f"{row['first_s'] * 1e3:6.0f} ms {row['first_ratio']:8.2f} {row['later_s'] * 1e3:6.0f} ms {row['ratio']:8.2f} "
+            f"{row['waits']:6} {row['anonymous_mib']:4.0f} MiB"
+        )
+    return 0 if all(row["same"] for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,211 @@
+//! `Engine`: the engine of one device.
+
+use std::sync::Arc;
+
+use forebay::device::host::{HostConfig, HostDevice};
+use forebay::device::{Device, DeviceId};
+use forebay::store::{MemoryRange, ProcessMaps, Source};
+use forebay::{Budget, Bytes, EngineConfig, LayoutOptions, PageState, VbarStats, WeightKind, WeightSpec};
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyList};
+
+use crate::bytes::size;
+use crate::errors::{raised, source};
+use crate::model::Model;
+use crate::vbar::ExplicitVbar;
+
+/// Host memory that a `host` engine may use unless told otherwise: this share of what is available at its start.
+const HOST_SHARE: u64 = 4;
+
+/// Keeps the weights of any number of models on one device, within a budget.
+#[pyclass(frozen, module = "forebay._forebay")]
+pub(crate) struct Engine {
+    inner: Arc<forebay::Engine>,
+}
+
+/// A weight to attach: name, address, bytes, what keeps the address alive, and whether it is a table.
+type PyWeight = (String, u64, u64, Py<PyAny>, bool);
+
+#[pymethods]
+impl Engine {
+    #[new]
+    #[pyo3(signature = (device, *, budget=None, headroom=None, readers=None, poison=false))]
+    fn new(
+        py: Python<'_>,
+        device: &str,
+        budget: Option<&Bound<'_, PyAny>>,
+        headroom: Option<&Bound<'_, PyAny>>,
+        readers: Option<usize>,
+        poison: bool,
+    ) -> PyResult<Self> {
+        let id: DeviceId = device
+            .parse()
+            .map_err(|error: forebay::device::ParseDeviceError| PyValueError::new_err(error.to_string()))?;
+        let budget = chosen_budget(budget, headroom)?.unwrap_or_else(|| default_budget(id));
+        let config = EngineConfig { budget, readers };
+        py.detach(|| {
+            let device: Arc<dyn Device> = match id {
+                DeviceId::Host => {
+                    let config = HostConfig { poison, ..HostConfig::default() };
+                    Arc::new(HostDevice::new(config).map_err(crate::errors::device)?)
+                }
+                DeviceId::Cuda(_) => forebay::device::open(id).map_err(crate::errors::device)?,
+            };
+            Ok(Engine { inner: forebay::Engine::new(device, config).map_err(raised)? })
+        })
+    }
+
+    /// The device's name: ``host`` or ``cuda:N``.
+    #[getter]
+    fn device(&self) -> String {
+        self.inner.device().to_string()
+    }
+
+    /// Bytes that weights may take at this moment.
+    #[getter]
+    fn budget(&self) -> u64 {
+        self.inner.budget().1.get()
+    }
+
+    /// Sets the budget: ``budget`` bytes, or everything free but for ``headroom`` bytes.
+    #[pyo3(signature = (*, budget=None, headroom=None))]
+    fn set_budget(
+        &self,
+        py: Python<'_>,
+        budget: Option<&Bound<'_, PyAny>>,
+        headroom: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<()> {
+        let budget = chosen_budget(budget, headroom)?.unwrap_or_else(|| default_budget(self.inner.device()));
+        py.detach(|| self.inner.set_budget(budget)).map_err(raised)
+    }
+
+    /// Gives device memory back, lowest priority first; returns how many bytes.
+    fn make_room(&self, py: Python<'_>, nbytes: &Bound<'_, PyAny>) -> PyResult<u64> {
+        let bytes = size("nbytes", nbytes)?;
+        py.detach(|| self.inner.make_room(bytes)).map(Bytes::get).map_err(raised)
+    }
+
+    /// Waits until everything decided so far is done.
+    fn settle(&self, py: Python<'_>) -> PyResult<()> {
+        py.detach(|| self.inner.settle()).map_err(raised)
+    }
+
+    /// Attaches weights. Where a weight's bytes are an unmodified part of a mapped file they are read from the file.
+    #[pyo3(signature = (name, weights, *, page_size=None, small=None))]
+    fn attach(
+        &self,
+        py: Python<'_>,
+        name: &str,
+        weights: Vec<PyWeight>,
+        page_size: Option<&Bound<'_, PyAny>>,
+        small: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Model> {
+        let default = LayoutOptions::default();
+        let page_size = page_size.map(|value| size("page_size", value)).transpose()?;
+        let small = small.map(|value| size("small", value)).transpose()?.unwrap_or(default.small);
+        let attachment = py.detach(|| {
+            let maps = ProcessMaps::snapshot().map_err(source)?;
+            let specs = weights.into_iter().map(|weight| spec(&maps, weight)).collect();
+            self.inner.attach(name, specs, LayoutOptions { page_size, small }).map_err(raised)
+        })?;
+        Ok(Model::new(attachment))
+    }
+
+    /// Reserves an address range whose pages the caller faults in and fills.
+    fn vbar(&self, py: Python<'_>, name: &str, nbytes: &Bound<'_, PyAny>) -> PyResult<ExplicitVbar> {
+        let bytes = size("nbytes", nbytes)?;
+        py.detach(|| self.inner.vbar(name, bytes)).map(ExplicitVbar::new).map_err(raised)
+    }
+
+    /// What is where and what was moved, as plain data.
+    fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let stats = py.detach(|| self.inner.stats());
+        let dict = PyDict::new(py);
+        dict.set_item("device", stats.device.to_string())?;
+        dict.set_item("device_name", stats.device_name)?;
+        dict.set_item("budget", stats.budget.get())?;
+        dict.set_item("held", stats.held.get())?;
+        dict.set_item("free_frames", stats.free_frames.get())?;
+        dict.set_item("pinned_host", stats.ring.get())?;
+        let models: Vec<_> = stats.vbars.iter().map(|vbar| vbar_stats(py, vbar)).collect::<PyResult<_>>()?;
+        dict.set_item("models", PyList::new(py, models)?)?;
+        Ok(dict)
+    }
+
+    /// The same as a table.
+    fn summary(&self, py: Python<'_>) -> String {
+        py.detach(|| self.inner.stats()).to_string()
+    }
+
+    fn __repr__(&self) -> String {
+        let (budget, bytes) = self.inner.budget();
+        let budget = match budget {
+            Budget::Fixed(_) => format!("budget={bytes}"),
+            Budget::Headroom(headroom) => format!("headroom={headroom}"),
+        };
+        format!("<forebay.Engine {} {budget}>", self.inner.device())
+    }
+}
+
+/// One model's numbers as a dict.
+pub(crate) fn vbar_stats<'py>(py: Python<'py>, stats: &VbarStats) -> PyResult<Bound<'py, PyDict>> {
+    let dict = PyDict::new(py);
+    dict.set_item("name", &stats.name)?;
+    dict.set_item("bytes", stats.bytes.get())?;
+    dict.set_item("page_size", stats.page_size.get())?;
+    dict.set_item("pages", stats.pages.len())?;
+    dict.set_item("watermark", stats.watermark)?;
+    dict.set_item("resident", stats.in_state(PageState::Resident).get())?;
+    dict.set_item("streamed", stats.in_state(PageState::Streamed).get())?;
+    dict.set_item("absent", stats.in_state(PageState::Absent).get())?;
+    dict.set_item("filled", stats.filled.get())?;
+    dict.set_item("filled_pages", stats.filled_pages)?;
+    dict.set_item("looked_up", stats.looked_up.get())?;
+    dict.set_item("waits", stats.waits)?;
+    dict.set_item("wait_s", stats.wait_time.as_secs_f64())?;
+    dict.set_item("mispredicted", stats.mispredicted)?;
+    Ok(dict)
+}
+
+fn spec(maps: &ProcessMaps, (name, address, nbytes, owner, table): PyWeight) -> WeightSpec {
+    let (address, len) = (address as usize, nbytes as usize);
+    let source = match maps.source_of(address, len) {
+        Some((file, offset)) => Source::file(&file, offset, Bytes::new(nbytes)),
+        // SAFETY: `owner` is the tensor whose storage this is; it keeps the memory for as long as the source lives.
+        None => Source::memory(Arc::new(unsafe { MemoryRange::new(address as *const u8, len, owner) })),
+    };
+    WeightSpec { name, source, kind: if table { WeightKind::Table } else { WeightKind::Whole } }
+}
+
+fn chosen_budget(
+    budget: Option<&Bound<'_, PyAny>>,
+    headroom: Option<&Bound<'_, PyAny>>,
+) -> PyResult<Option<Budget>> {
+    match (budget, headroom) {
+        (Some(_), Some(_)) => {
+            Err(PyValueError::new_err("budget and headroom exclude each other; give one of them, or neither"))
+        }
+        (Some(budget), None) => Ok(Some(Budget::Fixed(size("budget", budget)?))),
+        (None, Some(headroom)) => Ok(Some(Budget::Headroom(size("headroom", headroom)?))),
+        (None, None) => Ok(None),
+    }
+}
+
+/// On the host the weights are in the page cache anyway, so a second copy of them takes a share of what is available.
+fn default_budget(id: DeviceId) -> Budget {
+    match id {
+        DeviceId::Cuda(_) => EngineConfig::default().budget,
+        DeviceId::Host => {
+            Budget::Fixed(Bytes::new(available_memory().get() / HOST_SHARE).max(Bytes::mib(256)))
+        }
+    }
+}
+
+fn available_memory() -> Bytes {
+    let info = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let kib = info
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:")?.trim().strip_suffix(" kB")?.parse().ok());
+    Bytes::kib(kib.unwrap_or(1 << 20))
+}

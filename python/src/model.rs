@@ -1,0 +1,211 @@
+//! `Model` and `Weight`: an attached model and one of its weights.
+
+use std::sync::{Arc, OnceLock};
+
+use forebay::device::StreamHandle;
+use forebay::{Attachment, Bytes, PageState};
+use pyo3::exceptions::PyRuntimeError;
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+
+use crate::dlpack::capsule;
+use crate::engine::vbar_stats;
+use crate::errors::raised;
+use crate::run::with_interrupts;
+
+/// What all weights of a model share.
+pub(crate) struct Shared {
+    pub(crate) attachment: Attachment,
+    /// Gives the current stream's handle; unset where work runs on the calling thread.
+    stream: OnceLock<Py<PyAny>>,
+}
+
+impl Shared {
+    /// The stream that the calling thread enqueues its work on.
+    pub(crate) fn current_stream(&self, py: Python<'_>) -> PyResult<StreamHandle> {
+        match self.stream.get() {
+            None => Ok(StreamHandle::DEFAULT),
+            // SAFETY: torch's current stream on the model's device; torch destroys none of its streams.
+            Some(source) => Ok(unsafe { StreamHandle::from_raw(source.bind(py).call0()?.extract()?) }),
+        }
+    }
+}
+
+/// The weights of one model on one device.
+#[pyclass(frozen, module = "forebay._forebay")]
+pub(crate) struct Model {
+    shared: Arc<Shared>,
+}
+
+impl Model {
+    pub(crate) fn new(attachment: Attachment) -> Self {
+        Model { shared: Arc::new(Shared { attachment, stream: OnceLock::new() }) }
+    }
+}
+
+#[pymethods]
+impl Model {
+    /// Sets the callable that gives the current stream's handle, once.
+    fn set_stream_source(&self, source: Py<PyAny>) -> PyResult<()> {
+        self.shared
+            .stream
+            .set(source)
+            .map_err(|_| PyRuntimeError::new_err("the stream source is set already"))
+    }
+
+    /// The weight with this number, in the order attached.
+    fn weight(&self, index: usize) -> PyResult<Weight> {
+        self.shared.attachment.address(index).map_err(raised)?;
+        Ok(Weight {
+            shared: Arc::clone(&self.shared),
+            index,
+            plain: OnceLock::new(),
+            viewer: OnceLock::new(),
+        })
+    }
+
+    /// The model's name.
+    #[getter]
+    fn name(&self) -> &str {
+        self.shared.attachment.name()
+    }
+
+    /// Detaches the model: its memory leaves as soon as nothing uses it.
+    fn detach(&self, py: Python<'_>) {
+        py.detach(|| self.shared.attachment.detach());
+    }
+
+    /// To the top of the priorities.
+    fn prioritize(&self, py: Python<'_>) {
+        py.detach(|| self.shared.attachment.prioritize());
+    }
+
+    /// To the bottom of the priorities.
+    fn deprioritize(&self, py: Python<'_>) {
+        py.detach(|| self.shared.attachment.deprioritize());
+    }
+
+    /// One character a page: ``R`` resident, ``S`` streamed and backed now, ``.`` absent.
+    fn page_map(&self, py: Python<'_>) -> String {
+        let states = py.detach(|| self.shared.attachment.page_states());
+        let letter = |state: &PageState| match state {
+            PageState::Resident => 'R',
+            PageState::Streamed => 'S',
+            PageState::Absent => '.',
+        };
+        states.iter().map(letter).collect()
+    }
+
+    /// What was moved and who waited.
+    fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let stats = py.detach(|| self.shared.attachment.stats());
+        vbar_stats(py, &stats)
+    }
+}
+
+/// One weight, at one address until its model is detached.
+#[pyclass(frozen, module = "forebay._forebay")]
+pub(crate) struct Weight {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) index: usize,
+    /// The plain tensor at the weight's address, to be read only while the weight is pinned.
+    plain: OnceLock<Py<PyAny>>,
+    /// Makes a tensor of the weight's dtype, shape and strides from a capsule of its bytes.
+    viewer: OnceLock<Py<PyAny>>,
+}
+
+impl Weight {
+    /// The plain tensor, made at the first call.
+    pub(crate) fn plain<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        if let Some(plain) = self.plain.get() {
+            return Ok(plain.bind(py).clone());
+        }
+        let made = self.viewed(self.capsule_kept_by(py, Arc::clone(&self.shared))?)?;
+        Ok(self.plain.get_or_init(|| made.unbind()).bind(py).clone())
+    }
+
+    /// A tensor over a capsule of this weight's bytes.
+    pub(crate) fn viewed<'py>(&self, capsule: Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+        let viewer =
+            self.viewer.get().ok_or_else(|| PyRuntimeError::new_err("the weight has no viewer yet"))?;
+        viewer.bind(capsule.py()).call1((capsule,))
+    }
+
+    /// A capsule of the weight's bytes that keeps `keep` alive.
+    pub(crate) fn capsule_kept_by<'py, K: Send + 'static>(
+        &self,
+        py: Python<'py>,
+        keep: K,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let attachment = &self.shared.attachment;
+        let address = attachment.address(self.index).map_err(raised)?;
+        let bytes = attachment.source(self.index).map_err(raised)?.len();
+        capsule(py, attachment.engine().device(), address, bytes, Box::new(keep))
+    }
+
+    /// Whether `address` lies in the address range of this weight's model.
+    pub(crate) fn owns(&self, address: u64) -> bool {
+        let (base, size) = self.shared.attachment.range();
+        (base.get()..base.get() + size.get()).contains(&address)
+    }
+}
+
+#[pymethods]
+impl Weight {
+    /// Sets the callable that makes this weight's tensor from a capsule, once. The plain tensor is made now: a first use
+    /// may come inside a transform or trace, which would make its own kind of tensor.
+    fn set_viewer(&self, py: Python<'_>, viewer: Py<PyAny>) -> PyResult<()> {
+        self.viewer.set(viewer).map_err(|_| PyRuntimeError::new_err("the weight has a viewer already"))?;
+        self.plain(py).map(drop)
+    }
+
+    /// A plain tensor over the weight that keeps it pinned for as long as its storage lives.
+    fn view<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        let stream = self.shared.current_stream(py)?;
+        let view = with_interrupts(py, stream, |how| self.shared.attachment.view(self.index, how))?;
+        self.viewed(self.capsule_kept_by(py, view)?)
+    }
+
+    /// Whether the weight is used as a whole now; if not, it is a table whose rows are to be looked up.
+    fn is_kept(&self) -> PyResult<bool> {
+        self.shared.attachment.is_kept(self.index).map_err(raised)
+    }
+
+    /// Whether the weight belongs to the always-resident region.
+    #[getter]
+    fn is_small(&self) -> PyResult<bool> {
+        self.shared.attachment.is_small(self.index).map_err(raised)
+    }
+
+    /// Reads rows of ``row_bytes`` bytes from the weight's source to the memory at ``address``, in the order given.
+    fn read_rows(&self, py: Python<'_>, row_bytes: u64, rows: Vec<u64>, address: u64) -> PyResult<()> {
+        let len = row_bytes as usize * rows.len();
+        // SAFETY: the package passes the address of a contiguous tensor of exactly these rows, which it holds.
+        let out = unsafe { std::slice::from_raw_parts_mut(address as *mut u8, len) };
+        let attachment = &self.shared.attachment;
+        py.detach(|| attachment.read_rows(self.index, Bytes::new(row_bytes), &rows, out)).map_err(raised)
+    }
+
+    /// Gives the weight's pages up, so that its bytes are read again at the next use.
+    fn discard(&self, py: Python<'_>) -> PyResult<()> {
+        py.detach(|| self.shared.attachment.discard(self.index)).map_err(raised)
+    }
+
+    /// The weight's name in its model.
+    #[getter]
+    fn name(&self) -> &str {
+        &self.shared.attachment.weight_names()[self.index]
+    }
+
+    /// The weight's device address, the same until its model is detached.
+    #[getter]
+    fn address(&self) -> PyResult<u64> {
+        self.shared.attachment.address(self.index).map(|address| address.get()).map_err(raised)
+    }
+
+    /// Where the weight's bytes come from, for people.
+    #[getter]
+    fn source(&self) -> PyResult<String> {
+        self.shared.attachment.source(self.index).map(|source| source.describe()).map_err(raised)
+    }
+}

@@ -1,0 +1,308 @@
+//! Running an operation with its managed weights acquired.
+//!
+//! The pins are owned by this call's frame, so an exception or an interrupt inside the operation leaves none behind.
+
+use std::cell::RefCell;
+use std::sync::{Arc, OnceLock};
+
+use forebay::device::StreamHandle;
+use forebay::{Attachment, Pinned, Use, View};
+use pyo3::exceptions::PyRuntimeError;
+use pyo3::intern;
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyList, PyTuple, PyType};
+
+use crate::errors::{ForebayError, raised};
+use crate::model::Weight;
+
+/// The tensor types that stand for managed weights, each with its `Weight` in `_weight`.
+static MANAGED: OnceLock<Vec<Py<PyType>>> = OnceLock::new();
+
+/// Sets the tensor types that stand for managed weights, once.
+#[pyfunction]
+pub(crate) fn set_managed_types(types: Vec<Py<PyType>>) -> PyResult<()> {
+    MANAGED.set(types).map_err(|_| PyRuntimeError::new_err("the managed types are set already"))
+}
+
+/// Calls ``func`` with every managed weight among its arguments replaced by a plain tensor.
+///
+/// ``mode`` is ``"pure"`` for functions whose results never share memory with their arguments, ``"checked"`` where they
+/// may (then the call is made again on tensors that keep their weight pinned), ``"views"`` to use such tensors at once.
+#[pyfunction]
+pub(crate) fn run<'py>(
+    func: &Bound<'py, PyAny>,
+    args: &Bound<'py, PyTuple>,
+    kwargs: Option<&Bound<'py, PyDict>>,
+    mode: &str,
+) -> PyResult<Bound<'py, PyAny>> {
+    let py = func.py();
+    let mut weights: Vec<Bound<'py, Weight>> = Vec::new();
+    collect(args.as_any(), &mut weights)?;
+    if let Some(kwargs) = kwargs {
+        collect(kwargs.as_any(), &mut weights)?;
+    }
+    if weights.is_empty() {
+        return without_interception(func, args, kwargs);
+    }
+    if mode == "views" {
+        return on_views(func, args, kwargs, &weights);
+    }
+    let plain: Vec<_> = weights.iter().map(|weight| weight.get().plain(py)).collect::<PyResult<_>>()?;
+    let pinned = acquire(py, &weights)?;
+    let before = if mode == "checked" { versions(&plain)? } else { Vec::new() };
+    let result = call(func, args, kwargs, &plain)?;
+    if mode == "checked" {
+        if versions(&plain)? != before {
+            drop(pinned);
+            return Err(written(&weights));
+        }
+        if aliases(&result, args, &weights)? {
+            drop(pinned);
+            drop(result);
+            return on_views(func, args, kwargs, &weights);
+        }
+    }
+    Ok(result)
+}
+
+/// Plain tensors over weights, all pinned together, each for as long as its storage lives.
+#[pyfunction]
+pub(crate) fn view_all<'py>(
+    py: Python<'py>,
+    weights: Vec<Bound<'py, Weight>>,
+) -> PyResult<Vec<Bound<'py, PyAny>>> {
+    views(py, &weights)
+}
+
+/// Runs an engine call that may wait, without the interpreter lock, ended by a signal (Ctrl-C) if one comes.
+pub(crate) fn with_interrupts<T: Send>(
+    py: Python<'_>,
+    stream: StreamHandle,
+    wait: impl FnOnce(Use<'_>) -> forebay::Result<T> + Send,
+) -> PyResult<T> {
+    let (result, signal) = py.detach(move || {
+        let signal = RefCell::new(None);
+        let interrupted =
+            || Python::attach(|py| py.check_signals().map_err(|error| signal.replace(Some(error))).is_err());
+        let result = wait(Use { stream, interrupted: &interrupted });
+        (result, signal.into_inner())
+    });
+    result.map_err(|error| signal.unwrap_or_else(|| raised(error)))
+}
+
+/// For weights in places where `collect` does not look: the call reaches `__torch_dispatch__`, which finds them.
+fn without_interception<'py>(
+    func: &Bound<'py, PyAny>,
+    args: &Bound<'py, PyTuple>,
+    kwargs: Option<&Bound<'py, PyDict>>,
+) -> PyResult<Bound<'py, PyAny>> {
+    let torch = func.py().import("torch._C")?;
+    if !torch.call_method0("_is_torch_function_enabled")?.extract::<bool>()? {
+        return Err(ForebayError::new_err(format!("no managed weight is found among the arguments: {func}")));
+    }
+    let guard = torch.call_method0("DisableTorchFunctionSubclass")?;
+    guard.call_method0("__enter__")?;
+    let result = func.call(args, kwargs);
+    guard.call_method1("__exit__", (func.py().None(), func.py().None(), func.py().None()))?;
+    result
+}
+
+/// Pins all weights, those of one engine together.
+fn acquire<'a>(py: Python<'_>, weights: &'a [Bound<'_, Weight>]) -> PyResult<Vec<Pinned<'a>>> {
+    by_engine(weights)
+        .into_iter()
+        .map(|group| {
+            let first = group[0];
+            let stream = first.shared.current_stream(py)?;
+            let engine = first.shared.attachment.engine();
+            let pairs: Vec<(&Attachment, usize)> =
+                group.iter().map(|weight| (&weight.shared.attachment, weight.index)).collect();
+            match engine.acquire_now(&pairs, stream).map_err(raised)? {
+                Some(pinned) => Ok(pinned),
+                None => with_interrupts(py, stream, |how| engine.acquire(&pairs, how)),
+            }
+        })
+        .collect()
+}
+
+/// Calls with tensors that keep their weights pinned for as long as their storages live.
+fn on_views<'py>(
+    func: &Bound<'py, PyAny>,
+    args: &Bound<'py, PyTuple>,
+    kwargs: Option<&Bound<'py, PyDict>>,
+    weights: &[Bound<'py, Weight>],
+) -> PyResult<Bound<'py, PyAny>> {
+    let views = views(func.py(), weights)?;
+    let before = versions(&views)?;
+    let result = call(func, args, kwargs, &views)?;
+    if versions(&views)? != before {
+        drop((views, result));
+        return Err(written(weights));
+    }
+    Ok(result)
+}
+
+/// A pinning tensor for each weight, all acquired together.
+fn views<'py>(py: Python<'py>, weights: &[Bound<'py, Weight>]) -> PyResult<Vec<Bound<'py, PyAny>>> {
+    let mut tensors: Vec<Option<Bound<'py, PyAny>>> = weights.iter().map(|_| None).collect();
+    for group in by_engine(weights) {
+        let stream = group[0].shared.current_stream(py)?;
+        let engine = Arc::clone(group[0].shared.attachment.engine());
+        let pairs: Vec<(&Attachment, usize)> =
+            group.iter().map(|weight| (&weight.shared.attachment, weight.index)).collect();
+        let pinned: Vec<View> = with_interrupts(py, stream, |how| engine.views(&pairs, how))?;
+        for (weight, view) in group.iter().zip(pinned) {
+            let tensor = weight.viewed(weight.capsule_kept_by(py, view)?)?;
+            let place =
+                (0..weights.len()).find(|&i| std::ptr::eq(weights[i].get(), *weight) && tensors[i].is_none());
+            if let Some(place) = place {
+                tensors[place] = Some(tensor);
+            }
+        }
+    }
+    Ok(tensors.into_iter().flatten().collect())
+}
+
+/// The weights grouped by their engine.
+fn by_engine<'a>(weights: &'a [Bound<'_, Weight>]) -> Vec<Vec<&'a Weight>> {
+    let mut groups: Vec<Vec<&Weight>> = Vec::new();
+    for weight in weights.iter().map(Bound::get) {
+        let engine = weight.shared.attachment.engine();
+        match groups.iter_mut().find(|group| Arc::ptr_eq(group[0].shared.attachment.engine(), engine)) {
+            Some(group) => group.push(weight),
+            None => groups.push(vec![weight]),
+        }
+    }
+    groups
+}
+
+/// Calls with the managed weights, in the order `collect` finds them, replaced by `tensors`.
+fn call<'py>(
+    func: &Bound<'py, PyAny>,
+    args: &Bound<'py, PyTuple>,
+    kwargs: Option<&Bound<'py, PyDict>>,
+    tensors: &[Bound<'py, PyAny>],
+) -> PyResult<Bound<'py, PyAny>> {
+    let mut next = tensors.iter();
+    let args = substitute(args.as_any(), &mut next)?;
+    let kwargs = kwargs.map(|kwargs| substitute(kwargs.as_any(), &mut next)).transpose()?;
+    let kwargs = kwargs.as_ref().map(|kwargs| kwargs.cast::<PyDict>()).transpose()?;
+    func.call(args.cast::<PyTuple>()?, kwargs)
+}
+
+fn is_managed(object: &Bound<'_, PyAny>) -> bool {
+    let kind = object.get_type();
+    MANAGED.get().is_some_and(|types| types.iter().any(|managed| kind.is(managed)))
+}
+
+/// Finds managed weights, also inside lists, tuples and dicts.
+fn collect<'py>(object: &Bound<'py, PyAny>, found: &mut Vec<Bound<'py, Weight>>) -> PyResult<()> {
+    if is_managed(object) {
+        let weight = object.getattr(intern!(object.py(), "_weight"))?;
+        found.push(weight.cast_into::<Weight>()?);
+    } else if let Ok(tuple) = object.cast::<PyTuple>() {
+        for item in tuple {
+            collect(&item, found)?;
+        }
+    } else if let Ok(list) = object.cast::<PyList>() {
+        for item in list {
+            collect(&item, found)?;
+        }
+    } else if let Ok(dict) = object.cast::<PyDict>() {
+        for (_, item) in dict {
+            collect(&item, found)?;
+        }
+    }
+    Ok(())
+}
+
+/// A copy of the object with its managed weights replaced in the order in which `collect` finds them. Containers keep
+/// their type where it is plain, or a named tuple; torch functions take the others as what they derive from.
+fn substitute<'a, 'py: 'a>(
+    object: &Bound<'py, PyAny>,
+    tensors: &mut impl Iterator<Item = &'a Bound<'py, PyAny>>,
+) -> PyResult<Bound<'py, PyAny>> {
+    let py = object.py();
+    if is_managed(object) {
+        return tensors
+            .next()
+            .cloned()
+            .ok_or_else(|| PyRuntimeError::new_err("an argument changed during the call"));
+    }
+    if let Ok(tuple) = object.cast::<PyTuple>() {
+        let items: Vec<_> = tuple.iter().map(|item| substitute(&item, tensors)).collect::<PyResult<_>>()?;
+        if object.is_exact_instance_of::<PyTuple>() {
+            return Ok(PyTuple::new(py, items)?.into_any());
+        }
+        if items.iter().zip(tuple).all(|(item, was)| item.is(&was)) {
+            return Ok(object.clone()); // a shape, for example
+        }
+        return match object.get_type().getattr(intern!(py, "_make")) {
+            Ok(make) => make.call1((PyList::new(py, items)?,)),
+            Err(_) => Ok(PyTuple::new(py, items)?.into_any()),
+        };
+    }
+    if let Ok(list) = object.cast::<PyList>() {
+        let items: Vec<_> = list.iter().map(|item| substitute(&item, tensors)).collect::<PyResult<_>>()?;
+        return Ok(PyList::new(py, items)?.into_any());
+    }
+    if let Ok(dict) = object.cast::<PyDict>() {
+        let copy = PyDict::new(py);
+        for (key, item) in dict {
+            copy.set_item(key, substitute(&item, tensors)?)?;
+        }
+        return Ok(copy.into_any());
+    }
+    Ok(object.clone())
+}
+
+/// torch counts writes to a tensor.
+fn versions(tensors: &[Bound<'_, PyAny>]) -> PyResult<Vec<u64>> {
+    tensors.iter().map(|tensor| tensor.getattr(intern!(tensor.py(), "_version"))?.extract()).collect()
+}
+
+/// Whether a result, or a tensor inside it, lies in the memory of one of the weights, or may.
+fn aliases(
+    result: &Bound<'_, PyAny>,
+    args: &Bound<'_, PyTuple>,
+    weights: &[Bound<'_, Weight>],
+) -> PyResult<bool> {
+    let or_one_of = |found: bool, item: Bound<'_, PyAny>| Ok(found || aliases(&item, args, weights)?);
+    if let Ok(items) = result.cast::<PyTuple>() {
+        return items.iter().try_fold(false, or_one_of);
+    }
+    if let Ok(items) = result.cast::<PyList>() {
+        return items.iter().try_fold(false, or_one_of);
+    }
+    if let Ok(items) = result.cast::<PyDict>() {
+        return items.values().iter().try_fold(false, or_one_of);
+    }
+    let py = result.py();
+    if !result.hasattr(intern!(py, "untyped_storage"))? {
+        return Ok(false);
+    }
+    match result.call_method0(intern!(py, "data_ptr")).and_then(|address| address.extract::<u64>()) {
+        Ok(address) => Ok(weights.iter().any(|weight| weight.get().owns(address))),
+        // Tensors without memory of their own (functorch's, nested and sparse ones) refuse to give an address. One that
+        // was an argument was written to, and a second call would write again.
+        Err(_) => Ok(!args.iter().any(|arg| arg.is(result))),
+    }
+}
+
+/// The error of an operation that wrote to a weight. What it wrote is given up.
+fn written(weights: &[Bound<'_, Weight>]) -> PyErr {
+    let names: Vec<&str> = weights
+        .iter()
+        .map(|weight| {
+            // The weight was found by this very call, so it exists; a page somebody else pins keeps what was written
+            // until it leaves, and the error says so.
+            weight.get().shared.attachment.discard(weight.get().index).ok();
+            weight.get().shared.attachment.weight_names()[weight.get().index].as_str()
+        })
+        .collect();
+    ForebayError::new_err(format!(
+        "an operation wrote to managed weights, which are read-only; what it wrote is discarded. \
+         detach() the model to change its weights: {}",
+        names.join(", ")
+    ))
+}

@@ -1,0 +1,41 @@
+"""Fixtures: an engine of its own for each test, a seed that is printed, no gradients unless asked for."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+import forebay
+import support
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """Seeds torch and Python; FOREBAY_TEST_SEED repeats a run."""
+    chosen = int(os.environ.get("FOREBAY_TEST_SEED") or random.SystemRandom().randrange(1 << 31))
+    print(f"FOREBAY_TEST_SEED={chosen}")
+    torch.manual_seed(chosen)
+    random.seed(chosen)
+    return chosen
+
+
+@pytest.fixture
+def engine() -> Callable[..., forebay.Engine]:
+    """Makes engines with a budget in MiB. Frames are poisoned on host: bytes that were not filled are seen."""
+    poison = {"poison": True} if support.DEVICE == "host" else {}
+
+    def make(budget_mib: float = 256) -> forebay.Engine:
+        return forebay.Engine(support.DEVICE, budget=budget_mib * support.MIB, readers=2, **poison)
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def inference() -> Iterator[None]:
+    """Most tests are about inference; those that are not enable gradients themselves."""
+    with torch.no_grad():
+        yield
