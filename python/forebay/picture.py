@@ -34,12 +34,13 @@ def text(page_map: str, *, colour: bool = False, width: int = 80) -> str:
     return "\n".join([*drawn, legend])
 
 
-def svg(moments: Sequence[tuple[str, str]], *, title: str) -> str:
+def svg(moments: Sequence[tuple[str, str]], *, title: str, note: str = "") -> str:
     """A picture of page maps over time: pages from left to right, moments from top to bottom.
 
     Args:
         moments: (label, page map) pairs, oldest first; maps of equal length. Equal labels in a row are shown once.
         title: The picture's title.
+        note: A line below the pages.
 
     Returns:
         An SVG document.
@@ -59,7 +60,7 @@ def svg(moments: Sequence[tuple[str, str]], *, title: str) -> str:
     width, height = left + max(pages * cell, 460) + 20, top + len(moments) * row + 40
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
-        f'font-family="system-ui, sans-serif" font-size="12" fill="{_INK}">',
+        f'font-family="system-ui, sans-serif" font-size="12" fill="{_INK}" shape-rendering="crispEdges">',
         f'<rect width="100%" height="100%" fill="{_GROUND}"/>',
         f'<text x="{left}" y="24" font-size="15" font-weight="600">{escape(title)}</text>',
     ]
@@ -77,7 +78,9 @@ def svg(moments: Sequence[tuple[str, str]], *, title: str) -> str:
                 parts.append(f'<path d="M{left - 84} {y:.1f}H{left}" stroke="{_INK}" stroke-opacity="0.3"/>')
             previous = label
         parts.extend(_runs(page_map, left, y, cell, row))
-    parts.append(f'<text x="{left}" y="{height - 14:.0f}">pages, by address →</text>')
+    parts.append(
+        f'<text x="{left}" y="{height - 14:.0f}">pages, by address →{escape("   " + note if note else "")}</text>'
+    )
     parts.append("</svg>")
     return "\n".join(parts)
 

@@ -1,7 +1,6 @@
 //! Engine errors as Python exceptions.
 
 use forebay::EngineError;
-use forebay::device::DeviceError;
 use forebay::store::StoreError;
 use pyo3::create_exception;
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
@@ -10,7 +9,7 @@ use pyo3::prelude::*;
 create_exception!(forebay, ForebayError, PyRuntimeError, "Base of Forebay's errors.");
 create_exception!(forebay, OutOfMemoryError, ForebayError, "Weights do not fit, whatever else leaves.");
 create_exception!(forebay, SourceError, ForebayError, "A weight's bytes cannot be read; names the file.");
-create_exception!(forebay, DeviceError_, ForebayError, "A device is missing or refused a call.");
+create_exception!(forebay, DeviceError, ForebayError, "A device is missing or refused a call.");
 create_exception!(forebay, DetachedError, ForebayError, "The model was detached.");
 
 pub(crate) fn add(module: &Bound<'_, PyModule>) -> PyResult<()> {
@@ -18,7 +17,7 @@ pub(crate) fn add(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("ForebayError", py.get_type::<ForebayError>())?;
     module.add("OutOfMemoryError", py.get_type::<OutOfMemoryError>())?;
     module.add("SourceError", py.get_type::<SourceError>())?;
-    module.add("DeviceError", py.get_type::<DeviceError_>())?;
+    module.add("DeviceError", py.get_type::<DeviceError>())?;
     module.add("DetachedError", py.get_type::<DetachedError>())
 }
 
@@ -28,7 +27,7 @@ pub(crate) fn raised(error: EngineError) -> PyErr {
     match error {
         EngineError::TooLarge { .. } | EngineError::AllPinned { .. } => OutOfMemoryError::new_err(text),
         EngineError::Device(error) if error.is_out_of_memory() => OutOfMemoryError::new_err(text),
-        EngineError::Device(_) => DeviceError_::new_err(text),
+        EngineError::Device(_) => DeviceError::new_err(text),
         EngineError::Source { .. } => SourceError::new_err(text),
         EngineError::Detached { .. } => DetachedError::new_err(text),
         EngineError::Invalid(_) => PyValueError::new_err(text),
@@ -36,7 +35,7 @@ pub(crate) fn raised(error: EngineError) -> PyErr {
     }
 }
 
-pub(crate) fn device(error: DeviceError) -> PyErr {
+pub(crate) fn device(error: forebay::device::DeviceError) -> PyErr {
     raised(error.into())
 }
 

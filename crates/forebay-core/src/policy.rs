@@ -89,7 +89,7 @@ pub enum PageState {
 pub struct Policy {
     pub(crate) budget: Bytes,
     pub(crate) frames: Frames,
-    vbars: Vec<Option<Vbar>>,
+    vbars: Vec<Option<Box<Vbar>>>,
     /// Highest priority last.
     pub(crate) priority: Vec<VbarId>,
     /// Streamed pages whose frames are the next to go, oldest first; entries whose page moved on are skipped.
@@ -115,7 +115,7 @@ impl Policy {
     /// Adds a VBAR at the top of the priorities, its watermark fully open.
     pub fn add_vbar(&mut self, spec: VbarSpec) -> VbarId {
         let id = VbarId(self.vbars.len() as u32);
-        self.vbars.push(Some(Vbar::new(spec)));
+        self.vbars.push(Some(Box::new(Vbar::new(spec))));
         self.priority.push(id);
         id
     }
