@@ -67,7 +67,15 @@ impl CudaDevice {
             PrimaryContext::retain(driver, device).map_err(|code| no_context(driver, &name, code))?;
         let granularity = granularity_of(driver, &context, device)?;
         tracing::debug!(%info, %granularity, "opened");
-        Ok(Arc::new(CudaDevice { driver, context, device, info, granularity, padded: Mutex::default(), idle_streams: Mutex::default() }))
+        Ok(Arc::new(CudaDevice {
+            driver,
+            context,
+            device,
+            info,
+            granularity,
+            padded: Mutex::default(),
+            idle_streams: Mutex::default(),
+        }))
     }
 
     /// What the driver says of the GPU.
@@ -324,7 +332,8 @@ impl Device for CudaDevice {
     ) -> Result<()> {
         let _current = self.context.enter()?;
         // SAFETY: both sides stay valid until the copy has completed, by the contract of this call.
-        let code = unsafe { (self.table().memcpy_to_host)(dst.cast(), src.get(), len.as_usize(), stream.get()) };
+        let code =
+            unsafe { (self.table().memcpy_to_host)(dst.cast(), src.get(), len.as_usize(), stream.get()) };
         self.check_range("cuMemcpyDtoHAsync", code, src, len)
     }
 }
