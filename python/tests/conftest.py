@@ -7,10 +7,10 @@ import random
 from collections.abc import Callable, Iterator
 
 import pytest
+import support
 import torch
 
 import forebay
-import support
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,9 @@ MIB = 1 << 20
 DEVICE = os.environ.get("FOREBAY_TEST_DEVICE") or "host"
 TORCH_DEVICE = torch.device("cpu" if DEVICE == "host" else DEVICE)
 
+# Some of cuDNN's convolutions add in the order in which threads come: plain torch itself differs from run to run.
+torch.backends.cudnn.deterministic = True
+
 _UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 

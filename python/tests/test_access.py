@@ -7,10 +7,10 @@ from collections import namedtuple
 import pytest
 import torch
 import torch.nn.functional as F
+from support import MIB, TORCH_DEVICE, linears, move, press, randomize, reference, same
 from torch import nn
 
 import forebay
-from support import MIB, TORCH_DEVICE, linears, move, press, randomize, reference, same
 
 
 @pytest.fixture

@@ -60,7 +60,7 @@ def test_sizes_at_attach(name, engine) -> None:
 def test_devices_that_are_none(device) -> None:
     with pytest.raises((ValueError, forebay.DeviceError)) as error:
         forebay.attach(linears(1, 8), device)
-    assert str(error.value).rstrip('"\'').endswith(device)
+    assert str(error.value).rstrip("\"'").endswith(device)
 
 
 @pytest.mark.parametrize("device", ["cuda:99", torch.device("cuda", 99)])
@@ -82,7 +82,7 @@ def test_without_a_gpu() -> None:
 
 
 def test_room_to_make(engine) -> None:
-    with pytest.raises(ValueError, match="nbytes is a number of bytes.*nan"):
+    with pytest.raises(ValueError, match=r"nbytes is a number of bytes.*nan"):
         engine(8).make_room(math.nan)
     assert engine(8).make_room(1e9) == 0
 

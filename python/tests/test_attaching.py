@@ -114,7 +114,7 @@ def test_several_modules_at_once(kind, engine) -> None:
         "list": [first, second],
         "tuple": (first, second),
     }[kind]
-    with forebay.attach(target, engine(4), page_size=2 * MIB, name="both") as attachment:
+    with forebay.attach(target, engine(6), page_size=2 * MIB, name="both") as attachment:
         assert len(attachment.models) == 2
         assert all(model.name.startswith("both.") for model in attachment.models)
         for _ in range(2):
@@ -133,7 +133,9 @@ def test_parts_that_share_a_module(engine) -> None:
     assert type(shared[0].weight) is nn.Parameter
 
 
-@pytest.mark.parametrize("wrong", [None, 3, "model", object(), [], {}, [1, 2], SimpleNamespace(components={})])
+@pytest.mark.parametrize(
+    "wrong", [None, 3, "model", object(), [], {}, [1, 2], SimpleNamespace(components={})]
+)
 def test_no_module_is_a_type_error(wrong) -> None:
     with pytest.raises(TypeError, match=rf"attach takes an nn\.Module.*{type(wrong).__name__}"):
         forebay.attach(wrong, "host")
@@ -230,7 +232,11 @@ def resources() -> tuple[int, int, int]:
     """Descriptors, lines of the memory map that are not the allocator's, threads."""
     with open("/proc/self/maps") as maps:
         mapped = sum("memfd" in line or "forebay" in line for line in maps)
-    return len(os.listdir("/proc/self/fd")), mapped, threading.active_count() + len(os.listdir("/proc/self/task"))
+    return (
+        len(os.listdir("/proc/self/fd")),
+        mapped,
+        threading.active_count() + len(os.listdir("/proc/self/task")),
+    )
 
 
 def test_hundreds_of_rounds_leave_nothing_behind(engine) -> None:

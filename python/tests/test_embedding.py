@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from support import TORCH_DEVICE, linears, move, randomize, reference, same
 from torch import nn
 
 import forebay
-from support import TORCH_DEVICE, linears, move, randomize, reference, same
 
 
 @pytest.fixture

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support import MIB, TORCH_DEVICE, linears, move, numbers, press, randomize, reference, same
 from torch import nn
+from zoo import ZOO
 
 import forebay
-from support import MIB, TORCH_DEVICE, linears, move, numbers, press, randomize, reference, same
-from zoo import ZOO
 
 PAGE = 2 * MIB
 

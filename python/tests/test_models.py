@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support import MIB, TORCH_DEVICE, move, press, randomize, reference, same
 
 import forebay
-from support import MIB, TORCH_DEVICE, move, press, randomize, reference, same
 
 transformers = pytest.importorskip("transformers")
 

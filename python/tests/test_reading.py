@@ -17,7 +17,9 @@ import forebay
 
 @pytest.fixture
 def model() -> nn.Sequential:
-    return randomize(nn.Sequential(nn.Linear(512, 512), nn.BatchNorm1d(512), nn.LSTM(512, 64), nn.Embedding(400, 512)))
+    return randomize(
+        nn.Sequential(nn.Linear(512, 512), nn.BatchNorm1d(512), nn.LSTM(512, 64), nn.Embedding(400, 512))
+    )
 
 
 @pytest.fixture
@@ -36,7 +38,9 @@ def test_state_dict_gives_the_sources_themselves(model, engine) -> None:
     with forebay.attach(model, engine(12)):
         state = model.state_dict()
         assert {name: tensor.data_ptr() for name, tensor in state.items() if name in parameters} == before
-        assert all(state[name].device.type == "cpu" and type(state[name]) is torch.Tensor for name in parameters)
+        assert all(
+            state[name].device.type == "cpu" and type(state[name]) is torch.Tensor for name in parameters
+        )
         part = model[0].state_dict(prefix="part.")
         assert part["part.weight"].data_ptr() == before["0.weight"]
         assert part["part.bias"].data_ptr() == before["0.bias"]
@@ -63,7 +67,9 @@ def test_saved_files(model, attachment, tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    "duplicate", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))], ids=["deepcopy", "pickle"]
+    "duplicate",
+    [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))],
+    ids=["deepcopy", "pickle"],
 )
 def test_copies_are_plain_modules(model, engine, duplicate) -> None:
     tokens, x = move(torch.tensor([[3, 399]])), move(torch.randn(2, 512))

@@ -13,7 +13,9 @@ import forebay
 
 @pytest.fixture
 def model() -> nn.Sequential:
-    return randomize(nn.Sequential(nn.LayerNorm(512), nn.Linear(512, 512), nn.BatchNorm1d(512), nn.Linear(512, 512)))
+    return randomize(
+        nn.Sequential(nn.LayerNorm(512), nn.Linear(512, 512), nn.BatchNorm1d(512), nn.Linear(512, 512))
+    )
 
 
 @pytest.fixture
@@ -82,7 +84,7 @@ def test_writes_that_torch_does_not_count(norm, engine) -> None:
     x = move(torch.randn(2, 40_000))
     with forebay.attach(module, engine(8)):
         before = module.mean.clone()
-        with pytest.raises(forebay.ForebayError, match="batch_norm would write to a managed weight.*mean"):
+        with pytest.raises(forebay.ForebayError, match=r"batch_norm would write to a managed weight.*mean"):
             if norm is F.batch_norm:
                 norm(x, module.mean, module.var, training=True)
             else:
@@ -102,7 +104,9 @@ CONVERSIONS = {
 
 @pytest.mark.parametrize("conversion", CONVERSIONS)
 def test_conversions_are_refused_before_anything_changes(conversion, model, attachment) -> None:
-    before = {name: (tensor.dtype, tensor.device) for name, tensor in model.state_dict(keep_vars=True).items()}
+    before = {
+        name: (tensor.dtype, tensor.device) for name, tensor in model.state_dict(keep_vars=True).items()
+    }
     with pytest.raises(forebay.ForebayError, match=r"keeps its device and dtype; detach\(\) it.*Sequential"):
         CONVERSIONS[conversion](model)
     after = {name: (tensor.dtype, tensor.device) for name, tensor in model.state_dict(keep_vars=True).items()}
@@ -121,7 +125,13 @@ def test_a_model_of_small_weights_only_refuses_as_well(engine) -> None:
 def test_conversions_to_what_is_change_nothing(model, attachment) -> None:
     weights = list(model.parameters())
     dtype, device = torch.float32, TORCH_DEVICE
-    for same_again in (model.to(device), model.float(), model.to(device, dtype), model.to(str(device)), model.eval()):
+    for same_again in (
+        model.to(device),
+        model.float(),
+        model.to(device, dtype),
+        model.to(str(device)),
+        model.eval(),
+    ):
         assert same_again is model
     assert all(one is other for one, other in zip(model.parameters(), weights, strict=True))
     weight = model[1].weight
@@ -160,12 +170,17 @@ def test_an_optimizer_changes_nothing(model, attachment) -> None:
         x = move(torch.randn(4, 512)).requires_grad_()
         model(x).sum().backward()
     optimizer.step()
-    assert all(same(parameter.clone(), was) for parameter, was in zip(model.parameters(), before, strict=True))
+    assert all(
+        same(parameter.clone(), was) for parameter, was in zip(model.parameters(), before, strict=True)
+    )
 
 
 def test_written_while_lent(model, attachment) -> None:
     expected = model[1].weight.clone()
-    with pytest.raises(forebay.ForebayError, match=r"written to while they were lent.*1\.weight"), forebay.lend(model):
+    with (
+        pytest.raises(forebay.ForebayError, match=r"written to while they were lent.*1\.weight"),
+        forebay.lend(model),
+    ):
         model[1].weight.add_(1)
     assert same(model[1].weight.clone(), expected)
 
