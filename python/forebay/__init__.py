@@ -29,6 +29,7 @@ from forebay._forebay import (
 if TYPE_CHECKING:
     from forebay.attachment import Attachment, attach, detach
     from forebay.engines import engine, make_room, memory_summary, set_budget, set_headroom, stats
+    from forebay.examination import doctor
     from forebay.explicit import Allocation, Signature, Vbar, fault, signature, unpin
     from forebay.lending import lend
     from forebay.loading import load
@@ -45,6 +46,7 @@ _HOMES = {
     "Vbar": "explicit",
     "attach": "attachment",
     "detach": "attachment",
+    "doctor": "examination",
     "engine": "engines",
     "fault": "explicit",
     "lend": "lending",
@@ -74,6 +76,7 @@ __all__ = [
     "__version__",
     "attach",
     "detach",
+    "doctor",
     "engine",
     "fault",
     "lend",

@@ -2,7 +2,7 @@
 
 import sys
 
-from forebay.doctor import main
+from forebay.examination import main
 
 if __name__ == "__main__":
     sys.exit(main())

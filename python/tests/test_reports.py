@@ -14,7 +14,7 @@ from support import DEVICE, MIB, linears, move, randomize
 
 import forebay
 from forebay import picture
-from forebay.doctor import doctor, main
+from forebay.examination import doctor, main
 
 KEYS = {
     "name", "bytes", "page_size", "pages", "watermark", "resident", "streamed", "absent", "filled", "filled_pages",

@@ -1,4 +1,4 @@
-"""What works on this machine: ``python -m forebay``."""
+"""What works on this machine: :func:`forebay.doctor`, or ``python -m forebay``."""
 
 from __future__ import annotations
 
@@ -52,6 +52,9 @@ def main(argv: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m forebay", description="Tries what Forebay needs on this machine and says what to do."
+    )
+    parser.add_argument(
+        "command", nargs="?", choices=["doctor"], default="doctor", help="the only one, so optional"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--version", action="version", version=f"forebay {__version__}")
