@@ -73,28 +73,17 @@ pub enum Outcome {
     },
 }
 
-/// Where a page stands, for reports.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum PageState {
-    /// No memory behind it.
-    Absent,
-    /// Kept between uses.
-    Resident,
-    /// Backed for the time of a use.
-    Streamed,
-}
-
 /// The residency policy of one device. See the module's invariants.
 #[derive(Debug)]
 pub struct Policy {
     pub(crate) budget: Bytes,
     pub(crate) frames: Frames,
-    vbars: Vec<Option<Box<Vbar>>>,
+    pub(crate) vbars: Vec<Option<Box<Vbar>>>,
     /// Highest priority last.
     pub(crate) priority: Vec<VbarId>,
     /// Streamed pages whose frames are the next to go, oldest first; entries whose page moved on are skipped.
     pub(crate) spent: VecDeque<PageRef>,
-    serial: u64,
+    pub(crate) serial: u64,
     pub(crate) steps: u64,
 }
 
@@ -334,65 +323,6 @@ impl Policy {
             freed += self.destroy_free(Bytes::new(1), out);
         }
         freed
-    }
-
-    /// Bytes that frames may take.
-    pub fn budget(&self) -> Bytes {
-        self.budget
-    }
-
-    /// Bytes of all frames, those that back nothing included.
-    pub fn held(&self) -> Bytes {
-        self.frames.held()
-    }
-
-    /// Bytes of the frames that back nothing.
-    pub fn free_frames(&self) -> Bytes {
-        self.frames.free_bytes()
-    }
-
-    /// Pages of a VBAR that have a frame.
-    pub fn held_pages(&self, id: VbarId) -> u32 {
-        self.vbars[id.0 as usize].as_ref().map_or(0, |vbar| vbar.held)
-    }
-
-    /// How many ranks of a VBAR are resident.
-    pub fn watermark(&self, id: VbarId) -> Rank {
-        Rank(self.vbars[id.0 as usize].as_ref().map_or(0, |vbar| vbar.watermark))
-    }
-
-    /// Whether a page has its place below the watermark.
-    pub fn is_kept(&self, page: PageRef) -> bool {
-        self.vbars[page.vbar.0 as usize].as_ref().is_some_and(|vbar| vbar.is_kept(page.page))
-    }
-
-    /// Where a page stands.
-    pub fn state(&self, page: PageRef) -> PageState {
-        match self.vbars[page.vbar.0 as usize]
-            .as_ref()
-            .map(|vbar| (vbar.place(page.page), vbar.is_kept(page.page)))
-        {
-            None | Some((Place::Absent, _)) => PageState::Absent,
-            Some((Place::Resident, _) | (Place::Filling, true)) => PageState::Resident,
-            Some(_) => PageState::Streamed,
-        }
-    }
-
-    /// The page's serial: a new one each time it is backed.
-    pub fn serial(&self, page: PageRef) -> Serial {
-        self.vbars[page.vbar.0 as usize]
-            .as_ref()
-            .map_or(Serial(0), |vbar| vbar.pages[page.page.as_usize()].serial)
-    }
-
-    /// The VBARs, highest priority first.
-    pub fn priorities(&self) -> impl Iterator<Item = VbarId> {
-        self.priority.iter().rev().copied()
-    }
-
-    /// Units of work done so far, a measure of cost that does not depend on the machine.
-    pub fn steps(&self) -> u64 {
-        self.steps
     }
 
     fn demand_one(
