@@ -16,9 +16,9 @@ __all__ = [
     "Weight",
     "__version__",
     "examine",
+    "lend_all",
     "run",
     "set_managed_types",
-    "view_all",
 ]
 
 __version__: str
@@ -121,5 +121,5 @@ def examine() -> list[tuple[str, str, str, str | None]]: ...
 def run(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, mode: str
 ) -> Any: ...
-def view_all(weights: Sequence[Weight]) -> list[torch.Tensor]: ...
+def lend_all(weights: Sequence[Weight]) -> list[torch.Tensor]: ...
 def set_managed_types(types: Sequence[type]) -> None: ...

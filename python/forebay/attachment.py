@@ -110,7 +110,7 @@ class Attachment:
         self._engine = engine
         self._models: list[Model] = []
         self._undo: list[Callable[[], None]] = []
-        self._small: dict[str, nn.Parameter] = {}
+        self._small: list[tuple[str, nn.Parameter]] = []
         self._stand_ins: set[int] = set()
 
     @property
@@ -133,7 +133,7 @@ class Attachment:
         with _lock:
             if _attached.get(id(self._target)) is self:
                 del _attached[id(self._target)]
-        written = [name for name, parameter in self._small.items() if parameter._version > 0]
+        written = [name for name, parameter in self._small if parameter._version > 0]
         if written:
             _log.warning(
                 "small weights were written to while attached, and are what they were: %s", ", ".join(written)
@@ -196,7 +196,7 @@ class Attachment:
             self._replace(model.weight(index), weight)
         moved = _Moved(self.device)
         for place, parameter in weights.others:
-            self._set(place, parameter, moved.parameter(parameter))
+            self._set(place, moved.parameter(parameter))
         for module in root.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None and buffer.device != self.device:
@@ -213,16 +213,18 @@ class Attachment:
         )
         stand_in: torch.Tensor
         if weight.is_small:
-            stand_in = self._small[weight.name] = small_parameter(weight, source)
+            stand_in = small_parameter(weight, source)
+            self._small.append((weight.name, stand_in))
         else:
             stand_in = ForebayParameter(weight, source, self.device, found.is_table)
         # What applications have noted on the parameter.
         stand_in.__dict__.update({**found.parameter.__dict__, **stand_in.__dict__})
         self._stand_ins.add(id(stand_in))
         for place in found.places:
-            self._set(place, found.parameter, stand_in)
+            self._set(place, stand_in)
 
-    def _set(self, place: Place, original: torch.Tensor, stand_in: torch.Tensor) -> None:
+    def _set(self, place: Place, stand_in: torch.Tensor) -> None:
+        original = place.get()
         if stand_in is not original:
             self._undo.append(functools.partial(restore, place, stand_in, original))
             place.put(stand_in)

@@ -52,7 +52,6 @@ PURE: frozenset[Function] = frozenset(
 """Results never share memory with a weight, and without ``out=`` nothing is written."""
 
 HIDDEN_WRITES: dict[Function, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    F.embedding: (("weight",), ("max_norm",)),
     F.embedding_bag: (("weight",), ("max_norm",)),
     F.batch_norm: (("running_mean", "running_var"), ("training",)),
     F.instance_norm: (("running_mean", "running_var"), ("use_input_stats",)),
@@ -129,11 +128,11 @@ SETTERS: dict[Function, str] = {
 """Assignments to a tensor's properties."""
 
 
-def writes_to_self(func: Function) -> bool:
-    """Whether a function changes its first argument, by torch's naming convention (``add_``, ``__iadd__``)."""
+def writes_to_first(func: Function, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a function changes its first argument, by torch's naming convention (``add_``, ``__iadd__``) or when told."""
     name = getattr(func, "__name__", "")
     if name.startswith("__") and name.endswith("__"):
         return name == "__setitem__" or (
             name.startswith("__i") and name not in ("__index__", "__invert__", "__int__")
         )
-    return name.endswith("_") and not name.startswith("_")
+    return name.partition(".")[0].endswith("_") or kwargs.get("inplace") is True

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from forebay._forebay import ForebayError, Weight, view_all
+from forebay._forebay import ForebayError, Weight, lend_all
 from forebay.instance_methods import InstanceMethod
 from forebay.parameter import ForebayTensor
 from forebay.places import Place
@@ -91,7 +91,7 @@ def lend_in_forward(module: nn.Module) -> InstanceMethod:
     return InstanceMethod(module, "forward", forward)
 
 
-def restore(place: Place, stand_in: torch.Tensor, original: torch.Tensor) -> None:
+def restore(place: Place, stand_in: torch.Tensor, original: torch.Tensor | None) -> None:
     """Puts an original back where its stand-in stands, or is lent. Anything else stays."""
     with _lock:
         loan = _loans.get(place.key)
@@ -117,7 +117,7 @@ def _borrow(module: nn.Module, borrowed: list[_Loan]) -> None:
         places = [Place(owner, name) for owner in module.modules() for name in owner._parameters]
         wanted = {place: _to_be_lent(place, borrowed) for place in places}
     stand_ins = {id(stand_in): stand_in for stand_in in wanted.values() if stand_in is not None}
-    tensors = view_all([stand_in._weight for stand_in in stand_ins.values()])
+    tensors = lend_all([stand_in._weight for stand_in in stand_ins.values()])
     plain = dict(zip(stand_ins, tensors, strict=True))
     del tensors
     with _lock:

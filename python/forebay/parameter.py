@@ -26,7 +26,7 @@ from forebay.functions import (
     SETTERS,
     VIEWS,
     hidden_writes,
-    writes_to_self,
+    writes_to_first,
 )
 
 _NO_ADDRESS = (
@@ -137,12 +137,11 @@ def _uncommon(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[s
                 return func(*args)
         if func in CONVERSIONS and _changes_nothing(func, first, args, kwargs):
             return first
-        if writes_to_self(func):
-            raise _write_error(func.__name__, first)
-    outs = kwargs.get("out")
-    for out in outs if isinstance(outs, (tuple, list)) else (outs,):
-        if isinstance(out, ForebayTensor):
-            raise _write_error(getattr(func, "__name__", str(func)), out)
+    written = [kwargs.get("out"), first if writes_to_first(func, kwargs) else None]
+    for outs in written:
+        for out in outs if isinstance(outs, (tuple, list)) else (outs,):
+            if isinstance(out, ForebayTensor):
+                raise _write_error(getattr(func, "__name__", str(func)), out)
     views = func in VIEWS or _is_kept_by_others(args, kwargs)
     return run(func, args, kwargs, "views" if views else "checked")
 
@@ -238,6 +237,8 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Any:
+    if max_norm is not None and isinstance(weight, ForebayTensor):
+        raise _write_error("embedding with max_norm", weight)
     kept = _is_kept_by_others((input,), {})
     if not kept and _is_looked_up(weight):
         return _looked_up(input, weight)

@@ -47,7 +47,9 @@ impl Engine {
         py.detach(|| {
             let device: Arc<dyn Device> = match id {
                 DeviceId::Host => {
-                    let config = HostConfig { poison, ..HostConfig::default() };
+                    // What is free must mean something to those who ask for room.
+                    let capacity = available_memory().max(Bytes::gib(1));
+                    let config = HostConfig { capacity, poison, ..HostConfig::default() };
                     Arc::new(HostDevice::new(config).map_err(crate::errors::device)?)
                 }
                 DeviceId::Cuda(_) => forebay::device::open(id).map_err(crate::errors::device)?,

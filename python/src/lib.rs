@@ -28,7 +28,7 @@ fn _forebay(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<checkpoint::Checkpoint>()?;
     module.add_function(wrap_pyfunction!(doctor::examine, module)?)?;
     module.add_function(wrap_pyfunction!(run::run, module)?)?;
-    module.add_function(wrap_pyfunction!(run::view_all, module)?)?;
+    module.add_function(wrap_pyfunction!(run::lend_all, module)?)?;
     module.add_function(wrap_pyfunction!(run::set_managed_types, module)?)?;
     errors::add(module)
 }

@@ -6,7 +6,7 @@ use std::cell::RefCell;
 use std::sync::{Arc, OnceLock};
 
 use forebay::device::StreamHandle;
-use forebay::{Attachment, Pinned, Use, View};
+use forebay::{Attachment, Engine, Pinned, Use, View};
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::intern;
 use pyo3::prelude::*;
@@ -65,13 +65,14 @@ pub(crate) fn run<'py>(
     Ok(result)
 }
 
-/// Plain tensors over weights, all pinned together, each for as long as its storage lives.
+/// Plain tensors over weights for the length of an operation: all pinned together, each for as long as its storage
+/// lives.
 #[pyfunction]
-pub(crate) fn view_all<'py>(
+pub(crate) fn lend_all<'py>(
     py: Python<'py>,
     weights: Vec<Bound<'py, Weight>>,
 ) -> PyResult<Vec<Bound<'py, PyAny>>> {
-    views(py, &weights)
+    pinning(py, &weights, |engine, pairs, how| engine.loans(pairs, how))
 }
 
 /// Runs an engine call that may wait, without the interpreter lock, ended by a signal (Ctrl-C) if one comes.
@@ -144,13 +145,21 @@ fn on_views<'py>(
 
 /// A pinning tensor for each weight, all acquired together.
 fn views<'py>(py: Python<'py>, weights: &[Bound<'py, Weight>]) -> PyResult<Vec<Bound<'py, PyAny>>> {
+    pinning(py, weights, |engine, pairs, how| engine.views(pairs, how))
+}
+
+fn pinning<'py>(
+    py: Python<'py>,
+    weights: &[Bound<'py, Weight>],
+    pin: impl Fn(&Arc<Engine>, &[(&Attachment, usize)], Use<'_>) -> forebay::Result<Vec<View>> + Sync,
+) -> PyResult<Vec<Bound<'py, PyAny>>> {
     let mut tensors: Vec<Option<Bound<'py, PyAny>>> = weights.iter().map(|_| None).collect();
     for group in by_engine(weights) {
         let stream = group[0].shared.current_stream(py)?;
         let engine = Arc::clone(group[0].shared.attachment.engine());
         let pairs: Vec<(&Attachment, usize)> =
             group.iter().map(|weight| (&weight.shared.attachment, weight.index)).collect();
-        let pinned: Vec<View> = with_interrupts(py, stream, |how| engine.views(&pairs, how))?;
+        let pinned: Vec<View> = with_interrupts(py, stream, |how| pin(&engine, &pairs, how))?;
         for (weight, view) in group.iter().zip(pinned) {
             let tensor = weight.viewed(weight.capsule_kept_by(py, view)?)?;
             let place =

@@ -46,6 +46,15 @@ def test_detach_puts_everything_back(module, engine) -> None:
     assert list(map(id, module[2]._flat_weights)) == flat
 
 
+def test_parameters_that_share_memory_come_back_each(engine) -> None:
+    model = linears(2, 512)
+    model[1].weight = nn.Parameter(model[0].weight.data)
+    before = standing(model)
+    with forebay.attach(model, engine(8)):
+        assert model[0].weight is model[1].weight
+    assert standing(model) == before
+
+
 def test_the_context_manager_detaches(module, engine) -> None:
     before = standing(module)
     with pytest.raises(KeyError), forebay.attach(module, engine(16)) as attachment:

@@ -109,29 +109,49 @@ def test_interrupts_at_any_moment(module, engine) -> None:
         assert same(module(x), expected)
 
 
+class Held(torch.Tensor):
+    """An operand whose products last until the test lets them go."""
+
+    began = threading.Event()
+    go_on = threading.Event()
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.matmul:
+            cls.began.set()
+            cls.go_on.wait()
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
 def test_an_interrupt_while_waiting(engine) -> None:
-    """A wait that views of another thread make long ends with Ctrl-C."""
+    """A wait that another thread's operation makes long ends with Ctrl-C."""
     module = randomize(linears(3, 1024))
     with forebay.attach(module, engine(8), page_size=2 * MIB) as attachment:
-        kept = module[0].weight.t()
-        waiting = threading.Event()
+        held = move(torch.randn(1024, 1)).as_subclass(Held)
+        # The weight comes first, so it is acquired before the other operand is asked.
+        operation = threading.Thread(target=torch.matmul, args=(module[0].weight, held))
+        operation.start()
+        assert Held.began.wait(60)
 
         def press_ctrl_c() -> None:
-            waiting.wait()
             started = time.monotonic()
-            while time.monotonic() < started + 0.1:
+            while time.monotonic() < started + 0.3:
                 pass
             _thread.interrupt_main()
 
-        thread = threading.Thread(target=press_ctrl_c)
-        thread.start()
+        ctrl_c = threading.Thread(target=press_ctrl_c)
         started = time.monotonic()
-        with pytest.raises(KeyboardInterrupt):
-            waiting.set()
-            module[2](move(torch.randn(1, 1024)))
-        assert time.monotonic() - started < 0.9
-        thread.join()
-        del kept
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                ctrl_c.start()
+                module[2](move(torch.randn(1, 1024)))
+            # Uninterrupted it would wait for 30 s.
+            assert time.monotonic() - started < 20
+        finally:
+            Held.go_on.set()
+            ctrl_c.join()
+            operation.join()
         check_nothing_is_pinned(module, attachment, 6)
 
 

@@ -69,8 +69,10 @@ WRITES = {
 @pytest.mark.parametrize("write", WRITES)
 def test_refused_by_name_and_undone(write, model, attachment) -> None:
     expected = model.state_dict()["1.weight"].clone().to(TORCH_DEVICE)
+    kept = model[1].weight[:1]  # what is pinned could not be read again
     with pytest.raises((forebay.ForebayError, RuntimeError), match=r"1\.weight"):
         WRITES[write](model[1].weight)
+    assert same(kept, expected[:1])
     assert same(model[1].weight.clone(), expected)
     press(attachment.engine)
     assert same(model[1].weight.clone(), expected)

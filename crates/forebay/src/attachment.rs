@@ -1,7 +1,7 @@
 //! An attached model: its weights, each at one address for life.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use forebay_core::{Bytes, PageState};
 use forebay_device::{DeviceAddr, StreamHandle};
@@ -44,6 +44,18 @@ pub struct View {
     span: Span<Arc<Vbar>>,
     addr: DeviceAddr,
     bytes: Bytes,
+    counted: Counted,
+}
+
+/// What a view is to those who wait for its pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Counted {
+    /// It may stay.
+    View,
+    /// It ends with an operation.
+    Operation,
+    /// Of a small weight, whose page is pinned anyway.
+    Nothing,
 }
 
 #[derive(Debug)]
@@ -276,10 +288,20 @@ impl Drop for Pinned<'_> {
 
 impl View {
     /// A view of a weight whose pages the caller has pinned; from now on they are the view's.
-    pub(crate) fn new(engine: &Arc<Engine>, attachment: &Attachment, weight: usize) -> Result<Self> {
-        let (span, addr) = (attachment.span(weight)?, attachment.address(weight)?);
-        engine.shared().views.fetch_add(1, Ordering::Relaxed);
-        Ok(View { engine: Arc::clone(engine), span, addr, bytes: attachment.placed(weight)?.bytes })
+    pub(crate) fn new(
+        engine: &Arc<Engine>,
+        attachment: &Attachment,
+        weight: usize,
+        counted: Counted,
+    ) -> Result<Self> {
+        let (placed, span) = (attachment.placed(weight)?, attachment.span(weight)?);
+        let addr = attachment.address(weight)?;
+        let counted = if placed.class == Class::Small { Counted::Nothing } else { counted };
+        let view = View { engine: Arc::clone(engine), span, addr, bytes: placed.bytes, counted };
+        if let Some(count) = view.count() {
+            count.fetch_add(1, Ordering::AcqRel);
+        }
+        Ok(view)
     }
 
     /// Where the weight is.
@@ -298,9 +320,22 @@ impl View {
     }
 }
 
+impl View {
+    fn count(&self) -> Option<&AtomicUsize> {
+        let shared = self.engine.shared();
+        match self.counted {
+            Counted::View => Some(&shared.views),
+            Counted::Operation => Some(&shared.operations),
+            Counted::Nothing => None,
+        }
+    }
+}
+
 impl Drop for View {
     fn drop(&mut self) {
-        self.engine.shared().views.fetch_sub(1, Ordering::Relaxed);
         self.engine.shared().unpin(std::slice::from_ref(&self.span), Used::Anywhere);
+        if let Some(count) = self.count() {
+            count.fetch_sub(1, Ordering::AcqRel);
+        }
     }
 }

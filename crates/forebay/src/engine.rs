@@ -10,7 +10,7 @@ use forebay_store::ReaderPool;
 use parking_lot::Mutex;
 
 use crate::acquire::{Above, Use};
-use crate::attachment::{Attachment, Pinned, View};
+use crate::attachment::{Attachment, Counted, Pinned, View};
 use crate::books::{PageBook, VbarBook};
 use crate::explicit::ExplicitVbar;
 use crate::filler::Reader;
@@ -152,11 +152,30 @@ impl Engine {
     /// # Errors
     /// As [`acquire`](Engine::acquire).
     pub fn views(self: &Arc<Self>, weights: &[(&Attachment, usize)], how: Use<'_>) -> Result<Vec<View>> {
+        self.views_counted(weights, how, Counted::View)
+    }
+
+    /// [`views`](Engine::views) that end with an operation, so that other threads wait for them as for an operation.
+    ///
+    /// # Errors
+    /// As [`acquire`](Engine::acquire).
+    pub fn loans(self: &Arc<Self>, weights: &[(&Attachment, usize)], how: Use<'_>) -> Result<Vec<View>> {
+        self.views_counted(weights, how, Counted::Operation)
+    }
+
+    fn views_counted(
+        self: &Arc<Self>,
+        weights: &[(&Attachment, usize)],
+        how: Use<'_>,
+        counted: Counted,
+    ) -> Result<Vec<View>> {
         let spans = self.spans(weights)?;
         self.shared.acquire(&spans, how, Above::Fail, || note_uses(weights))?;
-        // Views are no operations that will end soon.
-        self.shared.operations.fetch_sub(1, Ordering::Relaxed);
-        weights.iter().map(|(attachment, weight)| View::new(self, attachment, *weight)).collect()
+        let views = weights.iter().map(|(attachment, weight)| View::new(self, attachment, *weight, counted));
+        let views = views.collect();
+        // From here on the views are counted, each as what it is.
+        self.shared.operations.fetch_sub(1, Ordering::AcqRel);
+        views
     }
 
     /// Gives at least `bytes` of device memory back, as far as there are unpinned pages, lowest priority first. The

@@ -3,9 +3,9 @@
 mod common;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::mpsc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use common::{Random, Rig, Weights, assert_no_pins};
@@ -235,6 +235,29 @@ fn an_interrupt_ends_the_wait_for_views_and_leaves_no_pin() {
     drop(view);
     assert_no_pins(&engine, 0);
     consumer.use_weight(&model, &weights, 1).unwrap();
+}
+
+#[test]
+fn a_loan_is_waited_for_longer_than_a_view() {
+    let mut random = Random::seeded();
+    let rig = Rig::new();
+    let weights = Weights::new(&mut random, &[4 * MIB, 4 * MIB]);
+    let engine = rig.engine(PAGE * 3);
+    let model = weights.attach(&engine, "model");
+    let mut consumer = rig.consumer();
+    let loan = Mutex::new(Some(engine.loans(&[(&model, 0)], Use::on(consumer.stream())).unwrap()));
+    let start = Instant::now();
+    let give_back_late = || {
+        // A view would have been an error by now.
+        if start.elapsed() > Duration::from_millis(1500) {
+            drop(loan.lock().unwrap().take());
+        }
+        false
+    };
+    let how = Use { stream: consumer.stream(), interrupted: &give_back_late };
+    drop(model.acquire(1, how).unwrap());
+    consumer.use_weight(&model, &weights, 0).unwrap();
+    assert_no_pins(&engine, 0);
 }
 
 #[test]
