@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,14 +41,19 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
 def extension(tmp_path_factory):
     if shutil.which("c++") is None and shutil.which("g++") is None:
         pytest.skip("there is no C++ compiler")
-    if shutil.which("ninja") is None:
-        pytest.importorskip("ninja")
     from torch.utils.cpp_extension import load
 
     folder = tmp_path_factory.mktemp("extension")
     source = folder / "extension.cpp"
     source.write_text(SOURCE)
-    return load("forebay_test_extension", [str(source)], extra_cflags=["-O0"], build_directory=str(folder))
+    with pytest.MonkeyPatch.context() as patch:
+        # torch starts ninja by its name; it lies beside an interpreter whose environment was not activated.
+        patch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+        if shutil.which("ninja") is None:
+            pytest.skip("there is no ninja")
+        return load(
+            "forebay_test_extension", [str(source)], extra_cflags=["-O0"], build_directory=str(folder)
+        )
 
 
 @pytest.fixture
