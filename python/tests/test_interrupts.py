@@ -6,6 +6,7 @@ import _thread
 import signal
 import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -124,7 +125,15 @@ class Held(torch.Tensor):
             return func(*args, **(kwargs or {}))
 
 
-def test_an_interrupt_while_waiting(engine) -> None:
+@pytest.fixture
+def ctrl_c_heard() -> Iterator[None]:
+    """A shell starts background jobs with Ctrl-C ignored, and Python then leaves it so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_while_waiting(engine, ctrl_c_heard) -> None:
     """A wait that another thread's operation makes long ends with Ctrl-C."""
     module = randomize(linears(3, 1024))
     with forebay.attach(module, engine(8), page_size=2 * MIB) as attachment:
