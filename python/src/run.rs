@@ -116,8 +116,7 @@ fn acquire<'a>(py: Python<'_>, weights: &'a [Bound<'_, Weight>]) -> PyResult<Vec
             let first = group[0];
             let stream = first.shared.current_stream(py)?;
             let engine = first.shared.attachment.engine();
-            let pairs: Vec<(&Attachment, usize)> =
-                group.iter().map(|weight| (&weight.shared.attachment, weight.index)).collect();
+            let pairs = pairs(&group);
             match engine.acquire_now(&pairs, stream).map_err(raised)? {
                 Some(pinned) => Ok(pinned),
                 None => with_interrupts(py, stream, |how| engine.acquire(&pairs, how)),
@@ -157,8 +156,7 @@ fn pinning<'py>(
     for group in by_engine(weights) {
         let stream = group[0].shared.current_stream(py)?;
         let engine = Arc::clone(group[0].shared.attachment.engine());
-        let pairs: Vec<(&Attachment, usize)> =
-            group.iter().map(|weight| (&weight.shared.attachment, weight.index)).collect();
+        let pairs = pairs(&group);
         let pinned: Vec<View> = with_interrupts(py, stream, |how| pin(&engine, &pairs, how))?;
         for (weight, view) in group.iter().zip(pinned) {
             let tensor = weight.viewed(weight.capsule_kept_by(py, view)?)?;
@@ -170,6 +168,11 @@ fn pinning<'py>(
         }
     }
     Ok(tensors.into_iter().flatten().collect())
+}
+
+/// Weights as the engine takes them.
+fn pairs<'a>(group: &[&'a Weight]) -> Vec<(&'a Attachment, usize)> {
+    group.iter().map(|weight| (&weight.shared.attachment, weight.index)).collect()
 }
 
 /// The weights grouped by their engine.
