@@ -18,6 +18,7 @@ import sys
 import time
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -59,9 +60,29 @@ def parse() -> argparse.Namespace:
         "--tokens", type=int, nargs="+", default=[512, 2048, 4096, 8192], help="tokens a step"
     )
     parser.add_argument(
-        "--free", type=float, default=8.0, help="GiB of device memory left free (default: %(default)s)"
+        "--free",
+        type=float,
+        nargs="+",
+        default=[8.0],
+        help="GiB of device memory left free (default: %(default)s)",
     )
-    parser.add_argument("--steps", type=int, default=5, help="steps after the first (default: %(default)s)")
+    parser.add_argument(
+        "--source",
+        nargs="+",
+        choices=["registered", "ring"],
+        default=["registered", "ring"],
+        help="where streamed pages come from: the registered page cache, or through the ring alone",
+    )
+    parser.add_argument("--readers", type=int, help="threads that fill the ring (default: by the machine)")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=10,
+        help="steps after the first, of which the last half counts (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--trace", type=Path, help="record what the engine does in first and last steps, into this folder"
+    )
     parser.add_argument("--device", default="cuda:0", help="default: %(default)s")
     parser.add_argument(
         "--file", type=Path, default=Path("/tmp/forebay-stack.safetensors"), help="where the weights go"
@@ -157,78 +178,129 @@ def plain_run(chosen: argparse.Namespace) -> dict[int, tuple[torch.Tensor, float
     return results
 
 
+def engine_cpu_s() -> float:
+    """Processor time of the engine's threads so far."""
+    ticks = 0
+    for task in Path("/proc/self/task").iterdir():
+        try:
+            name, stat = (task / "comm").read_text(), (task / "stat").read_text()
+        except FileNotFoundError:
+            continue  # the thread ended meanwhile
+        if name.startswith("forebay-"):
+            fields = stat.rsplit(")", 1)[1].split()
+            ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
 def streamed_run(
-    chosen: argparse.Namespace, link: float, nbytes: int, plain: dict[int, tuple[torch.Tensor, float]]
+    chosen: argparse.Namespace,
+    link: float,
+    nbytes: int,
+    plain: dict[int, tuple[torch.Tensor, float]],
+    free: float,
+    source: str,
 ) -> list[dict[str, object]]:
-    free, _ = torch.cuda.mem_get_info()
-    ballast = torch.empty(max(0, free - int(chosen.free * GIB)), dtype=torch.uint8, device="cuda")
+    """The rows of one amount of free memory and one way for the bytes."""
+    device_free, _ = torch.cuda.mem_get_info()
+    ballast = torch.empty(max(0, device_free - int(free * GIB)), dtype=torch.uint8, device="cuda")
+    # What is kept free is for activations.
+    engine = forebay.Engine(
+        chosen.device,
+        headroom=min(1.5, free / 4) * GIB,
+        registered=0 if source == "ring" else None,
+        readers=chosen.readers,
+    )
     rows: list[dict[str, object]] = []
     for tokens in chosen.tokens:
         stack = load(chosen.file, chosen.blocks, chosen.width)
         x = inputs(tokens, chosen.width)
         before = anonymous_mib()
-        # What is kept free is for activations.
-        with forebay.attach(stack, chosen.device, headroom=1.5 * GIB) as attachment:
+        with forebay.attach(stack, engine) as attachment:
             expected, compute = plain[tokens]
+            if chosen.trace:
+                engine.start_recording()
             y, first = timed_step(stack, x)
+            traces = {"first": engine.stop_recording()}
             same = torch.equal(y.cpu(), expected)
             filled = [attachment.stats()[0]["filled"]]
-            seconds = []
-            for _ in range(chosen.steps):
+            seconds, cpu, waits = [], [], []
+            for step in range(chosen.steps):
+                busy = engine_cpu_s()
+                before_step = attachment.stats()[0]
+                if chosen.trace and step == chosen.steps - 1:
+                    engine.start_recording()
                 y, took = timed_step(stack, x)
                 seconds.append(took)
-                filled.append(attachment.stats()[0]["filled"])
+                cpu.append(engine_cpu_s() - busy)
+                stats = attachment.stats()[0]
+                waits.append(stats["wait_s"] - before_step["wait_s"])
+                filled.append(stats["filled"])
                 same = same and torch.equal(y.cpu(), expected)
+            traces["later"] = engine.stop_recording()
             stats = attachment.stats()[0]
             moved = filled[-1] - filled[-2]
-            later = statistics.median(seconds[1:])
+            half = chosen.steps // 2
+            later = statistics.median(seconds[half:])
             limit = max(compute, moved / link)
             first_limit = max(compute, nbytes / link)
             rows.append(
                 {
-                    "tokens": tokens, "same": same, "compute_s": compute, "moved_bytes": moved, "first_s": first,
-                    "first_limit_s": first_limit, "first_ratio": first / first_limit, "steps_s": seconds,
-                    "later_s": later, "limit_s": limit, "ratio": later / limit, "waits": stats["waits"],
-                    "wait_s": stats["wait_s"], "resident_bytes": stats["resident"], "filled_bytes": filled,
+                    "free_gib": free, "source": source, "tokens": tokens, "same": same, "compute_s": compute,
+                    "moved_bytes": moved, "first_s": first, "first_limit_s": first_limit,
+                    "first_ratio": first / first_limit, "steps_s": seconds, "later_s": later, "limit_s": limit,
+                    "ratio": later / limit, "engine_cpu_s": statistics.median(cpu[half:]), "waited_s": waits,
+                    "longest_wait_s": stats["longest_wait_s"], "waits": stats["waits"],
+                    "resident_bytes": stats["resident"], "filled_bytes": filled, "direct_bytes": stats["direct"],
+                    "registered_bytes": engine.stats()["registered"], "pinned_host_bytes": engine.stats()["pinned_host"],
                     "mispredicted": stats["mispredicted"], "anonymous_mib": anonymous_mib() - before,
-                    "page_map": next(iter(attachment.page_map().values())),
                 }
             )  # fmt: skip
-            print(attachment.memory_summary(), flush=True)
+            print(table_row(rows[-1]), flush=True)
+            if chosen.trace:
+                name = f"trace-{free:g}-{source}-{tokens}.json"
+                (chosen.trace / name).write_text(json.dumps(traces))
         torch.cuda.synchronize()
         del stack
     del ballast
     return rows
 
 
+HEAD = (
+    f"{'free':>6} {'source':>10} {'tokens':>7} {'same':>5} {'compute':>9} {'moved':>9} {'first':>9} {'x limit':>8} "
+    f"{'later':>9} {'x limit':>8} {'waited':>8} {'CPU':>8} {'registered':>10} {'anon':>9}"
+)
+
+
+def table_row(row: dict[str, Any]) -> str:
+    return (
+        f"{row['free_gib']:6g} {row['source']:>10} {row['tokens']:7} {row['same']!s:>5} {row['compute_s'] * 1e3:6.0f} ms "
+        f"{row['moved_bytes'] / 1e9:6.1f} GB {row['first_s'] * 1e3:6.0f} ms {row['first_ratio']:8.2f} "
+        f"{row['later_s'] * 1e3:6.0f} ms {row['ratio']:8.2f} {row['waited_s'][-1] * 1e3:5.0f} ms "
+        f"{row['engine_cpu_s'] * 1e3:5.0f} ms {row['registered_bytes'] / 1e9:7.1f} GB {row['anonymous_mib']:5.0f} MiB"
+    )
+
+
 def main() -> int:
     chosen = parse()
     torch.cuda.set_device(chosen.device)
+    rows: list[dict[str, Any]] = []
     with torch.inference_mode():
         nbytes = write_weights(chosen.file, chosen.blocks, chosen.width)
         link = link_rate()
         plain = plain_run(chosen)
-        rows = streamed_run(chosen, link, nbytes, plain)
+        print(f"{nbytes / 1e9:.1f} GB of weights, link {link / 1e9:.1f} GB/s, {torch.cuda.get_device_name()}")
+        print(HEAD, flush=True)
+        for free in chosen.free:
+            for source in chosen.source:
+                rows += streamed_run(chosen, link, nbytes, plain, free, source)
     result = {
         "command": " ".join(["python", *sys.argv]), "date": date.today().isoformat(),
         "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "forebay": forebay.__version__,
-        "cores": os.cpu_count(), "kernel": platform.release(), "weights_bytes": nbytes, "free_gib": chosen.free,
+        "cores": os.cpu_count(), "kernel": platform.release(), "weights_bytes": nbytes,
         "link_gb_s": link / 1e9, "rows": rows,
     }  # fmt: skip
     if chosen.out:
         chosen.out.write_text(json.dumps(result, indent=1))
-    print(
-        f"{nbytes / 1e9:.1f} GB of weights, {chosen.free} GiB free, link {link / 1e9:.1f} GB/s, {result['gpu']}"
-    )
-    print(
-        f"{'tokens':>7} {'same':>5} {'compute':>9} {'moved':>9} {'first':>9} {'x limit':>8} {'later':>9} {'x limit':>8} {'waits':>6} {'anon':>8}"
-    )
-    for row in rows:
-        print(
-            f"{row['tokens']:7} {row['same']!s:>5} {row['compute_s'] * 1e3:6.0f} ms {row['moved_bytes'] / 1e9:6.1f} GB "
-            f"{row['first_s'] * 1e3:6.0f} ms {row['first_ratio']:8.2f} {row['later_s'] * 1e3:6.0f} ms {row['ratio']:8.2f} "
-            f"{row['waits']:6} {row['anonymous_mib']:4.0f} MiB"
-        )
     return 0 if all(row["same"] for row in rows) else 1
 
 

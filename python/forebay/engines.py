@@ -81,10 +81,11 @@ def stats(device: str | torch.device | Engine | None = None) -> dict[str, Any]:
         device: As for :func:`engine`.
 
     Returns:
-        ``device``, ``device_name``, ``budget``, ``held``, ``free_frames``, ``pinned_host`` (bytes) and ``models``, a
-        list of dicts, most recently used first: ``name``, ``bytes``, ``page_size``, ``pages``, ``watermark``,
-        ``resident``, ``streamed``, ``absent``, ``filled``, ``looked_up`` (bytes), ``filled_pages``, ``waits``,
-        ``wait_s``, ``mispredicted``.
+        ``device``, ``device_name``, ``budget``, ``held``, ``free_frames``, ``pinned_host``, ``registered`` (bytes)
+        and ``models``, a list of dicts, most recently used first: ``name``, ``bytes``, ``page_size``, ``pages``,
+        ``watermark``, ``resident``, ``streamed``, ``absent``, ``filled``, ``direct``, ``looked_up`` (bytes),
+        ``filled_pages``, ``waits``, ``wait_s``, ``longest_wait_s``, ``mispredicted``. ``direct`` is the part of
+        ``filled`` that the copy engine read from the registered page cache by itself.
     """
     return engine(device).stats()
 

@@ -30,20 +30,23 @@ type PyWeight = (String, u64, u64, Py<PyAny>, bool);
 #[pymethods]
 impl Engine {
     #[new]
-    #[pyo3(signature = (device, *, budget=None, headroom=None, readers=None, poison=false))]
+    #[pyo3(signature = (device, *, budget=None, headroom=None, readers=None, registered=None, poison=false))]
+    #[expect(clippy::too_many_arguments, reason = "keyword arguments of a Python class")]
     fn new(
         py: Python<'_>,
         device: &str,
         budget: Option<&Bound<'_, PyAny>>,
         headroom: Option<&Bound<'_, PyAny>>,
         readers: Option<usize>,
+        registered: Option<&Bound<'_, PyAny>>,
         poison: bool,
     ) -> PyResult<Self> {
         let id: DeviceId = device
             .parse()
             .map_err(|error: forebay::device::ParseDeviceError| PyValueError::new_err(error.to_string()))?;
         let budget = chosen_budget(budget, headroom)?.unwrap_or_else(|| default_budget(id));
-        let config = EngineConfig { budget, readers };
+        let registered = registered.map(|value| size("registered", value)).transpose()?;
+        let config = EngineConfig { budget, readers, registered };
         py.detach(|| {
             let device: Arc<dyn Device> = match id {
                 DeviceId::Host => {
@@ -80,6 +83,14 @@ impl Engine {
     ) -> PyResult<()> {
         let budget = chosen_budget(budget, headroom)?.unwrap_or_else(|| default_budget(self.inner.device()));
         py.detach(|| self.inner.set_budget(budget)).map_err(raised)
+    }
+
+    /// Sets how many bytes of the page cache may be registered with the device; ``None``: what is free.
+    #[pyo3(signature = (nbytes=None))]
+    fn set_registered(&self, py: Python<'_>, nbytes: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
+        let limit = nbytes.map(|value| size("nbytes", value)).transpose()?;
+        py.detach(|| self.inner.set_registered(limit));
+        Ok(())
     }
 
     /// Gives device memory back, lowest priority first; returns how many bytes.
@@ -130,9 +141,30 @@ impl Engine {
         dict.set_item("held", stats.held.get())?;
         dict.set_item("free_frames", stats.free_frames.get())?;
         dict.set_item("pinned_host", stats.ring.get())?;
+        dict.set_item("registered", stats.registered.get())?;
         let models: Vec<_> = stats.vbars.iter().map(|vbar| vbar_stats(py, vbar)).collect::<PyResult<_>>()?;
         dict.set_item("models", PyList::new(py, models)?)?;
         Ok(dict)
+    }
+
+    /// Begins to record what the engine does when.
+    fn start_recording(&self) {
+        self.inner.start_recording();
+    }
+
+    /// Ends the recording: a list of (activity, page, start in seconds, length in seconds).
+    fn stop_recording(&self, py: Python<'_>) -> Vec<(String, u32, f64, f64)> {
+        let moments = py.detach(|| self.inner.stop_recording());
+        let seconds = |time: std::time::Duration| time.as_secs_f64();
+        let plain = moments.iter().map(|moment| {
+            (
+                format!("{:?}", moment.activity).to_lowercase(),
+                moment.page,
+                seconds(moment.start),
+                seconds(moment.length),
+            )
+        });
+        plain.collect()
     }
 
     /// The same as a table.
@@ -162,10 +194,12 @@ pub(crate) fn vbar_stats<'py>(py: Python<'py>, stats: &VbarStats) -> PyResult<Bo
     dict.set_item("streamed", stats.in_state(PageState::Streamed).get())?;
     dict.set_item("absent", stats.in_state(PageState::Absent).get())?;
     dict.set_item("filled", stats.filled.get())?;
+    dict.set_item("direct", stats.direct.get())?;
     dict.set_item("filled_pages", stats.filled_pages)?;
     dict.set_item("looked_up", stats.looked_up.get())?;
     dict.set_item("waits", stats.waits)?;
     dict.set_item("wait_s", stats.wait_time.as_secs_f64())?;
+    dict.set_item("longest_wait_s", stats.longest_wait.as_secs_f64())?;
     dict.set_item("mispredicted", stats.mispredicted)?;
     Ok(dict)
 }

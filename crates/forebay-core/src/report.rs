@@ -40,6 +40,11 @@ impl Policy {
         Rank(self.vbars[id.0 as usize].as_ref().map_or(0, |vbar| vbar.watermark))
     }
 
+    /// A page's rank in its VBAR.
+    pub fn rank(&self, page: PageRef) -> Rank {
+        self.vbars[page.vbar.0 as usize].as_ref().map_or(Rank(0), |vbar| vbar.ranks.rank(page.page))
+    }
+
     /// Whether a page has its place below the watermark.
     pub fn is_kept(&self, page: PageRef) -> bool {
         self.vbars[page.vbar.0 as usize].as_ref().is_some_and(|vbar| vbar.is_kept(page.page))

@@ -88,12 +88,17 @@ impl DeviceError {
         matches!(self, DeviceError::Lost { .. })
     }
 
+    /// Whether the device does not do this at all, so that there is no use in asking again.
+    pub fn is_unsupported(&self) -> bool {
+        matches!(self, DeviceError::Driver { code: 801, .. })
+    }
+
     /// An argument the GPU driver would refuse, refused by the host backend with the same code.
     pub(crate) fn invalid(call: &'static str, context: String) -> Self {
         DeviceError::Driver { call, code: 1, name: "invalid value".to_owned(), context }
     }
 
-    /// A part of a frame, which the GPU driver refuses to map with this code.
+    /// What the GPU driver refuses with this code: to map a part of a frame, say.
     pub(crate) fn unsupported(call: &'static str, context: String) -> Self {
         DeviceError::Driver { call, code: 801, name: "operation not supported".to_owned(), context }
     }

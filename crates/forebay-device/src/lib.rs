@@ -5,7 +5,8 @@
 //!
 //! * **Unmapped stays unmapped.** An address of a reservation without a frame faults when touched, on the host
 //!   (segmentation fault) as on the GPU (sticky error). Nothing maps a page behind the engine's back.
-//! * **Nothing waits for the whole device.** The only blocking call is [`Device::synchronize`], on one event.
+//! * **Nothing waits for the whole device.** The only blocking call is [`Device::synchronize`], on one event; but a
+//!   driver may let [`Device::unregister_host`] wait for an idle device, so it has a thread of its own above.
 //! * **Calls bind themselves.** Any thread may call; a backend that needs a current context sets it and restores
 //!   the caller's.
 
@@ -18,7 +19,7 @@ pub mod host;
 
 pub use error::{DeviceError, Result};
 pub use id::{DeviceId, ParseDeviceError};
-pub use owned::{Event, Frame, PinnedBuffer, Reservation, Stream};
+pub use owned::{Event, Frame, PinnedBuffer, Registration, Reservation, Stream};
 
 use std::fmt;
 use std::sync::Arc;
@@ -110,7 +111,7 @@ pub struct MemoryInfo {
 /// A device, as its consumers (the engine, the owned handles) need it.
 ///
 /// Raw handles come from this trait's `create_*` calls and are used with the device that made them; the owned
-/// types ([`Frame`], [`Reservation`], [`Stream`], [`Event`], [`PinnedBuffer`]) keep that promise.
+/// types ([`Frame`], [`Reservation`], [`Stream`], [`Event`], [`PinnedBuffer`], [`Registration`]) keep that promise.
 pub trait Device: Send + Sync + fmt::Debug {
     /// Which device this is.
     fn id(&self) -> DeviceId;
@@ -209,7 +210,20 @@ pub trait Device: Send + Sync + fmt::Debug {
     /// `ptr` and `size` are those of one `alloc_pinned`, and no copy that touches it is pending.
     unsafe fn free_pinned(&self, ptr: *mut u8, size: Bytes) -> Result<()>;
 
-    /// Enqueues a copy from host memory (asynchronous where `src` is pinned).
+    /// Lets the copy engine read host memory where it is, for instance a file mapped read-only. Until it is
+    /// unregistered its pages cannot be reclaimed. Refused as not supported where copies gain nothing by it.
+    ///
+    /// # Safety
+    /// The range is page-aligned, mapped readable and in no other registration, and stays mapped until unregistered.
+    unsafe fn register_host(&self, ptr: *const u8, size: Bytes) -> Result<()>;
+
+    /// Undoes [`register_host`](Device::register_host). May block the caller until the device is idle.
+    ///
+    /// # Safety
+    /// `ptr` and `size` are those of one `register_host`, and no copy that reads the range is pending.
+    unsafe fn unregister_host(&self, ptr: *const u8, size: Bytes) -> Result<()>;
+
+    /// Enqueues a copy from host memory (asynchronous where `src` is pinned or registered).
     ///
     /// # Safety
     /// `src` is readable and unchanged, and `dst` mapped and accessible, until the copy has completed.

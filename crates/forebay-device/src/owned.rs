@@ -283,6 +283,49 @@ impl Drop for PinnedBuffer {
     }
 }
 
+/// Host memory of somebody else that the copy engine reads where it is, such as a mapped file.
+#[derive(Debug)]
+pub struct Registration {
+    device: Arc<dyn Device>,
+    ptr: *const u8,
+    size: Bytes,
+}
+
+// SAFETY: the memory belongs to the process, not to a thread, and is only named here, never read or written.
+unsafe impl Send for Registration {}
+// SAFETY: as for `Send`.
+unsafe impl Sync for Registration {}
+
+impl Registration {
+    /// Registers `size` bytes at `ptr`, page-aligned.
+    ///
+    /// # Errors
+    /// What [`Device::register_host`] reports.
+    ///
+    /// # Safety
+    /// The range is mapped readable and in no other registration, and stays mapped as long as this value lives. It is
+    /// dropped only when no copy that reads the range is pending.
+    pub unsafe fn new(device: Arc<dyn Device>, ptr: *const u8, size: Bytes) -> Result<Self> {
+        // SAFETY: as the caller promises.
+        unsafe { device.register_host(ptr, size)? };
+        Ok(Registration { device, ptr, size })
+    }
+
+    /// How much memory it is.
+    pub fn size(&self) -> Bytes {
+        self.size
+    }
+}
+
+impl Drop for Registration {
+    /// May block until the device is idle.
+    fn drop(&mut self) {
+        // SAFETY: registered by `new` and given back once, here; no copy is pending, which `new` left to the caller.
+        let given_back = unsafe { self.device.unregister_host(self.ptr, self.size) };
+        report(&*self.device, "registration", given_back);
+    }
+}
+
 fn report(device: &dyn Device, what: &str, result: Result<()>) {
     match result {
         Ok(()) => {}

@@ -1,4 +1,4 @@
-//! A whole file, mapped for reading.
+//! A file, or a part of one, mapped for reading.
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -9,7 +9,8 @@ use memmap2::{Advice, MmapOptions, MmapRaw};
 use crate::error::{Result, StoreError};
 use crate::file::SourceFile;
 
-/// A read-only, shared mapping of a file: its pages are the page cache's own, and nothing is copied.
+/// A read-only, shared mapping of a file or of a part of it: its pages are the page cache's own, and nothing is copied.
+/// Offsets are the file's.
 ///
 /// Mapping reads nothing and takes the same time whatever the file's size. Touching bytes of a file that was
 /// truncated meanwhile raises SIGBUS, so looking at them is `unsafe` here; addresses are free to take.
@@ -17,6 +18,8 @@ use crate::file::SourceFile;
 pub struct MappedFile {
     file: Arc<SourceFile>,
     map: MmapRaw,
+    /// Where in the file the mapping begins.
+    start: u64,
 }
 
 impl MappedFile {
@@ -26,11 +29,23 @@ impl MappedFile {
     /// [`StoreError::Changed`] where the file is no longer as it was opened, [`StoreError::Map`] where the
     /// operating system refuses.
     pub fn map(file: &Arc<SourceFile>) -> Result<MappedFile> {
+        Self::map_part(file, 0, file.len())
+    }
+
+    /// Maps the memory pages that `len` bytes at `offset` lie on, as far as the file goes.
+    ///
+    /// # Errors
+    /// As [`map`](Self::map); [`StoreError::OutOfRange`] for a part that the file does not have.
+    pub fn map_part(file: &Arc<SourceFile>, offset: u64, len: Bytes) -> Result<MappedFile> {
         file.verify()?;
-        let len = file.len();
-        match MmapOptions::new().len(len.as_usize()).map_raw_read_only(&file.as_fd()) {
-            Ok(map) => Ok(MappedFile { file: Arc::clone(file), map }),
-            Err(error) => Err(map_error(file, 0, len, error)),
+        check(file, 0, file.len(), offset, len)?;
+        let page = rustix::param::page_size() as u64;
+        let start = offset - offset % page;
+        let end = (offset + len.get()).next_multiple_of(page).min(file.len().get());
+        let options = MmapOptions::new().offset(start).len(Bytes::new(end - start).as_usize()).to_owned();
+        match options.map_raw_read_only(&file.as_fd()) {
+            Ok(map) => Ok(MappedFile { file: Arc::clone(file), map, start }),
+            Err(error) => Err(map_error(file, offset, len, error)),
         }
     }
 
@@ -39,19 +54,19 @@ impl MappedFile {
         &self.file
     }
 
-    /// Where the file's first byte is. Valid for [`len`](Self::len) bytes while `self` lives.
+    /// Where the mapping's first byte is, at a memory page. Valid for [`len`](Self::len) bytes while `self` lives.
     pub fn as_ptr(&self) -> *const u8 {
         self.map.as_ptr()
     }
 
-    /// The length of the mapping: the file's when it was opened.
+    /// The length of the mapping: up to the end of a memory page, or of the file when it was opened.
     pub fn len(&self) -> Bytes {
-        self.file.len()
+        Bytes::new(self.map.len() as u64)
     }
 
     /// Whether there is nothing in the mapping.
     pub fn is_empty(&self) -> bool {
-        self.file.is_empty()
+        self.map.len() == 0
     }
 
     /// Where `len` bytes at `offset` are, checked to be inside the mapping.
@@ -59,16 +74,8 @@ impl MappedFile {
     /// # Errors
     /// [`StoreError::OutOfRange`].
     pub fn ptr_at(&self, offset: u64, len: Bytes) -> Result<*const u8> {
-        let end = offset.checked_add(len.get());
-        if end.is_none_or(|end| end > self.len().get()) {
-            return Err(StoreError::OutOfRange {
-                of: self.file.path().display().to_string(),
-                offset,
-                len: len.get(),
-                bytes: self.len().get(),
-            });
-        }
-        Ok(self.as_ptr().wrapping_add(Bytes::new(offset).as_usize()))
+        let at = check(&self.file, self.start, self.len(), offset, len)?;
+        Ok(self.as_ptr().wrapping_add(at.as_usize()))
     }
 
     /// The `len` bytes at `offset`, checked to be inside the mapping.
@@ -91,11 +98,24 @@ impl MappedFile {
     /// [`StoreError::OutOfRange`]; [`StoreError::Map`] where the file became shorter, its disk is unreadable, or
     /// the kernel is older than 5.14.
     pub fn populate(&self, offset: u64, len: Bytes) -> Result<()> {
-        self.ptr_at(offset, len)?;
+        let at = check(&self.file, self.start, self.len(), offset, len)?;
         self.map
-            .advise_range(Advice::PopulateRead, Bytes::new(offset).as_usize(), len.as_usize())
+            .advise_range(Advice::PopulateRead, at.as_usize(), len.as_usize())
             .map_err(|error| map_error(&self.file, offset, len, error))
     }
+}
+
+/// Where `len` bytes at `offset` of the file lie in a part of it that has `bytes` bytes from `start` on.
+fn check(file: &SourceFile, start: u64, bytes: Bytes, offset: u64, len: Bytes) -> Result<Bytes> {
+    let at = offset
+        .checked_sub(start)
+        .filter(|at| at.checked_add(len.get()).is_some_and(|end| end <= bytes.get()));
+    at.map(Bytes::new).ok_or_else(|| StoreError::OutOfRange {
+        of: file.path().display().to_string(),
+        offset,
+        len: len.get(),
+        bytes: start + bytes.get(),
+    })
 }
 
 fn map_error(file: &SourceFile, offset: u64, len: Bytes, error: std::io::Error) -> StoreError {

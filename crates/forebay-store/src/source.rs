@@ -120,6 +120,14 @@ impl Source {
         }
     }
 
+    /// Whether both come from the same open file.
+    pub fn shares_file_with(&self, other: &Source) -> bool {
+        match (&self.kind, &other.kind) {
+            (SourceKind::File { file, .. }, SourceKind::File { file: other, .. }) => Arc::ptr_eq(file, other),
+            _ => false,
+        }
+    }
+
     /// How messages name this source: `model.safetensors@1234`, or `CPU memory`.
     pub fn describe(&self) -> String {
         match &self.kind {

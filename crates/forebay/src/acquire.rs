@@ -12,6 +12,7 @@ use forebay_device::{Event, StreamHandle};
 use parking_lot::MutexGuard;
 
 use crate::state::{Shared, State};
+use crate::timeline::Activity;
 use crate::vbar::{Span, Vbar};
 use crate::{EngineError, Result};
 
@@ -108,6 +109,7 @@ impl Shared {
         }
         if let Some(span) = spans.first() {
             span.vbar.as_ref().counters.waited(start.elapsed());
+            self.timeline.note(Activity::Wait, span.first, self.timeline.begin().map(|_| start));
         }
         Ok(true)
     }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use forebay_core::{FrameId, PageRef, Pins, Schedule, VbarId};
 use forebay_device::{Device, DeviceError, Event, Frame, StreamHandle};
 
+use crate::registered::RegisteredPage;
 use crate::vbar::Vbar;
 use crate::{EngineError, Result};
 
@@ -24,6 +25,12 @@ pub(crate) struct PageBook {
     pub(crate) frame: Option<FrameId>,
     /// Why the latest fill failed.
     pub(crate) error: Option<EngineError>,
+    /// Was filled at least once.
+    pub(crate) was_filled: bool,
+    /// Its bytes cannot be registered.
+    pub(crate) stays_in_ring: bool,
+    /// Its bytes in the page cache, where the copy engine reads them by itself.
+    pub(crate) registered: Option<Arc<RegisteredPage>>,
 }
 
 /// One VBAR.
@@ -33,6 +40,8 @@ pub(crate) struct VbarBook {
     pub(crate) pages: Vec<PageBook>,
     pub(crate) mapped: u32,
     pub(crate) closing: bool,
+    /// Streamed pages that were filled from the ring and that the registrar does not know of yet.
+    pub(crate) through_ring: Vec<u32>,
     pub(crate) schedule: Schedule,
     pub(crate) trace_tail: u64,
     /// Used at least once: read-ahead makes sense.
@@ -97,6 +106,12 @@ impl Books {
     /// A page may have been used on any stream known to its VBAR.
     pub(crate) fn used_somewhere(&mut self, page: PageRef) {
         self.page(page).tracked = false;
+    }
+
+    /// Takes the registered page cache of these VBARs out of the books. It may still be read by copies.
+    pub(crate) fn take_registered(&mut self, of: impl Fn(VbarId) -> bool) -> Vec<Arc<RegisteredPage>> {
+        let books = self.vbars.iter_mut().filter(|(id, _)| of(**id)).map(|(_, book)| book);
+        books.flat_map(|book| &mut book.pages).filter_map(|page| page.registered.take()).collect()
     }
 
     pub(crate) fn lost(&mut self, error: EngineError) {

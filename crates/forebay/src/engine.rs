@@ -16,27 +16,36 @@ use crate::explicit::ExplicitVbar;
 use crate::filler::Reader;
 use crate::layout::{Layout, LayoutOptions, WeightSpec};
 use crate::mover::Mover;
+use crate::registrar::Registrar;
 use crate::state::{Budget, Shared, State};
 use crate::stats::{EngineStats, VbarStats};
+use crate::timeline::Moment;
 use crate::vbar::{Span, Vbar};
 use crate::{EngineError, Result};
 
 /// The pages of an explicit VBAR (ComfyUI's contract).
 const EXPLICIT_PAGE: Bytes = Bytes::mib(32);
 
+/// Readers unless told otherwise: by `bench/results`, more gain nothing.
+const MOST_READERS: usize = 12;
+
 /// How an engine is to run.
 #[derive(Clone, Copy, Debug)]
 pub struct EngineConfig {
     /// How much of the device it may use.
     pub budget: Budget,
-    /// Threads that read; each pins 4 MiB of host memory. `None`: one a core, between 2 and 8.
+    /// Threads that read; each pins 4 MiB of host memory. `None`: one a core, between 2 and 12.
     pub readers: Option<usize>,
+    /// How much of the page cache may be registered with the device at most, so that its copy engine reads it without the
+    /// processor. Registered memory cannot be reclaimed; it is handed back when the host's memory is wanted elsewhere.
+    /// `None`: what is really free. [`Bytes::ZERO`]: nothing.
+    pub registered: Option<Bytes>,
 }
 
 impl Default for EngineConfig {
     /// All memory that is free, but for 512 MiB.
     fn default() -> Self {
-        EngineConfig { budget: Budget::Headroom(Bytes::mib(512)), readers: None }
+        EngineConfig { budget: Budget::Headroom(Bytes::mib(512)), readers: None, registered: None }
     }
 }
 
@@ -44,7 +53,8 @@ impl Default for EngineConfig {
 #[derive(Debug)]
 pub struct Engine {
     shared: Arc<Shared>,
-    mover: Mutex<Option<JoinHandle<()>>>,
+    /// The mover and the registrar.
+    threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
 impl Engine {
@@ -56,20 +66,19 @@ impl Engine {
     pub fn new(device: Arc<dyn Device>, config: EngineConfig) -> Result<Arc<Self>> {
         check_budget(config.budget, &*device)?;
         let effective = effective_budget(config.budget, &*device, Bytes::ZERO)?;
-        let shared = Arc::new(Shared::new(device, config.budget, effective)?);
+        let shared = Arc::new(Shared::new(device, config.budget, effective, config.registered)?);
         let cores = available_parallelism().map_or(2, usize::from);
-        let readers = config.readers.unwrap_or(cores.clamp(2, 8));
-        let readers =
-            ReaderPool::new("forebay-read", readers, |_| Reader::default()).map_err(EngineError::Readers)?;
+        let readers = config.readers.unwrap_or(cores.clamp(2, MOST_READERS));
+        let for_readers = Arc::clone(&shared);
+        let readers = ReaderPool::new("forebay-read", readers, move |_| Reader::new(&for_readers))
+            .map_err(EngineError::Readers)?;
         let mover = Mover::new(Arc::clone(&shared), readers);
-        let handle =
-            Builder::new().name("forebay-mover".into()).spawn(move || mover.run()).map_err(|error| {
-                EngineError::Stopped {
-                    device: shared.id,
-                    reason: format!("its mover thread cannot be started: {error}"),
-                }
-            })?;
-        Ok(Arc::new(Engine { shared, mover: Mutex::new(Some(handle)) }))
+        let registrar = Registrar::new(Arc::clone(&shared))?;
+        // Made first: where a thread cannot be started, the other ends with it.
+        let engine = Engine { shared, threads: Mutex::default() };
+        engine.start("forebay-mover", move || mover.run())?;
+        engine.start("forebay-regist", move || registrar.run())?;
+        Ok(Arc::new(engine))
     }
 
     /// Attaches weights: each gets its address. The always-resident region is filled now, the rest when used.
@@ -231,6 +240,13 @@ impl Engine {
         state.check()
     }
 
+    /// Sets how much of the page cache may be registered with the device; see [`EngineConfig::registered`]. What is over is
+    /// handed back in the background.
+    pub fn set_registered(&self, limit: Option<Bytes>) {
+        self.shared.state.lock().registering.set_limit(limit);
+        self.shared.register.notify_one();
+    }
+
     /// The device's name.
     pub fn device(&self) -> DeviceId {
         self.shared.id
@@ -252,6 +268,7 @@ impl Engine {
             held: state.policy.held(),
             free_frames: state.policy.free_frames(),
             ring: Bytes::new(self.shared.ring.load(Ordering::Relaxed)),
+            registered: state.registering.held(),
             vbars: state
                 .policy
                 .priorities()
@@ -259,6 +276,16 @@ impl Engine {
                 .map(|book| self.vbar_stats(&state, &book.vbar))
                 .collect(),
         }
+    }
+
+    /// Begins to record what the engine does when.
+    pub fn start_recording(&self) {
+        self.shared.timeline.start();
+    }
+
+    /// Ends the recording. What was recorded, in the order in which it ended.
+    pub fn stop_recording(&self) -> Vec<Moment> {
+        self.shared.timeline.stop()
     }
 
     /// The pages of an operation's weights.
@@ -291,10 +318,12 @@ impl Engine {
             pinned: vbar.page_size * vbar.cells.iter().filter(|cell| cell.load().pins() > 0).count() as u64,
             watermark: state.policy.watermark(vbar.id).0,
             filled: Bytes::new(load(&counters.filled_bytes)),
+            direct: Bytes::new(load(&counters.direct_bytes)),
             filled_pages: load(&counters.filled_pages),
             looked_up: Bytes::new(load(&counters.looked_up_bytes)),
             waits: load(&counters.waits),
             wait_time: std::time::Duration::from_nanos(load(&counters.wait_ns)),
+            longest_wait: std::time::Duration::from_nanos(load(&counters.longest_wait_ns)),
             mispredicted: state.books.vbars.get(&vbar.id).map_or(0, |book| book.schedule.mispredicted()),
         }
     }
@@ -323,12 +352,25 @@ impl Engine {
         if let Some(book) = state.books.vbars.get_mut(&vbar.id) {
             book.closing = true;
             state.decide(|policy, books, out| policy.close_vbar(vbar.id, books, out));
+            let registered = state.books.take_registered(|id| id == vbar.id);
+            state.registering.close(vbar.id, registered.into_iter());
         }
         let gone = state.forget_if_gone(vbar.id);
         drop(state);
         drop(gone);
         self.shared.work.notify_one();
+        self.shared.register.notify_one();
         self.shared.changed.notify_all();
+    }
+
+    fn start(&self, name: &str, body: impl FnOnce() + Send + 'static) -> Result<()> {
+        let thread =
+            Builder::new().name(name.to_owned()).spawn(body).map_err(|error| EngineError::Stopped {
+                device: self.shared.id,
+                reason: format!("its thread {name} cannot be started: {error}"),
+            })?;
+        self.threads.lock().push(thread);
+        Ok(())
     }
 
     fn open(&self, name: &str, spec: VbarSpec, layout: Option<Layout>) -> Result<Arc<Vbar>> {
@@ -344,6 +386,7 @@ impl Engine {
             pages: (0..spec.pages).map(|_| PageBook::default()).collect(),
             mapped: 0,
             closing: false,
+            through_ring: Vec::new(),
             schedule: Schedule::new(scheduled as u32),
             trace_tail: 0,
             started: false,
@@ -357,12 +400,13 @@ impl Drop for Engine {
     fn drop(&mut self) {
         self.shared.state.lock().stop = true;
         self.shared.work.notify_one();
-        let mover = self.mover.lock().take();
-        // A drop on the mover itself (the last owner went with a VBAR) cannot wait for it.
-        if let Some(mover) = mover.filter(|mover| mover.thread().id() != std::thread::current().id())
-            && mover.join().is_err()
-        {
-            tracing::error!(device = %self.shared.id, "the mover thread had panicked");
+        self.shared.register.notify_one();
+        for thread in self.threads.get_mut().drain(..) {
+            let name = thread.thread().name().unwrap_or_default().to_owned();
+            // A drop on one of them (the last owner went with a VBAR) cannot wait for itself.
+            if thread.thread().id() != std::thread::current().id() && thread.join().is_err() {
+                tracing::error!(device = %self.shared.id, "the thread {name} had panicked");
+            }
         }
     }
 }

@@ -5,14 +5,17 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Instant;
 
 use forebay_core::{Bytes, PageRef};
-use forebay_device::{Event, PinnedBuffer};
-use forebay_store::{ReaderPool, Urgency, read_segments};
+use forebay_device::{Event, PinnedBuffer, Stream};
+use forebay_store::{ReaderPool, Source, StoreError, Urgency, read_segments};
 use parking_lot::Mutex;
 
 use crate::layout::Layout;
+use crate::registered::RegisteredPage;
 use crate::state::Shared;
+use crate::timeline::Activity;
 use crate::vbar::Vbar;
 use crate::{EngineError, Result};
 
@@ -31,10 +34,11 @@ pub(crate) struct Fill {
     chunks_left: AtomicUsize,
     has_failed: AtomicBool,
     error: Mutex<Option<EngineError>>,
+    began: Option<Instant>,
 }
 
-/// A reader's own slots, made at its first job.
-#[derive(Default)]
+/// A reader and its own slots. Pinning them takes long while a kernel runs, so they are made before there is work; what
+/// fails then is tried again, and reported, at the first job.
 pub(crate) struct Reader {
     slots: Option<Slots>,
 }
@@ -72,6 +76,7 @@ impl Fill {
             chunks_left: AtomicUsize::new(chunks.len().max(1)),
             has_failed: AtomicBool::new(false),
             error: Mutex::new(None),
+            began: shared.timeline.begin(),
         });
         if chunks.is_empty() {
             fill.chunk_done();
@@ -106,14 +111,19 @@ impl Fill {
         }
         let len = Bytes::new(last - first);
         let slots = reader.slots(&self.shared)?;
+        let timeline = &self.shared.timeline;
+        let began = timeline.begin();
         let (slot, copied) = slots.next()?;
+        timeline.note(Activity::Slot, self.page, began);
+        let began = timeline.begin();
         // SAFETY: the slot is this reader's own, and `next` waited for the copy that read it last.
         let bytes = unsafe { slots.buffer.slice_mut(slot, len) };
         for (segment, weight) in in_chunk {
             let read = segment.source.verify();
             let read = read.and_then(|()| read_segments(std::slice::from_ref(segment), first, bytes));
-            read.map_err(|error| self.source_error(layout, *weight, error))?;
+            read.map_err(|error| source_error(&self.vbar, layout, *weight, error))?;
         }
+        timeline.note(Activity::Read, self.page, began);
         let to = self.vbar.page_addr(self.page).offset(Bytes::new(first));
         let stream = self.shared.copy.lock();
         // SAFETY: the slot is not touched before its event has completed; the page is mapped and stays so until its
@@ -140,32 +150,79 @@ impl Fill {
         if self.chunks_left.fetch_sub(1, Ordering::AcqRel) != 1 {
             return;
         }
-        {
-            let stream = self.shared.copy.lock();
-            // SAFETY: the copy stream lives as long as `shared`.
-            let recorded = unsafe { self.filled.record(stream.handle()) };
-            // SAFETY: as before. A driver that refused once is asked once more.
-            let recorded = recorded.or_else(|_| unsafe { self.filled.record(stream.handle()) });
-            drop(stream);
-            if let Err(error) = recorded {
-                // Nobody can know any more when the copies to this page end, so it must stay mapped for ever.
-                self.shared.state.lock().books.lost(error.clone().into());
-                self.fail(error.into());
-            }
+        let stream = self.shared.copy.lock();
+        let marked = mark_filled(&self.filled, &stream);
+        drop(stream);
+        if let Err(error) = marked {
+            self.shared.state.lock().books.lost(error.clone());
+            self.fail(error);
         }
+        self.shared.timeline.note(Activity::Fill, self.page, self.began);
         let error = self.error.lock().take();
         if error.is_none() {
             self.vbar.counters.filled_pages.fetch_add(1, Ordering::Relaxed);
         }
         finished(&self.shared, &self.vbar, self.page, error.map_or(Ok(()), |error| Err(Some(error))));
     }
+}
 
-    fn source_error(&self, layout: &Layout, weight: u32, error: forebay_store::StoreError) -> EngineError {
-        EngineError::Source {
-            model: self.vbar.name.clone(),
-            weight: layout.names[weight as usize].clone(),
-            error: Box::new(error),
+/// Has the copy engine read a page's bytes from the registered page cache.
+pub(crate) fn fill_directly(
+    shared: &Shared,
+    vbar: &Vbar,
+    page: u32,
+    registered: &RegisteredPage,
+    filled: &Event,
+) {
+    let began = shared.timeline.begin();
+    let result = verify_sources(vbar, page).and_then(|()| {
+        let stream = shared.copy.lock();
+        // SAFETY: the page is mapped and stays so until its fill event, recorded after these copies, has completed. The
+        // registered page is dropped by the registrar alone, behind all copies.
+        let copied = unsafe { registered.copy_to(&*shared.device, vbar.page_addr(page), stream.handle()) };
+        let marked = mark_filled(filled, &stream);
+        drop(stream);
+        if let Err(error) = &marked {
+            shared.state.lock().books.lost(error.clone());
         }
+        copied.and(marked)
+    });
+    if result.is_ok() {
+        vbar.counters.filled_bytes.fetch_add(registered.bytes().get(), Ordering::Relaxed);
+        vbar.counters.direct_bytes.fetch_add(registered.bytes().get(), Ordering::Relaxed);
+        vbar.counters.filled_pages.fetch_add(1, Ordering::Relaxed);
+    }
+    shared.timeline.note(Activity::Fill, page, began);
+    finished(shared, vbar, page, result.map_err(Some));
+}
+
+/// Asks every file of a page once whether it is still what it was.
+fn verify_sources(vbar: &Vbar, page: u32) -> Result<()> {
+    let Some(layout) = &vbar.layout else { return Ok(()) };
+    let mut last: Option<&Source> = None;
+    for (segment, weight) in layout.segments[page as usize].iter().zip(&layout.weight_of[page as usize]) {
+        if !last.is_some_and(|last| last.shares_file_with(&segment.source)) {
+            segment.source.verify().map_err(|error| source_error(vbar, layout, *weight, error))?;
+        }
+        last = Some(&segment.source);
+    }
+    Ok(())
+}
+
+/// Records a page's fill event behind its copies. Without the mark nobody could know any more when they end, and the page
+/// would have to stay mapped for ever: the engine is lost then.
+fn mark_filled(filled: &Event, stream: &Stream) -> Result<()> {
+    // SAFETY: the copy stream lives as long as the engine's shared part.
+    let recorded = unsafe { filled.record(stream.handle()) };
+    // SAFETY: as before. A driver that refused once is asked once more.
+    recorded.or_else(|_| unsafe { filled.record(stream.handle()) }).map_err(Into::into)
+}
+
+fn source_error(vbar: &Vbar, layout: &Layout, weight: u32, error: StoreError) -> EngineError {
+    EngineError::Source {
+        model: vbar.name.clone(),
+        weight: layout.names[weight as usize].clone(),
+        error: Box::new(error),
     }
 }
 
@@ -189,6 +246,9 @@ pub(crate) fn finished(
                 vbar.cell(page).set_ready();
             } else {
                 state.landing.push_back(at);
+                if state.went_through_ring(at) {
+                    shared.register.notify_one();
+                }
             }
             state.decide(|policy, books, out| policy.filled(at, books, out));
         }
@@ -226,6 +286,14 @@ impl Drop for ChunkDone<'_> {
 }
 
 impl Reader {
+    pub(crate) fn new(shared: &Shared) -> Self {
+        let mut reader = Reader { slots: None };
+        if let Err(error) = reader.slots(shared) {
+            tracing::debug!(device = %shared.id, %error, "a reader has no slots yet");
+        }
+        reader
+    }
+
     fn slots(&mut self, shared: &Shared) -> Result<&mut Slots> {
         match &mut self.slots {
             Some(slots) => Ok(slots),

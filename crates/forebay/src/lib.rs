@@ -48,9 +48,13 @@ mod explicit;
 mod filler;
 mod layout;
 mod mover;
+mod ram;
+mod registered;
+mod registrar;
 mod state;
 mod stats;
 mod streams;
+mod timeline;
 mod trace;
 mod vbar;
 
@@ -68,3 +72,4 @@ pub use forebay_store as store;
 pub use layout::{ALIGNMENT, LayoutOptions, WeightKind, WeightSpec};
 pub use state::Budget;
 pub use stats::{EngineStats, VbarStats};
+pub use timeline::{Activity, Moment};

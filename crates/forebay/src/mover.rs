@@ -16,7 +16,9 @@ use parking_lot::MutexGuard;
 
 use crate::books::{FrameBook, VbarBook};
 use crate::filler::{self, Fill, Reader};
+use crate::registered::RegisteredPage;
 use crate::state::{Shared, State};
+use crate::timeline::Activity;
 use crate::vbar::Vbar;
 use crate::{EngineError, Result};
 
@@ -65,6 +67,7 @@ struct Backing {
     frame: FrameHandle,
     filled: Arc<Event>,
     demanded: bool,
+    registered: Option<Arc<RegisteredPage>>,
 }
 
 impl Mover {
@@ -97,6 +100,9 @@ impl Mover {
                 Next::Nothing if state.stop && self.empty_pool(&mut state) => {}
                 Next::Nothing if state.stop && self.is_over(&state) => return,
                 Next::Nothing => {
+                    if state.is_quiet(&shared) && state.has_unregistered() {
+                        shared.register.notify_one();
+                    }
                     shared.changed.notify_all();
                     shared.work.wait_for(&mut state, IDLE_POLL);
                 }
@@ -163,7 +169,9 @@ impl Mover {
             }
             state.queue.pop_front();
             let Some(book) = state.books.frames.get(&frame) else { continue };
-            backing.push(Backing { frame: book.frame.handle(), filled: Arc::clone(&book.filled), demanded });
+            let (frame_handle, filled) = (book.frame.handle(), Arc::clone(&book.filled));
+            let registered = state.books.page(page).registered.clone();
+            backing.push(Backing { frame: frame_handle, filled, demanded, registered });
             Self::begin_page(state, &vbar, page, frame, serial);
         }
         Next::Task(Task::Map { vbar, first: first.page.0, backing })
@@ -185,9 +193,16 @@ impl Mover {
                 self.shared.changed.notify_all();
                 None
             }
-            Task::Unmap { vbar, pages, events } => self.unmap(&vbar, pages, events),
+            Task::Unmap { vbar, pages, events } => {
+                let (began, first) = (self.shared.timeline.begin(), pages.start);
+                let gone = self.unmap(&vbar, pages, events);
+                self.shared.timeline.note(Activity::Unmap, first, began);
+                gone
+            }
             Task::Map { vbar, first, backing } => {
+                let began = self.shared.timeline.begin();
                 self.map(&vbar, first, &backing);
+                self.shared.timeline.note(Activity::Map, first, began);
                 None
             }
         }
@@ -266,6 +281,9 @@ impl Mover {
                     filler::finished(&self.shared, vbar, page, Err(reason));
                 }
                 Ok(()) if vbar.layout.is_none() => filler::finished(&self.shared, vbar, page, Ok(())),
+                Ok(()) if let Some(registered) = &backing.registered => {
+                    filler::fill_directly(&self.shared, vbar, page, registered, &backing.filled);
+                }
                 Ok(()) => {
                     let urgency = if backing.demanded { Urgency::Urgent } else { Urgency::Ahead };
                     let filled = Arc::clone(&backing.filled);

@@ -15,6 +15,8 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use crate::books::{Books, VbarBook};
 use crate::layout::Class;
+use crate::registrar::Registering;
+use crate::timeline::Timeline;
 use crate::{EngineError, Result};
 
 /// How much of the device the engine may use.
@@ -39,6 +41,8 @@ pub(crate) struct Shared {
     pub(crate) changed: Condvar,
     /// The mover has something to do.
     pub(crate) work: Condvar,
+    /// The registrar has something to do.
+    pub(crate) register: Condvar,
     /// The copy stream. Copies and the events behind them are enqueued under this lock, so that an event covers its
     /// copies.
     pub(crate) copy: Mutex<Stream>,
@@ -49,6 +53,7 @@ pub(crate) struct Shared {
     /// Exported tensors that hold weights.
     pub(crate) views: AtomicUsize,
     pub(crate) ring: AtomicU64,
+    pub(crate) timeline: Timeline,
 }
 
 /// What is under the lock.
@@ -60,6 +65,7 @@ pub(crate) struct State {
     /// Filled pages whose copies were not complete when last looked at, oldest first.
     pub(crate) landing: VecDeque<PageRef>,
     pub(crate) budget: Budget,
+    pub(crate) registering: Registering,
     /// Commands that were ever queued, and the serial of the latest page among them.
     decided: u64,
     newest: Serial,
@@ -78,7 +84,12 @@ pub(crate) struct State {
 }
 
 impl Shared {
-    pub(crate) fn new(device: Arc<dyn Device>, budget: Budget, effective: Bytes) -> Result<Self> {
+    pub(crate) fn new(
+        device: Arc<dyn Device>,
+        budget: Budget,
+        effective: Bytes,
+        registered: Option<Bytes>,
+    ) -> Result<Self> {
         let copy = Stream::new(Arc::clone(&device))?;
         Ok(Shared {
             id: device.id(),
@@ -88,6 +99,7 @@ impl Shared {
                 queue: VecDeque::new(),
                 landing: VecDeque::new(),
                 budget,
+                registering: Registering::new(registered),
                 decided: 0,
                 newest: Serial(0),
                 done: 0,
@@ -101,11 +113,13 @@ impl Shared {
             device,
             changed: Condvar::new(),
             work: Condvar::new(),
+            register: Condvar::new(),
             copy: Mutex::new(copy),
             reserved: AtomicU64::new(0),
             operations: AtomicUsize::new(0),
             views: AtomicUsize::new(0),
             ring: AtomicU64::new(0),
+            timeline: Timeline::new(),
         })
     }
 
@@ -244,6 +258,11 @@ impl State {
     /// Whether everything that was decided is done.
     pub(crate) fn is_settled(&self) -> bool {
         self.queue.is_empty() && self.executing == 0 && self.filling.is_empty()
+    }
+
+    /// Whether everything that was decided is done, and no operation runs.
+    pub(crate) fn is_quiet(&self, shared: &Shared) -> bool {
+        self.is_settled() && shared.operations.load(Ordering::Acquire) == 0
     }
 
     /// Whether a VBAR is neither closed nor gone.

@@ -11,16 +11,20 @@ use forebay_device::DeviceId;
 #[derive(Debug, Default)]
 pub(crate) struct Counters {
     pub(crate) filled_bytes: AtomicU64,
+    pub(crate) direct_bytes: AtomicU64,
     pub(crate) filled_pages: AtomicU64,
     pub(crate) waits: AtomicU64,
     pub(crate) wait_ns: AtomicU64,
+    pub(crate) longest_wait_ns: AtomicU64,
     pub(crate) looked_up_bytes: AtomicU64,
 }
 
 impl Counters {
     pub(crate) fn waited(&self, time: Duration) {
         self.waits.fetch_add(1, Ordering::Relaxed);
-        self.wait_ns.fetch_add(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
+        let nanoseconds = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        self.wait_ns.fetch_add(nanoseconds, Ordering::Relaxed);
+        self.longest_wait_ns.fetch_max(nanoseconds, Ordering::Relaxed);
     }
 }
 
@@ -41,6 +45,8 @@ pub struct VbarStats {
     pub watermark: u32,
     /// Bytes copied to the device since it was attached.
     pub filled: Bytes,
+    /// Of these, bytes that the copy engine read from the registered page cache by itself.
+    pub direct: Bytes,
     /// Pages filled since it was attached.
     pub filled_pages: u64,
     /// Bytes of table rows looked up at their source.
@@ -49,6 +55,8 @@ pub struct VbarStats {
     pub waits: u64,
     /// How long uses waited together.
     pub wait_time: Duration,
+    /// The longest of these waits.
+    pub longest_wait: Duration,
     /// How often the use that came was not the one expected.
     pub mispredicted: u64,
 }
@@ -75,6 +83,8 @@ pub struct EngineStats {
     pub free_frames: Bytes,
     /// Bytes of pinned host memory for copies.
     pub ring: Bytes,
+    /// Bytes of page cache that the copy engine reads by itself.
+    pub registered: Bytes,
     /// Highest priority first.
     pub vbars: Vec<VbarStats>,
 }
@@ -83,13 +93,14 @@ impl fmt::Display for EngineStats {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
-            "{} ({}): {} of {} in use, {} free frames, {} pinned host memory",
+            "{} ({}): {} of {} in use, {} free frames, {} pinned host memory, {} registered page cache",
             self.device,
             self.device_name,
             self.held - self.free_frames,
             self.budget,
             self.free_frames,
             self.ring,
+            self.registered,
         )?;
         writeln!(
             f,

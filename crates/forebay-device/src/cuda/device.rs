@@ -14,7 +14,7 @@ use super::info::{self, CudaInfo};
 use super::table::Table;
 use super::types::{
     AccessDesc, AllocationProp, Code, DEVICE_UNAVAILABLE, EVENT_BLOCKING_UNTIMED, GRANULARITY_MINIMUM,
-    HOST_PORTABLE, NOT_READY, OUT_OF_MEMORY, Ordinal, STREAM_NON_BLOCKING,
+    HOST_PORTABLE, HOST_REGISTER_READ_ONLY, NOT_READY, OUT_OF_MEMORY, Ordinal, STREAM_NON_BLOCKING,
 };
 use crate::{
     Device, DeviceAddr, DeviceError, DeviceId, EventHandle, FrameHandle, MemoryInfo, Result, StreamHandle,
@@ -307,6 +307,29 @@ impl Device for CudaDevice {
         let base = self.padded.lock().remove(&ptr.addr()).map_or(ptr, |padded| padded.0);
         // SAFETY: the start of pinned memory that no copy touches, by the contract of this call.
         unsafe { self.host_free(base) }
+    }
+
+    unsafe fn register_host(&self, ptr: *const u8, size: Bytes) -> Result<()> {
+        if !self.info.registers_files {
+            let why = format!("{} does not read memory that is mapped read-only", self.info.name);
+            return Err(DeviceError::unsupported("cuMemHostRegister", why));
+        }
+        let _current = self.context.enter()?;
+        // SAFETY: mapped memory that stays mapped, by the contract of this call; the driver does not write to it.
+        let code = unsafe {
+            (self.table().mem_host_register)(ptr.cast_mut().cast(), size.as_usize(), HOST_REGISTER_READ_ONLY)
+        };
+        if code == OUT_OF_MEMORY {
+            return Err(DeviceError::OutOfMemory { call: "cuMemHostRegister", wanted: size, free: None });
+        }
+        self.driver.check("cuMemHostRegister", code, || format!("{size} at {ptr:p}"))
+    }
+
+    unsafe fn unregister_host(&self, ptr: *const u8, size: Bytes) -> Result<()> {
+        let _current = self.context.enter()?;
+        // SAFETY: registered memory that no copy reads, by the contract of this call.
+        let code = unsafe { (self.table().mem_host_unregister)(ptr.cast_mut().cast()) };
+        self.driver.check("cuMemHostUnregister", code, || format!("{size} at {ptr:p}"))
     }
 
     unsafe fn copy_to_device(

@@ -6,7 +6,10 @@ use std::fmt;
 use forebay_core::Bytes;
 
 use super::driver::Driver;
-use super::types::{COMPUTE_CAPABILITY_MAJOR, COMPUTE_CAPABILITY_MINOR, Ordinal, VIRTUAL_MEMORY_SUPPORTED};
+use super::types::{
+    COMPUTE_CAPABILITY_MAJOR, COMPUTE_CAPABILITY_MINOR, Ordinal, READ_ONLY_HOST_REGISTER_SUPPORTED,
+    VIRTUAL_MEMORY_SUPPORTED,
+};
 use crate::{DeviceError, Result};
 
 /// How many GPUs this process sees.
@@ -42,6 +45,8 @@ pub struct CudaInfo {
     pub total_memory: Bytes,
     /// Whether addresses can be reserved and mapped, without which Forebay cannot use the GPU.
     pub virtual_memory: bool,
+    /// Whether its copy engine can read mapped files where they are in the page cache.
+    pub registers_files: bool,
 }
 
 impl CudaInfo {
@@ -61,14 +66,17 @@ impl CudaInfo {
             ),
             total_memory: Bytes::new(total as u64),
             virtual_memory: attribute(VIRTUAL_MEMORY_SUPPORTED)? != 0,
+            // Drivers that do not know the attribute cannot do it.
+            registers_files: attribute(READ_ONLY_HOST_REGISTER_SUPPORTED).is_ok_and(|value| value != 0),
         })
     }
 }
 
 impl fmt::Display for CudaInfo {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let CudaInfo { ordinal, name, driver_version, compute_capability, total_memory, virtual_memory } =
-            self;
+        let CudaInfo {
+            ordinal, name, driver_version, compute_capability, total_memory, virtual_memory, ..
+        } = self;
         write!(f, "cuda:{ordinal}: {name}, {total_memory}, compute capability ")?;
         write!(f, "{}.{}, ", compute_capability.0, compute_capability.1)?;
         write!(f, "driver for CUDA {}.{}, ", driver_version.0, driver_version.1)?;

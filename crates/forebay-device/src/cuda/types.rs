@@ -25,6 +25,9 @@ pub(super) const COMPUTE_CAPABILITY_MINOR: c_int = 76;
 /// `CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED`.
 pub(super) const VIRTUAL_MEMORY_SUPPORTED: c_int = 102;
 
+/// `CU_DEVICE_ATTRIBUTE_READ_ONLY_HOST_REGISTER_SUPPORTED`.
+pub(super) const READ_ONLY_HOST_REGISTER_SUPPORTED: c_int = 113;
+
 /// `CU_MEM_ALLOC_GRANULARITY_MINIMUM`.
 pub(super) const GRANULARITY_MINIMUM: c_uint = 0;
 /// `CU_STREAM_NON_BLOCKING`: does not synchronise with the legacy default stream.
@@ -33,6 +36,9 @@ pub(super) const STREAM_NON_BLOCKING: c_uint = 1;
 pub(super) const EVENT_BLOCKING_UNTIMED: c_uint = 1 | 2;
 /// `CU_MEMHOSTALLOC_PORTABLE`: pinned for every context.
 pub(super) const HOST_PORTABLE: c_uint = 1;
+
+/// `CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_READ_ONLY`: memory that is mapped read-only is refused without.
+pub(super) const HOST_REGISTER_READ_ONLY: c_uint = 1 | 8;
 
 /// `CUmemLocation`.
 #[repr(C)]

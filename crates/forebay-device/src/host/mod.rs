@@ -7,7 +7,7 @@
 //!
 //! A frame counts against the capacity when it is made, though its pages take memory only once they are touched.
 //!
-//! Locks: `memory` and `pinned` are leaves. An event's lock may be held while a stream's queue is taken, never the other
+//! Locks: `memory`, `pinned` and `registered` are leaves. An event's lock may be held while a stream's queue is taken, never the other
 //! way round. Nothing is waited for and no work runs under any of them.
 //!
 //! ```
@@ -29,7 +29,7 @@ mod space;
 mod stream;
 mod vm;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ptr;
 use std::thread;
 use std::time::Duration;
@@ -57,11 +57,13 @@ pub struct HostConfig {
     pub poison: bool,
     /// How much longer each copy takes, so that what does not wait for it shows.
     pub copy_delay: Duration,
+    /// Lets memory be registered, which gains nothing here: for testing what a GPU does.
+    pub registers: bool,
 }
 
 impl Default for HostConfig {
     fn default() -> Self {
-        HostConfig { capacity: Bytes::MAX, poison: false, copy_delay: Duration::ZERO }
+        HostConfig { capacity: Bytes::MAX, poison: false, copy_delay: Duration::ZERO, registers: false }
     }
 }
 
@@ -74,6 +76,7 @@ pub struct HostDevice {
     events: Events,
     memory: Mutex<Memory>,
     pinned: Mutex<HashMap<usize, Bytes>>,
+    registered: Mutex<BTreeMap<usize, Bytes>>,
 }
 
 impl HostDevice {
@@ -88,6 +91,7 @@ impl HostDevice {
             events: Events::default(),
             memory: Mutex::new(Memory::new(config.capacity, config.poison)?),
             pinned: Mutex::default(),
+            registered: Mutex::default(),
         })
     }
 
@@ -238,6 +242,45 @@ impl Device for HostDevice {
         unsafe { vm::release("free_pinned", ptr.expose_provenance() as u64, size) }
     }
 
+    unsafe fn register_host(&self, ptr: *const u8, size: Bytes) -> Result<()> {
+        let call = "register_host";
+        if !self.config.registers {
+            return Err(DeviceError::unsupported(
+                call,
+                "copies read any memory of the host as it is".to_owned(),
+            ));
+        }
+        let (first, page) = (ptr.addr(), rustix::param::page_size());
+        if size == Bytes::ZERO || !first.is_multiple_of(page) || !size.as_usize().is_multiple_of(page) {
+            return Err(DeviceError::invalid(
+                call,
+                format!("whole pages of {page} bytes: {size} at {ptr:p}"),
+            ));
+        }
+        let mut registered = self.registered.lock();
+        let before = registered.range(..first + size.as_usize()).next_back();
+        if before.is_some_and(|(start, len)| start + len.as_usize() > first) {
+            return Err(DeviceError::invalid(
+                call,
+                format!("registered already, in part: {size} at {ptr:p}"),
+            ));
+        }
+        registered.insert(first, size);
+        Ok(())
+    }
+
+    unsafe fn unregister_host(&self, ptr: *const u8, size: Bytes) -> Result<()> {
+        let mut registered = self.registered.lock();
+        if registered.get(&ptr.addr()) != Some(&size) {
+            return Err(DeviceError::invalid(
+                "unregister_host",
+                format!("no registration of {size} at {ptr:p}"),
+            ));
+        }
+        registered.remove(&ptr.addr());
+        Ok(())
+    }
+
     unsafe fn copy_to_device(
         &self,
         dst: DeviceAddr,
@@ -266,6 +309,9 @@ impl Drop for HostDevice {
         // Field order ends the streams' work before the memory goes.
         for (first, size) in self.pinned.get_mut().drain() {
             tracing::warn!(%size, addr = format_args!("{first:#x}"), "a pinned buffer outlived its device");
+        }
+        for (first, size) in std::mem::take(self.registered.get_mut()) {
+            tracing::warn!(%size, addr = format_args!("{first:#x}"), "a registration outlived its device");
         }
     }
 }

@@ -30,12 +30,14 @@ pub enum Call {
     Synchronize,
     AllocPinned,
     FreePinned,
+    RegisterHost,
+    UnregisterHost,
     CopyToDevice,
     CopyToHost,
 }
 
 impl Call {
-    pub const ALL: [Call; 20] = [
+    pub const ALL: [Call; 22] = [
         Call::Memory,
         Call::Reserve,
         Call::FreeReservation,
@@ -54,6 +56,8 @@ impl Call {
         Call::Synchronize,
         Call::AllocPinned,
         Call::FreePinned,
+        Call::RegisterHost,
+        Call::UnregisterHost,
         Call::CopyToDevice,
         Call::CopyToHost,
     ];
@@ -268,6 +272,18 @@ impl Device for Faulty {
         self.check(Call::FreePinned)?;
         // SAFETY: passed on as it came.
         unsafe { self.inner.free_pinned(ptr, size) }
+    }
+
+    unsafe fn register_host(&self, ptr: *const u8, size: Bytes) -> Result<()> {
+        self.check(Call::RegisterHost)?;
+        // SAFETY: passed on as it came.
+        unsafe { self.inner.register_host(ptr, size) }
+    }
+
+    unsafe fn unregister_host(&self, ptr: *const u8, size: Bytes) -> Result<()> {
+        self.check(Call::UnregisterHost)?;
+        // SAFETY: passed on as it came.
+        unsafe { self.inner.unregister_host(ptr, size) }
     }
 
     unsafe fn copy_to_device(

@@ -33,7 +33,8 @@ pub struct Rig {
 
 impl Rig {
     pub fn new() -> Self {
-        let config = HostConfig { capacity: Bytes::gib(4), poison: true, ..HostConfig::default() };
+        let config =
+            HostConfig { capacity: Bytes::gib(4), poison: true, registers: true, ..HostConfig::default() };
         Self::host(config).unwrap_or_else(|| {
             let name = std::env::var("FOREBAY_TEST_DEVICE").unwrap();
             Rig { device: forebay::device::open(name.parse().unwrap()).unwrap(), host: None }
@@ -76,7 +77,7 @@ pub fn engine_on(device: Arc<dyn Device>, budget: Bytes) -> Arc<Engine> {
 }
 
 pub fn try_engine_on(device: Arc<dyn Device>, budget: Budget) -> forebay::Result<Arc<Engine>> {
-    let engine = Engine::new(device, EngineConfig { budget, readers: Some(3) })?;
+    let engine = Engine::new(device, EngineConfig { budget, readers: Some(3), registered: None })?;
     watchdog::report_on(&engine);
     Ok(engine)
 }

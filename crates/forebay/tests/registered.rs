@@ -1,0 +1,135 @@
+//! Streamed pages whose bytes lie in files are read by the copy engine itself, from the registered page cache.
+
+mod common;
+
+use std::io::{Seek, Write};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use common::faulty::{Call, Failure, Faulty};
+use common::{Consumer, Random, Rig, Weights};
+use forebay::device::Device;
+use forebay::{Attachment, Budget, Bytes, Engine, EngineConfig, EngineError, Use};
+
+/// Two thirds of these lie in a file.
+const SIZES: [usize; 12] = [2 << 20; 12];
+
+fn pass(model: &Attachment, weights: &Weights, device: &Arc<dyn Device>) {
+    let mut consumer = Consumer::new(device);
+    for weight in 0..weights.contents.len() {
+        consumer.use_weight(model, weights, weight).unwrap();
+    }
+    consumer.check();
+}
+
+/// Passes until `enough` of what the engine tells.
+fn passes_until(
+    engine: &Engine,
+    model: &Attachment,
+    weights: &Weights,
+    device: &Arc<dyn Device>,
+    enough: impl Fn(Bytes) -> bool,
+) {
+    let start = Instant::now();
+    loop {
+        pass(model, weights, device);
+        if enough(engine.stats().registered) {
+            return;
+        }
+        assert!(start.elapsed() < Duration::from_secs(20), "{}", engine.stats());
+        std::thread::yield_now();
+    }
+}
+
+fn engine(device: &Arc<dyn Device>, registered: Option<Bytes>) -> Arc<Engine> {
+    let config = EngineConfig { budget: Budget::Fixed(Bytes::mib(10)), readers: Some(2), registered };
+    Engine::new(Arc::clone(device), config).unwrap()
+}
+
+#[test]
+fn after_the_first_pass_the_copy_engine_reads_files_by_itself_and_detaching_hands_them_back() {
+    let mut random = Random::seeded();
+    let weights = Weights::new(&mut random, &SIZES);
+    let device = Rig::new().device;
+    let engine = engine(&device, None);
+    let model = weights.attach(&engine, "model");
+    pass(&model, &weights, &device);
+    assert_eq!(model.stats().direct, Bytes::ZERO, "the first pass waits for nothing");
+    passes_until(&engine, &model, &weights, &device, |registered| registered >= Bytes::mib(8));
+    let before = model.stats();
+    pass(&model, &weights, &device);
+    let after = model.stats();
+    let (direct, filled) = (after.direct - before.direct, after.filled - before.filled);
+    assert!(direct > Bytes::ZERO && direct < filled, "{direct} of {filled}: some weights lie in memory");
+    drop(model);
+    let start = Instant::now();
+    while engine.stats().registered > Bytes::ZERO {
+        assert!(start.elapsed() < Duration::from_secs(20), "{}", engine.stats());
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn a_limit_is_kept_and_what_is_over_it_is_handed_back() {
+    let mut random = Random::seeded();
+    let weights = Weights::new(&mut random, &SIZES);
+    let device = Rig::new().device;
+    let limit = Bytes::mib(4) + Bytes::kib(64);
+    let engine = engine(&device, Some(limit));
+    let model = weights.attach(&engine, "model");
+    passes_until(&engine, &model, &weights, &device, |registered| registered > Bytes::ZERO);
+    for _ in 0..10 {
+        pass(&model, &weights, &device);
+        assert!(engine.stats().registered <= limit, "{}", engine.stats());
+    }
+    engine.set_registered(Some(Bytes::ZERO));
+    passes_until(&engine, &model, &weights, &device, |registered| registered == Bytes::ZERO);
+    let direct = model.stats().direct;
+    pass(&model, &weights, &device);
+    assert_eq!(model.stats().direct, direct);
+    engine.set_registered(None);
+    passes_until(&engine, &model, &weights, &device, |registered| registered > Bytes::ZERO);
+}
+
+#[test]
+fn a_file_changed_in_place_is_an_error_by_name_also_where_it_is_registered() {
+    let mut random = Random::seeded();
+    let mut weights = Weights::new(&mut random, &SIZES);
+    let device = Rig::new().device;
+    let engine = engine(&device, None);
+    let model = weights.attach(&engine, "model");
+    passes_until(&engine, &model, &weights, &device, |registered| registered >= Bytes::mib(8));
+    weights.file.rewind().unwrap();
+    weights.file.write_all(b"other bytes").unwrap();
+    let stream = forebay::device::Stream::new(Arc::clone(&device)).unwrap();
+    let errors: Vec<_> =
+        (0..SIZES.len()).filter_map(|weight| model.acquire(weight, Use::on(stream.handle())).err()).collect();
+    assert!(!errors.is_empty());
+    for error in &errors {
+        assert!(matches!(error, EngineError::Source { .. }), "{error}");
+        assert!(error.to_string().contains(&weights.file.path().display().to_string()), "{error}");
+    }
+}
+
+#[test]
+fn a_device_that_refuses_to_register_gets_its_pages_through_the_ring() {
+    let mut random = Random::seeded();
+    let weights = Weights::new(&mut random, &SIZES);
+    let faulty = Faulty::new(Rig::new().device);
+    faulty.fail(Call::RegisterHost, Failure::Refused, 0, u32::MAX);
+    let device: Arc<dyn Device> = faulty.clone();
+    let engine = engine(&device, None);
+    let model = weights.attach(&engine, "model");
+    for _ in 0..5 {
+        pass(&model, &weights, &device);
+    }
+    let start = Instant::now();
+    while faulty.hits() < 3 {
+        assert!(start.elapsed() < Duration::from_secs(20), "asked {} times", faulty.hits());
+        pass(&model, &weights, &device);
+    }
+    for _ in 0..5 {
+        pass(&model, &weights, &device);
+    }
+    assert_eq!((faulty.hits(), model.stats().direct), (3, Bytes::ZERO));
+}
