@@ -33,6 +33,13 @@ pub struct EngineConfig {
     pub readers: Option<usize>,
 }
 
+impl EngineConfig {
+    /// How many threads read.
+    pub fn reader_threads(&self) -> usize {
+        self.readers.unwrap_or_else(|| available_parallelism().map_or(2, usize::from).clamp(2, 8))
+    }
+}
+
 impl Default for EngineConfig {
     /// All memory that is free, but for 512 MiB.
     fn default() -> Self {
@@ -57,10 +64,8 @@ impl Engine {
         check_budget(config.budget, &*device)?;
         let effective = effective_budget(config.budget, &*device, Bytes::ZERO)?;
         let shared = Arc::new(Shared::new(device, config.budget, effective)?);
-        let cores = available_parallelism().map_or(2, usize::from);
-        let readers = config.readers.unwrap_or(cores.clamp(2, 8));
-        let readers =
-            ReaderPool::new("forebay-read", readers, |_| Reader::default()).map_err(EngineError::Readers)?;
+        let readers = ReaderPool::new("forebay-read", config.reader_threads(), |_| Reader::default())
+            .map_err(EngineError::Readers)?;
         let mover = Mover::new(Arc::clone(&shared), readers);
         let handle =
             Builder::new().name("forebay-mover".into()).spawn(move || mover.run()).map_err(|error| {

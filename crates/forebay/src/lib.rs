@@ -48,6 +48,7 @@ mod explicit;
 mod filler;
 mod layout;
 mod mover;
+mod scratch;
 mod state;
 mod stats;
 mod streams;
@@ -55,6 +56,7 @@ mod trace;
 mod vbar;
 
 pub mod doctor;
+pub mod measure;
 pub mod plan;
 
 pub use acquire::Use;
