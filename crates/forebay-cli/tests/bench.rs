@@ -76,10 +76,9 @@ fn the_numbers_are_consistent() {
         (&path.into(), &17.into(), &BYTES.into())
     );
     let length = fs::metadata(path).unwrap().len();
-    assert_eq!(
-        (&model["files"]["bytes"], &model["files"]["cached_bytes_at_start"]),
-        (&length.into(), &length.into())
-    );
+    assert_eq!(model["files"]["bytes"], length);
+    // A system may take pages back at any moment.
+    assert!((1..=length).contains(&bytes(&model["files"]["cached_bytes_at_start"])), "{model}");
     let disk = &model["files"]["disk"];
     assert!(
         disk["bytes_per_s"].is_f64() != disk["reason"].is_string(),
@@ -143,9 +142,10 @@ fn what_fits_is_copied_once() {
     let text =
         told(&["bench", path.to_str().unwrap(), "--device", "host", "--budget", "64MiB", "--steps", "1"]);
     assert!(
-        text.starts_with(&format!("{}: 17 tensors, 32 MiB, 17 pages of 2 MiB, 100% in", path.display())),
+        text.starts_with(&format!("{}: 17 tensors, 32 MiB, 17 pages of 2 MiB, ", path.display())),
         "{text}"
     );
+    assert!(text.contains("% in the page cache\n"), "{text}");
     assert!(text.contains("host (host memory): 64 MiB for weights; everything fits\n"), "{text}");
     let step = text.lines().find(|line| line.starts_with("     1 ")).unwrap();
     assert!(step.contains(" 0 B ") && step.contains("  -  ") && step.contains("34 MiB"), "{text}");
