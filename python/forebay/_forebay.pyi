@@ -38,6 +38,8 @@ class Engine:
         budget: float | None = None,
         headroom: float | None = None,
         readers: int | None = None,
+        slots: int | None = None,
+        chunk: float | None = None,
         registered: float | None = None,
         poison: bool = False,
     ) -> Engine: ...

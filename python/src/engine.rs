@@ -5,7 +5,9 @@ use std::sync::Arc;
 use forebay::device::host::{HostConfig, HostDevice};
 use forebay::device::{Device, DeviceId};
 use forebay::store::{MemoryRange, ProcessMaps, Source};
-use forebay::{Budget, Bytes, EngineConfig, LayoutOptions, PageState, VbarStats, WeightKind, WeightSpec};
+use forebay::{
+    Budget, Bytes, EngineConfig, LayoutOptions, PageState, RingConfig, VbarStats, WeightKind, WeightSpec,
+};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
@@ -30,7 +32,7 @@ type PyWeight = (String, u64, u64, Py<PyAny>, bool);
 #[pymethods]
 impl Engine {
     #[new]
-    #[pyo3(signature = (device, *, budget=None, headroom=None, readers=None, registered=None, poison=false))]
+    #[pyo3(signature = (device, *, budget=None, headroom=None, readers=None, slots=None, chunk=None, registered=None, poison=false))]
     #[expect(clippy::too_many_arguments, reason = "keyword arguments of a Python class")]
     fn new(
         py: Python<'_>,
@@ -38,6 +40,8 @@ impl Engine {
         budget: Option<&Bound<'_, PyAny>>,
         headroom: Option<&Bound<'_, PyAny>>,
         readers: Option<usize>,
+        slots: Option<u32>,
+        chunk: Option<&Bound<'_, PyAny>>,
         registered: Option<&Bound<'_, PyAny>>,
         poison: bool,
     ) -> PyResult<Self> {
@@ -46,7 +50,10 @@ impl Engine {
             .map_err(|error: forebay::device::ParseDeviceError| PyValueError::new_err(error.to_string()))?;
         let budget = chosen_budget(budget, headroom)?.unwrap_or_else(|| default_budget(id));
         let registered = registered.map(|value| size("registered", value)).transpose()?;
-        let config = EngineConfig { budget, readers, registered };
+        let default = RingConfig::default();
+        let chunk = chunk.map(|value| size("chunk", value)).transpose()?.unwrap_or(default.chunk);
+        let ring = RingConfig { readers, slots: slots.unwrap_or(default.slots), chunk };
+        let config = EngineConfig { budget, ring, registered };
         py.detach(|| {
             let device: Arc<dyn Device> = match id {
                 DeviceId::Host => {

@@ -9,13 +9,14 @@ use forebay::store::{Checkpoint, Dtype, TensorEntry};
 use serde_json::{Value, json};
 
 use crate::args::InspectArgs;
-use crate::checkpoint::{budget, layout, weights};
+use crate::checkpoint::{Model, check_tables, quarter};
 use crate::picture::{LEGEND, picture};
 
 pub(crate) fn inspect(args: &InspectArgs, out: &mut impl Write) -> anyhow::Result<()> {
-    let checkpoint = Checkpoint::open(&args.model.path)?;
-    let plan = Plan::new(weights(&checkpoint, &args.model)?, layout(&args.model))?;
-    let budget = budget(&args.model, &plan);
+    let models = [Model::open(&args.path, &args.layout)?];
+    check_tables(&models, &args.layout)?;
+    let budget = args.budget.unwrap_or_else(|| quarter(&models));
+    let [Model { checkpoint, plan, .. }] = models;
     let report = Report {
         groups: groups(checkpoint.tensors()),
         residency: plan.within(budget),

@@ -4,11 +4,11 @@
 //! standard error, by `main`.
 
 mod args;
+mod bench;
 mod checkpoint;
 mod doctor;
 mod inspect;
 mod picture;
-mod run;
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -40,8 +40,8 @@ fn execute(command: &Command, out: &mut impl Write) -> anyhow::Result<ExitCode> 
             inspect::inspect(args, out)?;
             ExitCode::SUCCESS
         }
-        Command::Run(args) => {
-            run::run(args, out)?;
+        Command::Bench(args) => {
+            bench::bench(args, out)?;
             ExitCode::SUCCESS
         }
     };

@@ -1,65 +1,17 @@
 //! The program as its users run it.
 #![allow(clippy::unwrap_used, reason = "tests end where their setting fails")]
 
+mod common;
+
 use std::fs;
 use std::io::Read;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Stdio};
 
-use safetensors::{Dtype, tensor::TensorView};
-use serde_json::Value;
-
-const MIB: usize = 1 << 20;
-
-fn forebay(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_forebay")).args(args).output().unwrap()
-}
-
-/// The output of a run that succeeds.
-fn told(args: &[&str]) -> String {
-    let output = forebay(args);
-    let errors = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{args:?}: {errors}");
-    assert_eq!(errors, "", "{args:?}");
-    String::from_utf8(output.stdout).unwrap()
-}
-
-fn json(args: &[&str]) -> Value {
-    serde_json::from_str(&told(args)).unwrap()
-}
-
-/// The exit code and what is told on standard error by a run that fails.
-fn fails(args: &[&str]) -> (i32, String) {
-    let output = forebay(args);
-    (output.status.code().unwrap(), String::from_utf8(output.stderr).unwrap())
-}
-
-/// Eight layers of 3 MiB with their biases, and a table of 8 MiB.
-fn model(folder: &Path) -> PathBuf {
-    let bytes: Vec<u8> = (0..8 * MIB).map(|i| (i >> 8) as u8).collect();
-    let mut tensors =
-        vec![("embed.weight".to_owned(), TensorView::new(Dtype::BF16, vec![4096, 1024], &bytes).unwrap())];
-    for layer in 0..8 {
-        let weight = TensorView::new(Dtype::F32, vec![1024, 768], &bytes[..3 * MIB]).unwrap();
-        let bias = TensorView::new(Dtype::F32, vec![1024], &bytes[..4096]).unwrap();
-        tensors.push((format!("layers.{layer}.weight"), weight));
-        tensors.push((format!("layers.{layer}.bias"), bias));
-    }
-    let path = folder.join("model.safetensors");
-    safetensors::serialize_to_file(tensors, None, &path).unwrap();
-    path
-}
-
-/// An index that names one of the tensors and the one file that holds all.
-fn index(folder: &Path) -> PathBuf {
-    let path = folder.join("model.safetensors.index.json");
-    fs::write(&path, r#"{"weight_map": {"layers.0.weight": "model.safetensors"}}"#).unwrap();
-    path
-}
+use common::{MIB, fails, index, json, model, told};
 
 #[test]
 fn help_and_version_are_told_on_standard_output() {
-    for args in [&["--help"][..], &["doctor", "--help"], &["inspect", "--help"], &["run", "--help"]] {
+    for args in [&["--help"][..], &["doctor", "--help"], &["inspect", "--help"], &["bench", "--help"]] {
         assert!(told(args).contains("Examples:\n  forebay "), "{args:?}");
     }
     assert_eq!(told(&["--version"]).trim(), concat!("forebay ", env!("CARGO_PKG_VERSION")));
@@ -118,41 +70,22 @@ fn inspect_takes_folders_indexes_tables_and_small_budgets() {
 }
 
 #[test]
-fn run_times_every_pass_within_the_budget() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = model(folder.path());
-    let path = path.to_str().unwrap();
-    let report = json(&["run", path, "--budget", "12MiB", "--passes", "2", "--json"]);
-    let passes = report["passes"].as_array().unwrap();
-    assert_eq!(passes.len(), 2);
-    for pass in passes {
-        let held = pass["resident_bytes"].as_u64().unwrap() + pass["streamed_bytes"].as_u64().unwrap();
-        assert!(held <= 12 * MIB as u64, "{pass}");
-        assert!(pass["copied_bytes"].as_u64().unwrap() >= 20 * MIB as u64, "{pass}");
-        assert!(pass["seconds"].as_f64().unwrap() > 0.0, "{pass}");
-    }
-    let text = told(&["run", path, "--budget", "64MiB"]);
-    assert!(
-        text.contains("17 tensors, 32 MiB, 17 pages of 2 MiB\nhost (host memory), budget 64 MiB\n"),
-        "{text}"
-    );
-    let second = text.lines().find(|line| line.starts_with("   2")).unwrap();
-    assert!(second.contains("0 B") && second.contains("34 MiB"), "nothing is copied again: {text}");
-    told(&["run", path, "--budget", "8MiB", "--table", "embed.weight"]);
-}
-
-#[test]
 fn wrong_usage_names_the_value_and_ends_with_2() {
     for (args, named) in [
-        (&["run", "x", "--budget", "NaN"][..], "\"NaN\""),
-        (&["run", "x", "--budget", "-1GiB"], "\"-1GiB\""),
-        (&["run", "x", "--budget", "8G"], "\"8G\""),
-        (&["run", "x", "--budget", "99999999999999GiB"], "\"99999999999999GiB\""),
+        (&["inspect", "x", "--budget", "NaN"][..], "\"NaN\""),
+        (&["bench", "x", "--free", "-1GiB"], "\"-1GiB\""),
+        (&["bench", "x", "--free", "8G"], "\"8G\""),
+        (&["bench", "x", "--free", "99999999999999GiB"], "\"99999999999999GiB\""),
         (&["inspect", "x", "--page-size", "3MiB"], "3 MiB"),
-        (&["run", "x", "--passes", "0"], "'0'"),
-        (&["run", "x", "--device", "gpu"], "\"gpu\""),
+        (&["bench", "x", "--steps", "0"], "'0'"),
+        (&["bench", "x", "--steps", "-1"], "'-1'"),
+        (&["bench", "x", "--compute", "-1"], "\"-1\""),
+        (&["bench", "x", "--compute", "inf"], "\"inf\""),
+        (&["bench", "x", "--compute", "2s"], "\"2s\""),
+        (&["bench"], "<MODEL>"),
+        (&["bench", "x", "--device", "gpu"], "\"gpu\""),
         (&["fly"], "'fly'"),
-        (&["inspect"], "<PATH>"),
+        (&["inspect"], "<MODEL>"),
         (&[], "Usage:"),
     ] {
         let (code, errors) = fails(args);
@@ -176,7 +109,7 @@ fn failures_name_the_file_and_the_numbers_and_end_with_1() {
     let garbage = write("garbage.safetensors", b"not a checkpoint at all");
     let empty = write("empty.safetensors", b"");
     let nowhere = folder.path().join("nowhere.safetensors");
-    for command in ["inspect", "run"] {
+    for command in ["inspect", "bench"] {
         for file in [&truncated, &garbage, &empty, nowhere.to_str().unwrap()] {
             let (code, errors) = fails(&[command, file]);
             assert_eq!(code, 1, "{errors}");
@@ -184,12 +117,7 @@ fn failures_name_the_file_and_the_numbers_and_end_with_1() {
             assert!(!errors.contains("panicked"), "{errors}");
         }
     }
-    let (code, errors) = fails(&["run", path, "--budget", "4MiB"]);
-    assert_eq!(code, 1);
-    assert!(errors.contains("the budget is 4 MiB, of which 2 MiB cannot leave"), "{errors}");
-    let (code, errors) = fails(&["run", path, "--budget", "1MiB"]);
-    assert_eq!((code, errors.as_str()), (1, "error: a budget holds at least one page of 2 MiB: 1 MiB\n"));
-    let (code, errors) = fails(&["run", path, "--device", "cuda:4000"]);
+    let (code, errors) = fails(&["bench", path, "--device", "cuda:4000"]);
     assert_eq!(code, 1);
     assert!(errors.ends_with("cuda:4000\n"), "{errors}");
     let (code, errors) = fails(&["inspect", path, "--table", "layers.9.weight"]);
@@ -200,7 +128,7 @@ fn failures_name_the_file_and_the_numbers_and_end_with_1() {
 fn a_reader_that_has_enough_ends_the_program_quietly() {
     let folder = tempfile::tempdir().unwrap();
     let path = model(folder.path());
-    for command in ["inspect", "run"] {
+    for command in ["inspect", "bench"] {
         let mut child = Command::new(env!("CARGO_BIN_EXE_forebay"))
             .args([command, path.to_str().unwrap(), "--budget", "64MiB"])
             .stdout(Stdio::piped())

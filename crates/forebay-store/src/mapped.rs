@@ -1,13 +1,18 @@
 //! A file, or a part of one, mapped for reading.
 
+use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use forebay_core::Bytes;
 use memmap2::{Advice, MmapOptions, MmapRaw};
+use rustix::fs::Access;
 
 use crate::error::{Result, StoreError};
 use crate::file::SourceFile;
+
+/// Pages that the kernel is asked about at once: 4 GiB of 4 KiB pages, in an answer of 1 MiB.
+const ASKED: usize = 1 << 20;
 
 /// A read-only, shared mapping of a file or of a part of it: its pages are the page cache's own, and nothing is copied.
 /// Offsets are the file's.
@@ -102,6 +107,43 @@ impl MappedFile {
         self.map
             .advise_range(Advice::PopulateRead, at.as_usize(), len.as_usize())
             .map_err(|error| map_error(&self.file, offset, len, error))
+    }
+
+    /// How much of the mapping is in the page cache, as far as the kernel tells: `None` where the file is neither this
+    /// process's own nor writable by it, for which every page would count as cached. Reads nothing.
+    ///
+    /// # Errors
+    /// [`StoreError::Map`] where the kernel cannot be asked.
+    pub fn cached(&self) -> Result<Option<Bytes>> {
+        if !self.may_ask() {
+            return Ok(None);
+        }
+        let page = rustix::param::page_size();
+        let len = self.len().as_usize();
+        let mut cached = 0;
+        let mut answer = Vec::new();
+        for start in (0..len).step_by(ASKED * page) {
+            let part = (len - start).min(ASKED * page);
+            answer.resize(part.div_ceil(page), 0u8);
+            let first = self.as_ptr().wrapping_add(start).cast_mut().cast();
+            // SAFETY: the range lies in the mapping, which lives as long as `self` and starts at a page, as `start`
+            // does; the answer has a byte for each of its pages.
+            if unsafe { libc::mincore(first, part, answer.as_mut_ptr()) } != 0 {
+                let error = io::Error::last_os_error();
+                return Err(map_error(&self.file, start as u64, Bytes::new(part as u64), error));
+            }
+            let pages = answer.iter().filter(|entry| **entry & 1 == 1).count();
+            // The last page may be a part of one.
+            cached += (pages * page).min(part);
+        }
+        Ok(Some(Bytes::new(cached as u64)))
+    }
+
+    /// What the kernel itself asks before it tells.
+    fn may_ask(&self) -> bool {
+        let own = rustix::process::geteuid().as_raw();
+        rustix::fs::fstat(&*self.file).is_ok_and(|stat| stat.st_uid == own)
+            || rustix::fs::access(self.file.path(), Access::WRITE_OK).is_ok()
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::thread::{Builder, JoinHandle, available_parallelism};
+use std::thread::{Builder, JoinHandle};
 
 use forebay_core::{Bytes, Mode, PageIndex, PageRef, RankOrder, Schedule, VbarId, VbarSpec};
 use forebay_device::{Device, DeviceId, Reservation, StreamHandle};
@@ -12,6 +12,7 @@ use parking_lot::Mutex;
 use crate::acquire::{Above, Use};
 use crate::attachment::{Attachment, Counted, Pinned, View};
 use crate::books::{PageBook, VbarBook};
+use crate::config::EngineConfig;
 use crate::explicit::ExplicitVbar;
 use crate::filler::Reader;
 use crate::layout::{Layout, LayoutOptions, WeightSpec};
@@ -26,29 +27,6 @@ use crate::{EngineError, Result};
 /// The pages of an explicit VBAR (ComfyUI's contract).
 const EXPLICIT_PAGE: Bytes = Bytes::mib(32);
 
-/// Readers unless told otherwise: by `bench/results`, more gain nothing.
-const MOST_READERS: usize = 12;
-
-/// How an engine is to run.
-#[derive(Clone, Copy, Debug)]
-pub struct EngineConfig {
-    /// How much of the device it may use.
-    pub budget: Budget,
-    /// Threads that read; each pins 4 MiB of host memory. `None`: one a core, between 2 and 12.
-    pub readers: Option<usize>,
-    /// How much of the page cache may be registered with the device at most, so that its copy engine reads it without the
-    /// processor. Registered memory cannot be reclaimed; it is handed back when the host's memory is wanted elsewhere.
-    /// `None`: what is really free. [`Bytes::ZERO`]: nothing.
-    pub registered: Option<Bytes>,
-}
-
-impl Default for EngineConfig {
-    /// All memory that is free, but for 512 MiB.
-    fn default() -> Self {
-        EngineConfig { budget: Budget::Headroom(Bytes::mib(512)), readers: None, registered: None }
-    }
-}
-
 /// Keeps the weights of any number of models on one device, within a budget. See the crate's documentation.
 #[derive(Debug)]
 pub struct Engine {
@@ -62,15 +40,14 @@ impl Engine {
     ///
     /// # Errors
     /// What the device reports, [`EngineError::Readers`] where threads cannot be started, [`EngineError::Invalid`] for
-    /// a fixed budget below one page.
+    /// a fixed budget below one page, or a ring that cannot be.
     pub fn new(device: Arc<dyn Device>, config: EngineConfig) -> Result<Arc<Self>> {
         check_budget(config.budget, &*device)?;
+        config.ring.check()?;
         let effective = effective_budget(config.budget, &*device, Bytes::ZERO)?;
-        let shared = Arc::new(Shared::new(device, config.budget, effective, config.registered)?);
-        let cores = available_parallelism().map_or(2, usize::from);
-        let readers = config.readers.unwrap_or(cores.clamp(2, MOST_READERS));
-        let for_readers = Arc::clone(&shared);
-        let readers = ReaderPool::new("forebay-read", readers, move |_| Reader::new(&for_readers))
+        let shared = Arc::new(Shared::new(device, config, effective)?);
+        let (for_readers, threads) = (Arc::clone(&shared), config.ring.reader_threads());
+        let readers = ReaderPool::new("forebay-read", threads, move |_| Reader::new(&for_readers))
             .map_err(EngineError::Readers)?;
         let mover = Mover::new(Arc::clone(&shared), readers);
         let registrar = Registrar::new(Arc::clone(&shared))?;

@@ -1,7 +1,7 @@
 //! Filling a page: readers bring its bytes into pinned slots, the copy engine moves them to the page.
 //!
-//! A reader owns two slots of 2 MiB, reads into one while the other is copied, and waits only for its own slot. Small
-//! slots stay in the processor's cache; 2 MiB chunks measured fastest.
+//! A reader owns a few slots, reads into one while the others are copied, and waits only for its own. Small slots stay in
+//! the processor's cache.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -18,12 +18,6 @@ use crate::state::Shared;
 use crate::timeline::Activity;
 use crate::vbar::Vbar;
 use crate::{EngineError, Result};
-
-/// Bytes a reader moves at once.
-const CHUNK: Bytes = Bytes::mib(2);
-
-/// Slots a reader takes turns with.
-const SLOTS: u64 = 2;
 
 /// One page's fill, shared by the readers of its chunks.
 pub(crate) struct Fill {
@@ -47,7 +41,8 @@ struct Slots {
     // Before `buffer`: nothing is dropped before the copies that read it are done.
     copied: Vec<Event>,
     buffer: PinnedBuffer,
-    next: u64,
+    chunk: Bytes,
+    next: usize,
 }
 
 impl Fill {
@@ -61,10 +56,11 @@ impl Fill {
         urgency: Urgency,
     ) {
         let segments = vbar.layout.as_ref().map_or(&[][..], |layout| &layout.segments[page as usize]);
+        let chunk_size = shared.ring_config.chunk.get();
         let mut chunks: Vec<u64> = segments
             .iter()
             .flat_map(|segment| {
-                segment.dst_offset / CHUNK.get()..(segment.dst_offset + segment.len).div_ceil(CHUNK.get())
+                segment.dst_offset / chunk_size..(segment.dst_offset + segment.len).div_ceil(chunk_size)
             })
             .collect();
         chunks.dedup();
@@ -100,14 +96,15 @@ impl Fill {
         }
         let Some(layout) = &self.vbar.layout else { return Ok(()) };
         let segments = layout.segments[self.page as usize].iter().zip(&layout.weight_of[self.page as usize]);
-        let start = chunk * CHUNK.get();
+        let chunk_size = self.shared.ring_config.chunk.get();
+        let start = chunk * chunk_size;
         let in_chunk: Vec<_> = segments
-            .filter(|(s, _)| s.dst_offset < start + CHUNK.get() && s.dst_offset + s.len > start)
+            .filter(|(s, _)| s.dst_offset < start + chunk_size && s.dst_offset + s.len > start)
             .collect();
-        let (mut first, mut last) = (start + CHUNK.get(), start);
+        let (mut first, mut last) = (start + chunk_size, start);
         for (segment, _) in &in_chunk {
             first = first.min(segment.dst_offset.max(start));
-            last = last.max((segment.dst_offset + segment.len).min(start + CHUNK.get()));
+            last = last.max((segment.dst_offset + segment.len).min(start + chunk_size));
         }
         let len = Bytes::new(last - first);
         let slots = reader.slots(&self.shared)?;
@@ -298,12 +295,12 @@ impl Reader {
         match &mut self.slots {
             Some(slots) => Ok(slots),
             empty => {
-                let device = || Arc::clone(&shared.device);
+                let (device, ring) = (|| Arc::clone(&shared.device), shared.ring_config);
                 let copied =
-                    (0..SLOTS).map(|_| Event::new(device())).collect::<std::result::Result<_, _>>()?;
-                let buffer = PinnedBuffer::new(device(), CHUNK * SLOTS)?;
+                    (0..ring.slots).map(|_| Event::new(device())).collect::<std::result::Result<_, _>>()?;
+                let buffer = PinnedBuffer::new(device(), ring.chunk * u64::from(ring.slots))?;
                 shared.ring.fetch_add(buffer.size().get(), Ordering::Relaxed);
-                Ok(empty.insert(Slots { copied, buffer, next: 0 }))
+                Ok(empty.insert(Slots { copied, buffer, chunk: ring.chunk, next: 0 }))
             }
         }
     }
@@ -312,10 +309,10 @@ impl Reader {
 impl Slots {
     /// The next slot's place in the buffer and its event, once the copy that read it last has completed.
     fn next(&mut self) -> Result<(Bytes, usize)> {
-        let slot = self.next % SLOTS;
-        self.next += 1;
-        self.copied[slot as usize].synchronize()?;
-        Ok((CHUNK * slot, slot as usize))
+        let slot = self.next;
+        self.next = (slot + 1) % self.copied.len();
+        self.copied[slot].synchronize()?;
+        Ok((self.chunk * slot as u64, slot))
     }
 }
 

@@ -14,6 +14,7 @@ use forebay_device::{Device, DeviceId, Stream};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use crate::books::{Books, VbarBook};
+use crate::config::{EngineConfig, RingConfig};
 use crate::layout::Class;
 use crate::registrar::Registering;
 use crate::timeline::Timeline;
@@ -53,6 +54,7 @@ pub(crate) struct Shared {
     /// Exported tensors that hold weights.
     pub(crate) views: AtomicUsize,
     pub(crate) ring: AtomicU64,
+    pub(crate) ring_config: RingConfig,
     pub(crate) timeline: Timeline,
 }
 
@@ -84,12 +86,7 @@ pub(crate) struct State {
 }
 
 impl Shared {
-    pub(crate) fn new(
-        device: Arc<dyn Device>,
-        budget: Budget,
-        effective: Bytes,
-        registered: Option<Bytes>,
-    ) -> Result<Self> {
+    pub(crate) fn new(device: Arc<dyn Device>, config: EngineConfig, effective: Bytes) -> Result<Self> {
         let copy = Stream::new(Arc::clone(&device))?;
         Ok(Shared {
             id: device.id(),
@@ -98,8 +95,8 @@ impl Shared {
                 books: Books::new(Arc::clone(&device)),
                 queue: VecDeque::new(),
                 landing: VecDeque::new(),
-                budget,
-                registering: Registering::new(registered),
+                budget: config.budget,
+                registering: Registering::new(config.registered),
                 decided: 0,
                 newest: Serial(0),
                 done: 0,
@@ -119,6 +116,7 @@ impl Shared {
             operations: AtomicUsize::new(0),
             views: AtomicUsize::new(0),
             ring: AtomicU64::new(0),
+            ring_config: config.ring,
             timeline: Timeline::new(),
         })
     }

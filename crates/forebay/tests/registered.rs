@@ -42,7 +42,7 @@ fn passes_until(
 }
 
 fn engine(device: &Arc<dyn Device>, registered: Option<Bytes>) -> Arc<Engine> {
-    let config = EngineConfig { budget: Budget::Fixed(Bytes::mib(10)), readers: Some(2), registered };
+    let config = EngineConfig { budget: Budget::Fixed(Bytes::mib(10)), ring: common::readers(2), registered };
     Engine::new(Arc::clone(device), config).unwrap()
 }
 

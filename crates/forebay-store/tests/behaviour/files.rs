@@ -166,3 +166,13 @@ fn an_empty_file_maps_to_nothing() {
     // SAFETY: the range has no bytes.
     assert_eq!(unsafe { mapped.range(0, Bytes::ZERO) }.unwrap(), b"");
 }
+
+#[test]
+fn a_file_just_written_is_cached_to_its_last_byte() {
+    let folder = folder();
+    for len in [1, 4096, 300_001] {
+        let file = SourceFile::open(write(folder.path(), "file", &Random::new().bytes(len))).unwrap();
+        let mapped = MappedFile::map(&file).unwrap();
+        assert_eq!(mapped.cached().unwrap(), Some(Bytes::new(len as u64)));
+    }
+}

@@ -17,7 +17,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use forebay::device::host::{HostConfig, HostDevice};
 use forebay::device::{Device, DeviceAddr, Event, PinnedBuffer, Stream, StreamHandle};
 use forebay::store::{Source, SourceFile};
-use forebay::{Attachment, Budget, Bytes, Engine, EngineConfig, LayoutOptions, Use, WeightKind, WeightSpec};
+use forebay::{
+    Attachment, Budget, Bytes, Engine, EngineConfig, LayoutOptions, RingConfig, Use, WeightKind, WeightSpec,
+};
 
 /// The device under test: the one named by `FOREBAY_TEST_DEVICE`, else a host device that poisons its frames.
 pub fn device() -> Arc<dyn Device> {
@@ -76,8 +78,13 @@ pub fn engine_on(device: Arc<dyn Device>, budget: Bytes) -> Arc<Engine> {
     try_engine_on(device, Budget::Fixed(budget)).unwrap()
 }
 
+/// A ring with this many readers.
+pub fn readers(count: usize) -> RingConfig {
+    RingConfig { readers: Some(count), ..RingConfig::default() }
+}
+
 pub fn try_engine_on(device: Arc<dyn Device>, budget: Budget) -> forebay::Result<Arc<Engine>> {
-    let engine = Engine::new(device, EngineConfig { budget, readers: Some(3), registered: None })?;
+    let engine = Engine::new(device, EngineConfig { budget, ring: readers(3), ..EngineConfig::default() })?;
     watchdog::report_on(&engine);
     Ok(engine)
 }
