@@ -6,12 +6,13 @@ use std::num::NonZeroU64;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use forebay_core::Bytes;
 use rustix::fs::OFlags;
 
 use crate::error::{Result, StoreError};
+use crate::past_cache::open_direct;
 
 /// An open file, and what it was like when it was opened.
 ///
@@ -23,6 +24,8 @@ pub struct SourceFile {
     file: File,
     path: PathBuf,
     opened: Stamp,
+    /// For reads past the page cache, opened at the first one.
+    direct: OnceLock<Option<File>>,
 }
 
 impl SourceFile {
@@ -55,7 +58,7 @@ impl SourceFile {
         if !metadata.is_file() {
             return Err(StoreError::NotRegular { path, kind: kind_of(&metadata) });
         }
-        Ok(Arc::new(SourceFile { file, path, opened: Stamp::of(&metadata) }))
+        Ok(Arc::new(SourceFile { file, path, opened: Stamp::of(&metadata), direct: OnceLock::new() }))
     }
 
     /// The path the file was opened by. Another file may be there by now.
@@ -157,6 +160,10 @@ impl SourceFile {
         if let Err(error) = rustix::fs::fadvise(&self.file, offset, len, advice) {
             tracing::debug!(path = %self.path.display(), offset, %error, "advice on a file was refused");
         }
+    }
+
+    pub(crate) fn direct(&self) -> Option<&File> {
+        self.direct.get_or_init(|| open_direct(&self.file)).as_ref()
     }
 
     fn truncated(&self, wanted: u64) -> StoreError {

@@ -136,7 +136,7 @@ impl Source {
         }
     }
 
-    fn check(&self, offset: u64, len: u64) -> Result<()> {
+    pub(crate) fn check(&self, offset: u64, len: u64) -> Result<()> {
         let bytes = self.bytes.get();
         if offset.checked_add(len).is_some_and(|end| end <= bytes) {
             return Ok(());

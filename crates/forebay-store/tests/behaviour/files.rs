@@ -5,7 +5,7 @@ use std::io::Write;
 use std::os::fd::AsFd;
 
 use forebay_core::Bytes;
-use forebay_store::{Advice, Checkpoint, MappedFile, SourceFile, StoreError};
+use forebay_store::{Advice, Checkpoint, DirectBuffer, MappedFile, SourceFile, StoreError};
 use memmap2::MmapOptions;
 
 use crate::data::{Random, folder, serialize, tensors, write};
@@ -174,5 +174,38 @@ fn a_file_just_written_is_cached_to_its_last_byte() {
         let file = SourceFile::open(write(folder.path(), "file", &Random::new().bytes(len))).unwrap();
         let mapped = MappedFile::map(&file).unwrap();
         assert_eq!(mapped.cached().unwrap(), Some(Bytes::new(len as u64)));
+    }
+}
+
+#[test]
+fn reads_past_the_cache_are_right_at_any_place_and_leave_nothing_in_it() {
+    for folder in [std::env::temp_dir(), "/dev/shm".into()] {
+        let mut file = tempfile::NamedTempFile::new_in(folder).unwrap();
+        let bytes: Vec<u8> =
+            (0..5_000_123_u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8 | 1).collect();
+        file.write_all(&bytes).unwrap();
+        file.as_file().sync_all().unwrap();
+        let opened = SourceFile::open(file.path()).unwrap();
+        let mut through = DirectBuffer::default();
+        for cached in [true, false] {
+            for (offset, len) in
+                [(0, 5_000_123), (1, 4096), (4095, 2), (4096, 8192), (3_000_000, 2_000_123), (5, 0)]
+            {
+                if !cached {
+                    opened.advise(0, None, Advice::DontNeed);
+                }
+                let mut got = vec![0; len];
+                opened.read_past_cache(offset as u64, &mut got, &mut through).unwrap();
+                assert!(got == bytes[offset..offset + len], "{len} bytes at {offset}, cached: {cached}");
+            }
+        }
+        let mut got = vec![0; 100];
+        let past_the_end = opened.read_past_cache(5_000_100, &mut got, &mut through).unwrap_err();
+        assert!(matches!(past_the_end, StoreError::Truncated { .. }), "{past_the_end}");
+        file.as_file().set_len(1000).unwrap();
+        let truncated = opened.read_past_cache(900, &mut got[..], &mut through);
+        assert!(truncated.is_ok(), "900 to 1000 are still there");
+        let truncated = opened.read_past_cache(901, &mut got, &mut through).unwrap_err();
+        assert!(matches!(truncated, StoreError::Truncated { .. }), "{truncated}");
     }
 }
