@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,13 @@ class Wheels:
 
 
 def run_child(
-    script: Path, arguments: Sequence[object], *, site: Path | None, log: Path, timeout: float
+    script: Path,
+    arguments: Sequence[object],
+    *,
+    site: Path | None,
+    log: Path,
+    timeout: float,
+    environment: Mapping[str, str] | None = None,
 ) -> Outcome:
     """Runs ``script`` with ``arguments`` and ``--report FILE``, and watches it."""
     outcome = Outcome()
@@ -84,7 +90,7 @@ def run_child(
         available = _available_bytes()
         child = subprocess.Popen(
             [sys.executable, script, *map(str, arguments), "--report", report],
-            env={**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, **(environment or {}), "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,

@@ -170,7 +170,8 @@ def gather(chosen: argparse.Namespace, outcomes: dict[str, list[Outcome]]) -> di
         for free in [None] if name == PLAIN else chosen.free:
             for tokens in chosen.tokens:
                 row = found.get(
-                    (name, free, tokens), {"same": False, "reason": "; ".join(dict.fromkeys(reasons)) or "no result"}
+                    (name, free, tokens),
+                    {"same": False, "reason": "; ".join(dict.fromkeys(reasons)) or "no result"},
                 )
                 rows.append({"peer": name, "free_gib": free, "tokens": tokens, **row})
     compute = {row["tokens"]: row["later_s"] for row in rows if row["peer"] == PLAIN}

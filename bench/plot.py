@@ -12,7 +12,7 @@ _COLOURS = ["#d1495b", "#7f8c8d", "#b08968", "#00798c", "#edae49", "#5b5f97", "#
 _STYLE = (
     "text{font-family:system-ui,-apple-system,'Segoe UI',Roboto,'DejaVu Sans',sans-serif;fill:#2b2b2b}"
     ".title{font-size:17px;font-weight:600}.small{font-size:11px;fill:#666}.head{font-size:13px;font-weight:600}"
-    ".axis{font-size:11px;fill:#555}.grid{stroke:#e6e6e6}.limit{stroke:#2b2b2b;stroke-dasharray:5 4;fill:none}"
+    ".axis{font-size:11px;fill:#555}.value{font-size:11px;fill:#fff}.grid{stroke:#e6e6e6}.limit{stroke:#2b2b2b;stroke-dasharray:5 4;fill:none}"
 )
 _PANEL = (330, 250)
 _MARGIN = (52, 40, 14, 34)  # left, top, right, bottom of a panel
@@ -79,10 +79,12 @@ def bars(
             parts.append(
                 f'<rect x="{x0}" y="{y}" width="{length:.1f}" height="{height - 8}" rx="2" fill="{_COLOURS[0 if i == 0 else 3]}"/>'
             )
-            parts.append(_text(x0 + length + 5, y + 13, f"{value:.1f}", "axis"))
-        at = x0 + column * 0.86 * limits[k] / most
-        parts.append(f'<path class="limit" d="M{at:.1f} 88V{end}"/>')
-        parts.append(_text(at, end + 14, f"{limits[k]:.1f}", "axis", "middle"))
+            inside = length > 50
+            at = (x0 + length - 6, "value", "end") if inside else (x0 + length + 5, "axis", "start")
+            parts.append(_text(at[0], y + 13, f"{value:.3g}", at[1], at[2]))
+        limit = x0 + column * 0.86 * limits[k] / most
+        parts.append(f'<path class="limit" d="M{limit:.1f} 88V{end}"/>')
+        parts.append(_text(limit, end + 14, f"{limits[k]:.3g}", "axis", "middle"))
     return _svg(left + len(kinds) * (column + 40) + 10, end + 26, parts)
 
 
