@@ -72,6 +72,11 @@ class Wheels:
         return found[-1]
 
 
+def end_with_their_parent() -> None:
+    """A parent that is told to stop ends the child it waits for: it has a session of its own."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
+
+
 def run_child(
     script: Path,
     arguments: Sequence[object],

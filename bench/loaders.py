@@ -160,29 +160,29 @@ def main() -> int:
     if chosen.child:
         return child(chosen)
     chosen.out.mkdir(parents=True, exist_ok=True)
+    children.end_with_their_parent()
     wheels = children.Wheels(chosen.wheels)
     found = run(chosen, "machine", None, wheels, 300)
     if found.reason:
         raise SystemExit(f"the weights were not written or the link not timed: {found.reason}")
-    machine = found.rows[0]
-    rows = []
-    # Warm ones first: dropping the file once is enough work.
+    rows: list[Row] = []
+    result = {
+        "command": " ".join(["python", *sys.argv]),
+        "date": date.today().isoformat(),
+        **found.rows[0],
+        "disk_bytes_s": disk_rate(chosen),
+        "rows": rows,
+    }
     for state in chosen.states:
         for name in chosen.loaders:
             outcome = run(chosen, name, state, wheels, chosen.timeout)
             row = outcome.rows[0] if outcome.rows else {"same": False, "reason": outcome.reason}
             memory = {"anonymous_bytes": outcome.anonymous_bytes, "taken_bytes": outcome.taken_bytes}
             rows.append({"loader": name, "state": state, "versions": outcome.versions, **memory, **row})
-    result = {
-        "command": " ".join(["python", *sys.argv]),
-        "date": date.today().isoformat(),
-        **machine,
-        "disk_bytes_s": disk_rate(chosen),
-        "rows": rows,
-    }
-    (chosen.out / "loaders.json").write_text(json.dumps(result, indent=1))
-    (chosen.out / "loaders.md").write_text(markdown(result) + "\n")
-    (chosen.out / "loaders.svg").write_text(picture(result))
+            # After each, so that a run that is stopped leaves what it has.
+            (chosen.out / "loaders.json").write_text(json.dumps(result, indent=1))
+            (chosen.out / "loaders.md").write_text(markdown(result) + "\n")
+            (chosen.out / "loaders.svg").write_text(picture(result))
     print(markdown(result))
     return 0 if all(row["same"] for row in rows if row["loader"] == OURS) else 1
 

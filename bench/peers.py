@@ -103,6 +103,7 @@ def main() -> int:
     if chosen.child:
         return child(chosen)
     chosen.out.mkdir(parents=True, exist_ok=True)
+    children.end_with_their_parent()
     wheels = children.Wheels(chosen.wheels)
     names = [PLAIN, OURS, *(name for name in chosen.peers if name not in (PLAIN, OURS))]
     outcomes: dict[str, list[Outcome]] = {}
@@ -111,10 +112,11 @@ def main() -> int:
         outcomes[name] = [run(chosen, name, free, wheels) for free in sizes]
         if name == PLAIN and outcomes[name][0].reason:
             raise SystemExit(f"nothing to compare with, plain torch did not run: {outcomes[name][0].reason}")
-    result = gather(chosen, outcomes)
-    (chosen.out / "peers.json").write_text(json.dumps(result, indent=1))
-    (chosen.out / "peers.md").write_text(markdown(result) + "\n")
-    (chosen.out / "peers.svg").write_text(picture(result))
+        if OURS in outcomes:  # after each, so that a run that is stopped leaves what it has
+            result = gather(chosen, outcomes)
+            (chosen.out / "peers.json").write_text(json.dumps(result, indent=1))
+            (chosen.out / "peers.md").write_text(markdown(result) + "\n")
+            (chosen.out / "peers.svg").write_text(picture(result))
     print(markdown(result))
     return 0 if all(row["same"] for row in result["rows"] if row["peer"] == OURS) else 1
 
