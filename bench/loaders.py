@@ -27,7 +27,7 @@ from typing import Any
 
 import children
 import plot
-from children import Outcome
+from children import Outcome, Row
 
 MIB = 1 << 20
 BLOCK = 16 * MIB
