@@ -3,8 +3,9 @@
 Runs each system in a process of its own over one safetensors file of bf16 transformer blocks in the page cache, with a
 ballast that leaves only so much of the GPU free. A first step counts from "the model is loaded on the CPU" (mapped) to the
 first output: pinning and other preparation are part of it, and are also given apart as set-up; what a system prepares once a
-process is charged to each of its first steps. Later steps are the median of the rest. Every output is compared bit for bit with plain torch's, with everything resident. The limit of a step is
-max(plain torch's time, bytes Forebay moved / pinned link rate). A system that cannot run is a row that says why.
+process is charged to each of its first steps. Later steps are the median of the rest. Every output is compared bit for
+bit with plain torch's, with everything resident. The limit of a step is max(plain torch's time, bytes Forebay moved /
+pinned link rate). A system that cannot run is a row that says why.
 
 Peers come from a folder of wheels (``bench/peer_wheels.sh``), or from what is installed where ``--wheels`` is not given.
 """
