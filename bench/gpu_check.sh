@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Checks, runs and times everything on a GPU machine with torch, from what bench/bundle.sh built. Full results go to $OUT.
-# Usage: bench/gpu_check.sh [FOLDER] [all|tests|stack|demo], defaults .carry and all.
+# Usage: bench/gpu_check.sh [FOLDER] [all|tests|stack|demo|peers|loaders] [WHEELS], defaults .carry, all and .whl. "all" is
+# the first three; WHEELS is what bench/peer_wheels.sh fetched, $ARGS goes to bench/peers.py or bench/loaders.py.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 bundle=$(realpath "${1:-.carry}")
 what=${2:-all}
+wheels=$(realpath "${3:-.whl}")
 out=${OUT:-target/gpu}
 site=$(mktemp -d)
 failed=()
@@ -45,6 +47,11 @@ fi
 if [ "$what" = all ] || [ "$what" = stack ]; then
     step stack 400 python3 bench/stack.py --out "$out/stack.json"
     cat "$out/stack.log"
+fi
+if [ "$what" = peers ] || [ "$what" = loaders ]; then
+    # shellcheck disable=SC2086 # words are meant to be split
+    step "$what" 590 python3 "bench/$what.py" --wheels "$wheels" --out "$out" ${ARGS:-}
+    cat "$out/$what.log"
 fi
 for name in "${failed[@]}"; do
     echo "--- $name"

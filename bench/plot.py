@@ -1,0 +1,140 @@
+"""Pictures of results as SVG, by hand: the machines that measure have no plotting library."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+# Ours first, and apart from the rest; the others are told apart without relying on red against green.
+_COLOURS = ["#d1495b", "#7f8c8d", "#b08968", "#00798c", "#edae49", "#5b5f97", "#66a182", "#2e4057"]
+_STYLE = (
+    "text{font-family:system-ui,-apple-system,'Segoe UI',Roboto,'DejaVu Sans',sans-serif;fill:#2b2b2b}"
+    ".title{font-size:17px;font-weight:600}.small{font-size:11px;fill:#666}.head{font-size:13px;font-weight:600}"
+    ".axis{font-size:11px;fill:#555}.value{font-size:11px;fill:#fff}.grid{stroke:#e6e6e6}.limit{stroke:#2b2b2b;stroke-dasharray:5 4;fill:none}"
+)
+_PANEL = (330, 250)
+_MARGIN = (52, 40, 14, 34)  # left, top, right, bottom of a panel
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Lines over the same few points; None where there is no value."""
+
+    title: str
+    points: Sequence[str]
+    lines: dict[str, list[float | None]]
+    limits: list[float | None]
+
+
+@dataclass(frozen=True)
+class Bar:
+    label: str
+    values: tuple[float | None, ...]
+    note: str = ""
+
+
+def lines(title: str, subtitle: str, panels: Sequence[Panel], columns: int) -> str:
+    """Panels in rows of ``columns``, with one logarithmic scale for all."""
+    names = list(panels[0].lines)
+    values = [
+        v for panel in panels for line in [*panel.lines.values(), panel.limits] for v in line if v is not None
+    ]
+    low, high = _decades(values)
+    rows = math.ceil(len(panels) / columns)
+    width, top = 20 + columns * _PANEL[0], 66 + 18 * math.ceil(len(names) / 4)
+    parts = [_text(20, 30, title, "title"), _text(20, 48, subtitle, "small")]
+    for i, name in enumerate(names):
+        x, y = 20 + (i % 4) * (width - 40) / 4, 72 + 18 * (i // 4)
+        parts.append(f'<line x1="{x}" x2="{x + 18}" y1="{y - 4}" y2="{y - 4}" {_stroke(i)}/>')
+        parts.append(_text(x + 24, y, name, "axis"))
+    for i, panel in enumerate(panels):
+        parts.append(
+            f'<g transform="translate({10 + i % columns * _PANEL[0]},{top + i // columns * _PANEL[1]})">'
+            f"{_panel(panel, low, high)}</g>"
+        )
+    return _svg(width, top + rows * _PANEL[1] + 8, parts)
+
+
+def bars(
+    title: str, subtitle: str, kinds: Sequence[str], rows: Sequence[Bar], limits: Sequence[float]
+) -> str:
+    """Horizontal bars, one column for each kind, each with the limit it runs into."""
+    left, column, height = 190, 330, 26
+    parts = [_text(20, 30, title, "title"), _text(20, 48, subtitle, "small")]
+    end = 104 + height * len(rows)
+    for k, kind in enumerate(kinds):
+        x0 = left + k * (column + 40)
+        most = max([limits[k], *(row.values[k] or 0 for row in rows)])
+        parts.append(_text(x0, 80, kind, "head"))
+        for i, row in enumerate(rows):
+            y, value = 96 + i * height, row.values[k]
+            if k == 0:
+                parts.append(_text(left - 10, y + 13, row.label, "axis", "end"))
+            if value is None:
+                parts.append(_text(x0 + 4, y + 13, row.note, "small"))
+                continue
+            length = column * 0.86 * value / most
+            parts.append(
+                f'<rect x="{x0}" y="{y}" width="{length:.1f}" height="{height - 8}" rx="2" fill="{_COLOURS[0 if i == 0 else 3]}"/>'
+            )
+            inside = length > 50
+            at = (x0 + length - 6, "value", "end") if inside else (x0 + length + 5, "axis", "start")
+            parts.append(_text(at[0], y + 13, f"{value:.3g}", at[1], at[2]))
+        limit = x0 + column * 0.86 * limits[k] / most
+        parts.append(f'<path class="limit" d="M{limit:.1f} 88V{end}"/>')
+        parts.append(_text(limit, end + 14, f"{limits[k]:.3g}", "axis", "middle"))
+    return _svg(left + len(kinds) * (column + 40) + 10, end + 26, parts)
+
+
+def _panel(panel: Panel, low: int, high: int) -> str:
+    left, top, right, bottom = _MARGIN
+    width, height = _PANEL[0] - left - right, _PANEL[1] - top - bottom
+
+    def at(i: int, value: float) -> tuple[float, float]:
+        share = (math.log10(value) - low) / (high - low)
+        return left + width * (i + 0.5) / len(panel.points), top + height * (1 - share)
+
+    parts = [_text(left, top - 12, panel.title, "head")]
+    for power in range(low, high + 1):
+        y = at(0, 10.0**power)[1]
+        parts.append(f'<line class="grid" x1="{left}" x2="{left + width}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(_text(left - 6, y + 4, f"{10.0**power:g} s", "axis", "end"))
+    for i, point in enumerate(panel.points):
+        parts.append(_text(at(i, 10.0**low)[0], top + height + 16, point, "axis", "middle"))
+    # The first line is drawn last: over the others.
+    for k, line in reversed(list(enumerate(panel.lines.values()))):
+        dots = [at(i, value) for i, value in enumerate(line) if value is not None]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in dots)
+        parts.append(f'<polyline fill="none" points="{path}" {_stroke(k)}/>')
+        parts += [
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{3.6 if k == 0 else 2.8}" fill="{_COLOURS[k % len(_COLOURS)]}"/>'
+            for x, y in dots
+        ]
+    dots = [at(i, value) for i, value in enumerate(panel.limits) if value is not None]
+    parts.append(f'<polyline class="limit" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in dots)}"/>')
+    return "".join(parts)
+
+
+def _decades(values: Sequence[float]) -> tuple[int, int]:
+    if not values:
+        return -1, 0
+    low = math.floor(math.log10(min(values)))
+    return low, max(low + 1, math.ceil(math.log10(max(values))))
+
+
+def _stroke(index: int) -> str:
+    return f'stroke="{_COLOURS[index % len(_COLOURS)]}" stroke-width="{3 if index == 0 else 1.8}"'
+
+
+def _text(x: float, y: float, text: str, kind: str, anchor: str = "start") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _svg(width: float, height: float, parts: Sequence[str]) -> str:
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
+        f'viewBox="0 0 {width:.0f} {height:.0f}"><style>{_STYLE}</style>'
+        f'<rect width="100%" height="100%" fill="white"/>{"".join(parts)}</svg>\n'
+    )
