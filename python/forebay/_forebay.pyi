@@ -41,6 +41,7 @@ class Engine:
         slots: int | None = None,
         chunk: float | None = None,
         registered: float | None = None,
+        page_cache: float | None = None,
         poison: bool = False,
     ) -> Engine: ...
     @property

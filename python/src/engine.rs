@@ -32,7 +32,7 @@ type PyWeight = (String, u64, u64, Py<PyAny>, bool);
 #[pymethods]
 impl Engine {
     #[new]
-    #[pyo3(signature = (device, *, budget=None, headroom=None, readers=None, slots=None, chunk=None, registered=None, poison=false))]
+    #[pyo3(signature = (device, *, budget=None, headroom=None, readers=None, slots=None, chunk=None, registered=None, page_cache=None, poison=false))]
     #[expect(clippy::too_many_arguments, reason = "keyword arguments of a Python class")]
     fn new(
         py: Python<'_>,
@@ -43,6 +43,7 @@ impl Engine {
         slots: Option<u32>,
         chunk: Option<&Bound<'_, PyAny>>,
         registered: Option<&Bound<'_, PyAny>>,
+        page_cache: Option<&Bound<'_, PyAny>>,
         poison: bool,
     ) -> PyResult<Self> {
         let id: DeviceId = device
@@ -53,7 +54,8 @@ impl Engine {
         let default = RingConfig::default();
         let chunk = chunk.map(|value| size("chunk", value)).transpose()?.unwrap_or(default.chunk);
         let ring = RingConfig { readers, slots: slots.unwrap_or(default.slots), chunk };
-        let config = EngineConfig { budget, ring, registered };
+        let page_cache = page_cache.map(|value| size("page_cache", value)).transpose()?;
+        let config = EngineConfig { budget, ring, registered, page_cache };
         py.detach(|| {
             let device: Arc<dyn Device> = match id {
                 DeviceId::Host => {
@@ -202,6 +204,7 @@ pub(crate) fn vbar_stats<'py>(py: Python<'py>, stats: &VbarStats) -> PyResult<Bo
     dict.set_item("absent", stats.in_state(PageState::Absent).get())?;
     dict.set_item("filled", stats.filled.get())?;
     dict.set_item("direct", stats.direct.get())?;
+    dict.set_item("past_cache", stats.past_cache.get())?;
     dict.set_item("filled_pages", stats.filled_pages)?;
     dict.set_item("looked_up", stats.looked_up.get())?;
     dict.set_item("waits", stats.waits)?;

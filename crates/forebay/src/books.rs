@@ -6,7 +6,7 @@ use std::sync::Arc;
 use forebay_core::{FrameId, PageRef, Pins, Schedule, VbarId};
 use forebay_device::{Device, DeviceError, Event, Frame, StreamHandle};
 
-use crate::registered::RegisteredPage;
+use crate::cache::registered::RegisteredPage;
 use crate::vbar::Vbar;
 use crate::{EngineError, Result};
 
@@ -40,8 +40,12 @@ pub(crate) struct VbarBook {
     pub(crate) pages: Vec<PageBook>,
     pub(crate) mapped: u32,
     pub(crate) closing: bool,
-    /// Streamed pages that were filled from the ring and that the registrar does not know of yet.
+    /// Streamed pages that were filled from the ring and that the cache's keeper does not know of yet.
     pub(crate) through_ring: Vec<u32>,
+    /// Pages are filled again: what is streamed may be registered.
+    pub(crate) pass_is_over: bool,
+    /// Streamed pages of lower ranks are read through the page cache, all others past it. `None`: all through it.
+    pub(crate) cached_below: Option<u32>,
     pub(crate) schedule: Schedule,
     pub(crate) trace_tail: u64,
     /// Used at least once: read-ahead makes sense.
@@ -108,10 +112,10 @@ impl Books {
         self.page(page).tracked = false;
     }
 
-    /// Takes the registered page cache of these VBARs out of the books. It may still be read by copies.
-    pub(crate) fn take_registered(&mut self, of: impl Fn(VbarId) -> bool) -> Vec<Arc<RegisteredPage>> {
-        let books = self.vbars.iter_mut().filter(|(id, _)| of(**id)).map(|(_, book)| book);
-        books.flat_map(|book| &mut book.pages).filter_map(|page| page.registered.take()).collect()
+    /// Takes all registered page cache out of the books. It may still be read by copies.
+    pub(crate) fn take_registered(&mut self) -> Vec<Arc<RegisteredPage>> {
+        let pages = self.vbars.values_mut().flat_map(|book| &mut book.pages);
+        pages.filter_map(|page| page.registered.take()).collect()
     }
 
     pub(crate) fn lost(&mut self, error: EngineError) {

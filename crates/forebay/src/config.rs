@@ -18,6 +18,9 @@ pub struct EngineConfig {
     /// processor. Registered memory cannot be reclaimed; it is handed back when the host's memory is wanted elsewhere.
     /// `None`: what is really free. [`Bytes::ZERO`]: nothing.
     pub registered: Option<Bytes>,
+    /// How much the page cache may hold of the weights at most. Where they take more, a part of what is streamed is read
+    /// past it, so that the rest is found there. `None`: what the host's memory and the process's memory cgroups leave.
+    pub page_cache: Option<Bytes>,
 }
 
 impl Default for EngineConfig {
@@ -27,6 +30,7 @@ impl Default for EngineConfig {
             budget: Budget::Headroom(Bytes::mib(512)),
             ring: RingConfig::default(),
             registered: None,
+            page_cache: None,
         }
     }
 }

@@ -12,12 +12,12 @@ use parking_lot::Mutex;
 use crate::acquire::{Above, Use};
 use crate::attachment::{Attachment, Counted, Pinned, View};
 use crate::books::{PageBook, VbarBook};
+use crate::cache::keeper::Keeper;
 use crate::config::EngineConfig;
 use crate::explicit::ExplicitVbar;
 use crate::filler::Reader;
 use crate::layout::{Layout, LayoutOptions, WeightSpec};
 use crate::mover::Mover;
-use crate::registrar::Registrar;
 use crate::state::{Budget, Shared, State};
 use crate::stats::{EngineStats, VbarStats};
 use crate::timeline::Moment;
@@ -31,7 +31,7 @@ const EXPLICIT_PAGE: Bytes = Bytes::mib(32);
 #[derive(Debug)]
 pub struct Engine {
     shared: Arc<Shared>,
-    /// The mover and the registrar.
+    /// The mover and the cache's keeper.
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
@@ -49,12 +49,13 @@ impl Engine {
         let (for_readers, threads) = (Arc::clone(&shared), config.ring.reader_threads());
         let readers = ReaderPool::new("forebay-read", threads, move |_| Reader::new(&for_readers))
             .map_err(EngineError::Readers)?;
-        let mover = Mover::new(Arc::clone(&shared), readers);
-        let registrar = Registrar::new(Arc::clone(&shared))?;
+        let readers = Arc::new(readers);
+        let mover = Mover::new(Arc::clone(&shared), Arc::clone(&readers));
+        let keeper = Keeper::new(Arc::clone(&shared), readers)?;
         // Made first: where a thread cannot be started, the other ends with it.
         let engine = Engine { shared, threads: Mutex::default() };
         engine.start("forebay-mover", move || mover.run())?;
-        engine.start("forebay-regist", move || registrar.run())?;
+        engine.start("forebay-cache", move || keeper.run())?;
         Ok(Arc::new(engine))
     }
 
@@ -296,6 +297,7 @@ impl Engine {
             watermark: state.policy.watermark(vbar.id).0,
             filled: Bytes::new(load(&counters.filled_bytes)),
             direct: Bytes::new(load(&counters.direct_bytes)),
+            past_cache: Bytes::new(load(&counters.past_cache_bytes)),
             filled_pages: load(&counters.filled_pages),
             looked_up: Bytes::new(load(&counters.looked_up_bytes)),
             waits: load(&counters.waits),
@@ -329,8 +331,7 @@ impl Engine {
         if let Some(book) = state.books.vbars.get_mut(&vbar.id) {
             book.closing = true;
             state.decide(|policy, books, out| policy.close_vbar(vbar.id, books, out));
-            let registered = state.books.take_registered(|id| id == vbar.id);
-            state.registering.close(vbar.id, registered.into_iter());
+            state.keep_registered(vbar.id);
         }
         let gone = state.forget_if_gone(vbar.id);
         drop(state);
@@ -364,11 +365,16 @@ impl Engine {
             mapped: 0,
             closing: false,
             through_ring: Vec::new(),
+            pass_is_over: false,
+            cached_below: None,
             schedule: Schedule::new(scheduled as u32),
             trace_tail: 0,
             started: false,
         };
         state.books.vbars.insert(id, book);
+        state.adopt_kept(id);
+        drop(state);
+        self.shared.register.notify_one();
         Ok(vbar)
     }
 }

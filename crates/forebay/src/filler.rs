@@ -9,11 +9,13 @@ use std::time::Instant;
 
 use forebay_core::{Bytes, PageRef};
 use forebay_device::{Event, PinnedBuffer, Stream};
-use forebay_store::{ReaderPool, Source, StoreError, Urgency, read_segments};
+use forebay_store::{
+    DirectBuffer, ReaderPool, Source, StoreError, Urgency, read_segments, read_segments_past_cache,
+};
 use parking_lot::Mutex;
 
+use crate::cache::registered::RegisteredPage;
 use crate::layout::Layout;
-use crate::registered::RegisteredPage;
 use crate::state::Shared;
 use crate::timeline::Activity;
 use crate::vbar::Vbar;
@@ -26,6 +28,7 @@ pub(crate) struct Fill {
     page: u32,
     filled: Arc<Event>,
     chunks_left: AtomicUsize,
+    past_cache: bool,
     has_failed: AtomicBool,
     error: Mutex<Option<EngineError>>,
     began: Option<Instant>,
@@ -35,6 +38,8 @@ pub(crate) struct Fill {
 /// fails then is tried again, and reported, at the first job.
 pub(crate) struct Reader {
     slots: Option<Slots>,
+    /// For reads past the page cache.
+    through: DirectBuffer,
 }
 
 struct Slots {
@@ -54,6 +59,7 @@ impl Fill {
         filled: Arc<Event>,
         readers: &ReaderPool<Reader>,
         urgency: Urgency,
+        past_cache: bool,
     ) {
         let segments = vbar.layout.as_ref().map_or(&[][..], |layout| &layout.segments[page as usize]);
         let chunk_size = shared.ring_config.chunk.get();
@@ -70,6 +76,7 @@ impl Fill {
             page,
             filled,
             chunks_left: AtomicUsize::new(chunks.len().max(1)),
+            past_cache,
             has_failed: AtomicBool::new(false),
             error: Mutex::new(None),
             began: shared.timeline.begin(),
@@ -107,7 +114,7 @@ impl Fill {
             last = last.max((segment.dst_offset + segment.len).min(start + chunk_size));
         }
         let len = Bytes::new(last - first);
-        let slots = reader.slots(&self.shared)?;
+        let (slots, through) = reader.parts(&self.shared)?;
         let timeline = &self.shared.timeline;
         let began = timeline.begin();
         let (slot, copied) = slots.next()?;
@@ -117,7 +124,11 @@ impl Fill {
         let bytes = unsafe { slots.buffer.slice_mut(slot, len) };
         for (segment, weight) in in_chunk {
             let read = segment.source.verify();
-            let read = read.and_then(|()| read_segments(std::slice::from_ref(segment), first, bytes));
+            let segment = std::slice::from_ref(segment);
+            let read = read.and_then(|()| match self.past_cache {
+                true => read_segments_past_cache(segment, first, bytes, through),
+                false => read_segments(segment, first, bytes),
+            });
             read.map_err(|error| source_error(&self.vbar, layout, *weight, error))?;
         }
         timeline.note(Activity::Read, self.page, began);
@@ -135,6 +146,9 @@ impl Fill {
             return Err(error.into());
         }
         self.vbar.counters.filled_bytes.fetch_add(len.get(), Ordering::Relaxed);
+        if self.past_cache {
+            self.vbar.counters.past_cache_bytes.fetch_add(len.get(), Ordering::Relaxed);
+        }
         Ok(())
     }
 
@@ -284,25 +298,27 @@ impl Drop for ChunkDone<'_> {
 
 impl Reader {
     pub(crate) fn new(shared: &Shared) -> Self {
-        let mut reader = Reader { slots: None };
-        if let Err(error) = reader.slots(shared) {
+        let mut reader = Reader { slots: None, through: DirectBuffer::default() };
+        if let Err(error) = reader.parts(shared) {
             tracing::debug!(device = %shared.id, %error, "a reader has no slots yet");
         }
         reader
     }
 
-    fn slots(&mut self, shared: &Shared) -> Result<&mut Slots> {
-        match &mut self.slots {
-            Some(slots) => Ok(slots),
+    /// The slots, made now if they are not there yet, and the buffer.
+    fn parts(&mut self, shared: &Shared) -> Result<(&mut Slots, &mut DirectBuffer)> {
+        let slots = match &mut self.slots {
+            Some(slots) => slots,
             empty => {
                 let (device, ring) = (|| Arc::clone(&shared.device), shared.ring_config);
                 let copied =
                     (0..ring.slots).map(|_| Event::new(device())).collect::<std::result::Result<_, _>>()?;
                 let buffer = PinnedBuffer::new(device(), ring.chunk * u64::from(ring.slots))?;
                 shared.ring.fetch_add(buffer.size().get(), Ordering::Relaxed);
-                Ok(empty.insert(Slots { copied, buffer, chunk: ring.chunk, next: 0 }))
+                empty.insert(Slots { copied, buffer, chunk: ring.chunk, next: 0 })
             }
-        }
+        };
+        Ok((slots, &mut self.through))
     }
 }
 

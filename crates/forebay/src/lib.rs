@@ -41,6 +41,7 @@
 mod acquire;
 mod attachment;
 mod books;
+mod cache;
 mod cell;
 mod config;
 mod engine;
@@ -49,9 +50,6 @@ mod explicit;
 mod filler;
 mod layout;
 mod mover;
-mod ram;
-mod registered;
-mod registrar;
 mod scratch;
 mod state;
 mod stats;

@@ -14,13 +14,14 @@ use forebay_device::{Event, Frame, FrameHandle};
 use forebay_store::{ReaderPool, Urgency};
 use parking_lot::MutexGuard;
 
+use crate::Result;
 use crate::books::{FrameBook, VbarBook};
+use crate::cache::registered::RegisteredPage;
+use crate::cache::registering::Job;
 use crate::filler::{self, Fill, Reader};
-use crate::registered::RegisteredPage;
 use crate::state::{Shared, State};
 use crate::timeline::Activity;
 use crate::vbar::Vbar;
-use crate::{EngineError, Result};
 
 /// How often a pending event is looked at.
 const EVENT_POLL: Duration = Duration::from_micros(50);
@@ -32,7 +33,7 @@ const MOST_RISE: Bytes = Bytes::mib(64);
 
 pub(crate) struct Mover {
     shared: Arc<Shared>,
-    readers: ReaderPool<Reader>,
+    readers: Arc<ReaderPool<Reader>>,
     /// A budget rises only by at least this, so that it does not follow every small allocation of others.
     rise: Bytes,
     /// What stopped the engine was logged.
@@ -66,12 +67,21 @@ enum Task {
 struct Backing {
     frame: FrameHandle,
     filled: Arc<Event>,
-    demanded: bool,
-    registered: Option<Arc<RegisteredPage>>,
+    way: Way,
+}
+
+/// How a page's bytes come to it.
+enum Way {
+    /// The copy engine reads them by itself.
+    Registered(Arc<RegisteredPage>),
+    /// They are registered first.
+    ToBeRegistered,
+    /// Readers bring them.
+    Ring { urgency: Urgency, past_cache: bool },
 }
 
 impl Mover {
-    pub(crate) fn new(shared: Arc<Shared>, readers: ReaderPool<Reader>) -> Self {
+    pub(crate) fn new(shared: Arc<Shared>, readers: Arc<ReaderPool<Reader>>) -> Self {
         let total = shared.device.memory().map_or(Bytes::MAX, |memory| memory.total);
         let rise = MOST_RISE.min(Bytes::new(total.get() / 16));
         Mover { shared, readers, rise, told: false }
@@ -170,8 +180,15 @@ impl Mover {
             state.queue.pop_front();
             let Some(book) = state.books.frames.get(&frame) else { continue };
             let (frame_handle, filled) = (book.frame.handle(), Arc::clone(&book.filled));
-            let registered = state.books.page(page).registered.clone();
-            backing.push(Backing { frame: frame_handle, filled, demanded, registered });
+            let way = match state.books.page(page).registered.clone() {
+                Some(registered) => Way::Registered(registered),
+                None if !demanded && state.is_to_be_registered(page) => Way::ToBeRegistered,
+                None => Way::Ring {
+                    urgency: if demanded { Urgency::Urgent } else { Urgency::Ahead },
+                    past_cache: state.is_past_cache(page),
+                },
+            };
+            backing.push(Backing { frame: frame_handle, filled, way });
             Self::begin_page(state, &vbar, page, frame, serial);
         }
         Next::Task(Task::Map { vbar, first: first.page.0, backing })
@@ -276,18 +293,30 @@ impl Mover {
         for (page, backing) in pages() {
             match &result {
                 Err(error) => {
+                    if matches!(backing.way, Way::ToBeRegistered) {
+                        self.shared.state.lock().registering.job_done();
+                    }
                     // Without room whoever waits asks again, and finds the new budget.
                     let reason = (!error.is_out_of_memory()).then(|| error.clone());
                     filler::finished(&self.shared, vbar, page, Err(reason));
                 }
                 Ok(()) if vbar.layout.is_none() => filler::finished(&self.shared, vbar, page, Ok(())),
-                Ok(()) if let Some(registered) = &backing.registered => {
-                    filler::fill_directly(&self.shared, vbar, page, registered, &backing.filled);
-                }
                 Ok(()) => {
-                    let urgency = if backing.demanded { Urgency::Urgent } else { Urgency::Ahead };
                     let filled = Arc::clone(&backing.filled);
-                    Fill::start(&self.shared, vbar, page, filled, &self.readers, urgency);
+                    match &backing.way {
+                        Way::Registered(registered) => {
+                            filler::fill_directly(&self.shared, vbar, page, registered, &filled);
+                        }
+                        Way::ToBeRegistered => {
+                            let job = Job { vbar: Arc::clone(vbar), page, filled };
+                            self.shared.state.lock().registering.hand_in(job);
+                            self.shared.register.notify_one();
+                        }
+                        Way::Ring { urgency, past_cache } => {
+                            let (urgency, past_cache) = (*urgency, *past_cache);
+                            Fill::start(&self.shared, vbar, page, filled, &self.readers, urgency, past_cache);
+                        }
+                    }
                 }
             }
         }
@@ -373,15 +402,7 @@ fn completed(events: &[Arc<Event>]) -> Result<bool> {
 }
 
 impl Drop for Mover {
-    /// A mover that panicked takes the engine with it, instead of leaving callers waiting.
     fn drop(&mut self) {
-        if std::thread::panicking() {
-            let reason = "its mover thread panicked; see the log".to_owned();
-            let error = EngineError::Stopped { device: self.shared.id, reason };
-            tracing::error!(%error, "the engine stops");
-            // The panic may have happened under the lock, which parking_lot releases without poisoning.
-            self.shared.state.lock().books.lost(error);
-            self.shared.changed.notify_all();
-        }
+        self.shared.ends_with_panic("its mover thread");
     }
 }

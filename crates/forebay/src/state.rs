@@ -14,9 +14,9 @@ use forebay_device::{Device, DeviceId, Stream};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use crate::books::{Books, VbarBook};
+use crate::cache::registering::Registering;
 use crate::config::{EngineConfig, RingConfig};
 use crate::layout::Class;
-use crate::registrar::Registering;
 use crate::timeline::Timeline;
 use crate::{EngineError, Result};
 
@@ -42,7 +42,7 @@ pub(crate) struct Shared {
     pub(crate) changed: Condvar,
     /// The mover has something to do.
     pub(crate) work: Condvar,
-    /// The registrar has something to do.
+    /// The cache's keeper has something to do.
     pub(crate) register: Condvar,
     /// The copy stream. Copies and the events behind them are enqueued under this lock, so that an event covers its
     /// copies.
@@ -55,6 +55,8 @@ pub(crate) struct Shared {
     pub(crate) views: AtomicUsize,
     pub(crate) ring: AtomicU64,
     pub(crate) ring_config: RingConfig,
+    /// The most that the page cache may hold of the weights, as set by the application.
+    pub(crate) page_cache: Option<Bytes>,
     pub(crate) timeline: Timeline,
 }
 
@@ -117,6 +119,7 @@ impl Shared {
             views: AtomicUsize::new(0),
             ring: AtomicU64::new(0),
             ring_config: config.ring,
+            page_cache: config.page_cache,
             timeline: Timeline::new(),
         })
     }
@@ -131,6 +134,21 @@ impl Shared {
 pub(crate) struct SoFar {
     commands: u64,
     fills: Serial,
+}
+
+impl Shared {
+    /// To be called as a thread of the engine ends: one that panicked takes the engine with it, instead of leaving callers
+    /// waiting.
+    pub(crate) fn ends_with_panic(&self, thread: &str) {
+        if std::thread::panicking() {
+            let reason = format!("{thread} panicked; see the log");
+            let error = EngineError::Stopped { device: self.id, reason };
+            tracing::error!(%error, "the engine stops");
+            // The panic may have happened under the lock, which parking_lot releases without poisoning.
+            self.state.lock().books.lost(error);
+            self.changed.notify_all();
+        }
+    }
 }
 
 impl State {

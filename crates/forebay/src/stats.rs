@@ -12,6 +12,7 @@ use forebay_device::DeviceId;
 pub(crate) struct Counters {
     pub(crate) filled_bytes: AtomicU64,
     pub(crate) direct_bytes: AtomicU64,
+    pub(crate) past_cache_bytes: AtomicU64,
     pub(crate) filled_pages: AtomicU64,
     pub(crate) waits: AtomicU64,
     pub(crate) wait_ns: AtomicU64,
@@ -47,6 +48,8 @@ pub struct VbarStats {
     pub filled: Bytes,
     /// Of these, bytes that the copy engine read from the registered page cache by itself.
     pub direct: Bytes,
+    /// Of these, bytes that were read past the page cache, as there is no room for them in it.
+    pub past_cache: Bytes,
     /// Pages filled since it was attached.
     pub filled_pages: u64,
     /// Bytes of table rows looked up at their source.

@@ -42,12 +42,17 @@ fn passes_until(
 }
 
 fn engine(device: &Arc<dyn Device>, registered: Option<Bytes>) -> Arc<Engine> {
-    let config = EngineConfig { budget: Budget::Fixed(Bytes::mib(10)), ring: common::readers(2), registered };
+    let config = EngineConfig {
+        budget: Budget::Fixed(Bytes::mib(10)),
+        ring: common::readers(2),
+        registered,
+        page_cache: None,
+    };
     Engine::new(Arc::clone(device), config).unwrap()
 }
 
 #[test]
-fn after_the_first_pass_the_copy_engine_reads_files_by_itself_and_detaching_hands_them_back() {
+fn after_the_first_pass_the_copy_engine_reads_files_by_itself_also_when_the_model_comes_again() {
     let mut random = Random::seeded();
     let weights = Weights::new(&mut random, &SIZES);
     let device = Rig::new().device;
@@ -62,6 +67,11 @@ fn after_the_first_pass_the_copy_engine_reads_files_by_itself_and_detaching_hand
     let (direct, filled) = (after.direct - before.direct, after.filled - before.filled);
     assert!(direct > Bytes::ZERO && direct < filled, "{direct} of {filled}: some weights lie in memory");
     drop(model);
+    let again = weights.attach(&engine, "again");
+    pass(&again, &weights, &device);
+    assert!(again.stats().direct > Bytes::ZERO, "what is registered was kept");
+    drop(again);
+    engine.set_registered(Some(Bytes::ZERO));
     let start = Instant::now();
     while engine.stats().registered > Bytes::ZERO {
         assert!(start.elapsed() < Duration::from_secs(20), "{}", engine.stats());

@@ -8,7 +8,7 @@ use forebay_store::ProcessMaps;
 use rustix::process::{Resource, getrlimit};
 
 use super::Check;
-use crate::ram::{Cgroup, Ram};
+use crate::cache::ram::{Cgroup, Ram};
 
 /// With less than this the page cache holds too little of a model to be of use.
 const ENOUGH: Bytes = Bytes::gib(1);

@@ -73,6 +73,20 @@ pub(crate) enum NotRegistered {
     File(#[from] StoreError),
 }
 
+/// What tells the bytes of one page from those of another: files as they were opened, and runs in them.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct PageKey(Vec<RunKey>);
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct RunKey {
+    dev: u64,
+    inode: u64,
+    mtime_ns: i128,
+    from: u64,
+    to: Bytes,
+    len: u64,
+}
+
 impl PagePlan {
     /// `None` where the page has other sources than files, or is too scattered to gain by it.
     pub(crate) fn of(segments: &[Segment]) -> Option<PagePlan> {
@@ -105,6 +119,18 @@ impl PagePlan {
             }
         }
         (parts.len() <= MOST_PARTS).then_some(PagePlan { runs, parts })
+    }
+
+    pub(crate) fn key(&self) -> PageKey {
+        let key = |run: &FileRun| RunKey {
+            dev: run.file.dev(),
+            inode: run.file.inode(),
+            mtime_ns: run.file.mtime_ns(),
+            from: run.from,
+            to: run.to,
+            len: run.len,
+        };
+        PageKey(self.runs.iter().map(key).collect())
     }
 
     /// Bytes that would be registered.

@@ -1,0 +1,293 @@
+//! What the state knows of registered page cache.
+
+use std::collections::{BTreeSet, HashMap};
+use std::mem;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use forebay_core::{Bytes, PageRef, PageState, Rank, VbarId};
+use forebay_device::Event;
+
+use super::registered::{PageKey, PagePlan, RegisteredPage};
+use crate::state::State;
+use crate::vbar::Vbar;
+
+/// How long what is registered is kept for a model that is gone, in case it is attached again.
+const KEPT: Duration = Duration::from_secs(10);
+
+/// See the module's documentation.
+#[derive(Debug, Default)]
+pub(crate) struct Registering {
+    /// Pages that are mapped and to be filled, by way of registering them.
+    job: Option<Job>,
+    /// One is being handed in, or worked on.
+    is_busy: bool,
+    /// Streamed pages that went through the ring, by rank, to be registered when nothing goes on.
+    wanted: BTreeSet<(Rank, PageRef)>,
+    /// Pages of models that are gone.
+    kept: HashMap<PageKey, Arc<RegisteredPage>>,
+    kept_since: Option<Instant>,
+    /// Pages that nobody copies from any more, to be given back.
+    leaving: Vec<Arc<RegisteredPage>>,
+    /// The most that may be registered, as set by the application.
+    limit: Option<Bytes>,
+    /// The most that may be registered, by what is free. Nothing before that was looked at.
+    room: Bytes,
+    /// Bytes registered.
+    held: Bytes,
+    /// The device does not register, or refused too often.
+    off: bool,
+}
+
+/// A page to be registered and filled.
+#[derive(Debug)]
+pub(crate) struct Job {
+    pub(crate) vbar: Arc<Vbar>,
+    pub(crate) page: u32,
+    pub(crate) filled: Arc<Event>,
+}
+
+impl Registering {
+    pub(crate) fn new(limit: Option<Bytes>) -> Self {
+        Registering { limit, off: limit == Some(Bytes::ZERO), ..Registering::default() }
+    }
+
+    /// Sets the most that may be registered; what is over is given back.
+    pub(crate) fn set_limit(&mut self, limit: Option<Bytes>) {
+        (self.limit, self.off) = (limit, limit == Some(Bytes::ZERO));
+        if self.off {
+            self.wanted.clear();
+            self.drop_kept();
+        }
+    }
+
+    /// What is free by the latest look at the host's memory.
+    pub(crate) fn set_room(&mut self, room: Bytes) {
+        self.room = room;
+    }
+
+    /// Bytes registered.
+    pub(crate) fn held(&self) -> Bytes {
+        self.held
+    }
+
+    /// By how much what is registered exceeds what the application allows, and what is free.
+    pub(crate) fn over(&self) -> (Bytes, Bytes) {
+        let over_limit = self.held.saturating_sub(self.limit.unwrap_or(Bytes::MAX));
+        (over_limit, self.held.saturating_sub(self.room))
+    }
+
+    pub(crate) fn has_room_for(&self, bytes: Bytes) -> bool {
+        !self.off && self.held + bytes <= self.room.min(self.limit.unwrap_or(Bytes::MAX))
+    }
+
+    /// Whether a job for a page of this size may be handed in, which is expected from then on: one at a time, so that
+    /// other pages go through the ring meanwhile.
+    fn expect_job(&mut self, bytes: Bytes) -> bool {
+        let takes = !self.is_busy && self.has_room_for(bytes);
+        self.is_busy |= takes;
+        takes
+    }
+
+    pub(crate) fn expects_job(&self) -> bool {
+        self.is_busy
+    }
+
+    /// Hands the job in that is expected.
+    pub(crate) fn hand_in(&mut self, job: Job) {
+        self.job = Some(job);
+    }
+
+    pub(crate) fn take_job(&mut self) -> Option<Job> {
+        self.job.take()
+    }
+
+    /// The job that was expected is done, or will not come.
+    pub(crate) fn job_done(&mut self) {
+        self.is_busy = false;
+    }
+
+    /// A streamed page went through the ring.
+    fn want(&mut self, rank: Rank, page: PageRef) {
+        if !self.off {
+            self.wanted.insert((rank, page));
+        }
+    }
+
+    pub(crate) fn take_wanted(&mut self) -> Option<(Rank, PageRef)> {
+        self.wanted.pop_first()
+    }
+
+    pub(crate) fn put_back(&mut self, wanted: (Rank, PageRef)) {
+        self.wanted.insert(wanted);
+    }
+
+    /// Whether there is something that a thread has to come back to, though nobody calls it.
+    pub(crate) fn has_rest(&self) -> bool {
+        self.held > Bytes::ZERO || !self.wanted.is_empty()
+    }
+
+    pub(crate) fn registered(&mut self, size: Bytes) {
+        self.held += size;
+    }
+
+    pub(crate) fn given_back(&mut self, size: Bytes) {
+        self.held = self.held.saturating_sub(size);
+    }
+
+    pub(crate) fn let_go(&mut self, pages: impl IntoIterator<Item = Arc<RegisteredPage>>) {
+        self.leaving.extend(pages);
+    }
+
+    /// Up to `most` pages to be given back.
+    pub(crate) fn take_leaving(&mut self, most: usize) -> Vec<Arc<RegisteredPage>> {
+        self.leaving.split_off(self.leaving.len().saturating_sub(most))
+    }
+
+    pub(crate) fn has_leaving(&self) -> bool {
+        !self.leaving.is_empty()
+    }
+
+    /// Lets go of what is kept for models that are gone.
+    pub(crate) fn drop_kept(&mut self) {
+        self.leaving.extend(mem::take(&mut self.kept).into_values());
+    }
+
+    /// Lets go of some of what has been kept long enough.
+    pub(crate) fn expire(&mut self, most: usize) {
+        if self.kept_since.is_some_and(|since| since.elapsed() >= KEPT) {
+            let keys: Vec<_> = self.kept.keys().take(most).cloned().collect();
+            let expired = keys.iter().filter_map(|key| self.kept.remove(key));
+            self.leaving.extend(expired);
+        }
+    }
+
+    pub(crate) fn has_kept(&self) -> bool {
+        !self.kept.is_empty()
+    }
+
+    fn keep(&mut self, key: PageKey, page: Arc<RegisteredPage>) {
+        self.kept_since = Some(Instant::now());
+        // The same bytes may have been registered for two models.
+        self.leaving.extend(self.kept.insert(key, page));
+    }
+}
+
+impl State {
+    /// A VBAR opened: what is still registered of its files is its own again.
+    pub(crate) fn adopt_kept(&mut self, id: VbarId) {
+        if !self.registering.has_kept() {
+            return;
+        }
+        let vbar = Arc::clone(&self.books.vbar(id).vbar);
+        let segments = vbar.layout.iter().flat_map(|layout| &layout.segments);
+        for (number, segments) in (0..).zip(segments) {
+            let kept = PagePlan::of(segments).and_then(|plan| self.registering.kept.remove(&plan.key()));
+            if kept.is_some() {
+                self.books.page(vbar.page_ref(number)).registered = kept;
+            }
+        }
+    }
+
+    /// A VBAR closes: none of its pages is wanted, what is registered is kept for a while.
+    pub(crate) fn keep_registered(&mut self, id: VbarId) {
+        self.registering.wanted.retain(|(_, page)| page.vbar != id);
+        let vbar = Arc::clone(&self.books.vbar(id).vbar);
+        let Some(layout) = &vbar.layout else { return };
+        for (number, segments) in (0..).zip(&layout.segments) {
+            let Some(registered) = self.books.page(vbar.page_ref(number)).registered.take() else { continue };
+            match PagePlan::of(segments) {
+                Some(plan) if !self.registering.off => self.registering.keep(plan.key(), registered),
+                _ => self.registering.let_go([registered]),
+            }
+        }
+    }
+
+    /// Whether a page that is to be filled is to be registered for it, and handed in: it is streamed, and the first pass is
+    /// over.
+    pub(crate) fn is_to_be_registered(&mut self, page: PageRef) -> bool {
+        let book = self.books.vbar(page.vbar);
+        let may = book.pass_is_over && !book.pages[page.page.as_usize()].stays_in_ring;
+        let size = book.vbar.page_size;
+        let may = may && !self.policy.is_kept(page) && !self.is_past_cache(page);
+        may && self.registering.expect_job(size)
+    }
+
+    /// A page was filled, from the ring unless it is registered. Whether the keeper has something to do: it leaves a
+    /// model alone until its first pass is over, which shows when a page is filled once more.
+    pub(crate) fn went_through_ring(&mut self, page: PageRef) -> bool {
+        let entry = self.books.page(page);
+        if entry.registered.is_some() || entry.stays_in_ring {
+            return false;
+        }
+        let again = mem::replace(&mut entry.was_filled, true);
+        if !self.policy.is_kept(page) {
+            let number = page.page.0;
+            self.books.vbar(page.vbar).through_ring.push(number);
+        }
+        again && self.end_first_pass(page.vbar)
+    }
+
+    /// Nothing is going on, so every pass is over. Whether the keeper has something to do.
+    pub(crate) fn has_unregistered(&mut self) -> bool {
+        let open = self.books.vbars.iter().filter(|(_, book)| !book.closing && !book.through_ring.is_empty());
+        let open: Vec<VbarId> = open.map(|(id, _)| *id).collect();
+        open.into_iter().fold(false, |any, id| self.end_first_pass(id) || any)
+    }
+
+    /// Hands the pages that went through the ring to the keeper. Whether there are any.
+    fn end_first_pass(&mut self, id: VbarId) -> bool {
+        let book = self.books.vbar(id);
+        book.pass_is_over = true;
+        let vbar = Arc::clone(&book.vbar);
+        for page in mem::take(&mut book.through_ring) {
+            let page = vbar.page_ref(page);
+            self.registering.want(self.policy.rank(page), page);
+        }
+        !self.registering.wanted.is_empty()
+    }
+
+    /// What registering a page takes, if its bytes lie in files, not too scattered.
+    pub(crate) fn plan_of(&mut self, page: PageRef) -> Option<PagePlan> {
+        let vbar = Arc::clone(&self.books.vbars.get(&page.vbar)?.vbar);
+        let plan = PagePlan::of(&vbar.layout.as_ref()?.segments[page.page.as_usize()]);
+        self.books.page(page).stays_in_ring = plan.is_none();
+        plan
+    }
+
+    /// Whether a page that went through the ring is still worth registering.
+    pub(crate) fn is_still_wanted(&mut self, page: PageRef) -> bool {
+        self.is_open(page.vbar)
+            && !self.policy.is_kept(page)
+            && !self.is_past_cache(page)
+            && self.books.page(page).registered.is_none()
+    }
+
+    /// Lets go of `bytes` of registered pages: those of models that are gone, those that are resident, then those of the
+    /// highest ranks.
+    pub(crate) fn let_go_of(&mut self, bytes: Bytes) {
+        if self.registering.has_kept() {
+            return self.registering.drop_kept();
+        }
+        let policy = &self.policy;
+        let mut held: Vec<(bool, Rank, PageRef, Bytes)> = Vec::new();
+        for book in self.books.vbars.values() {
+            for (number, entry) in (0..).zip(&book.pages) {
+                let Some(registered) = &entry.registered else { continue };
+                let page = book.vbar.page_ref(number);
+                let is_resident = policy.state(page) == PageState::Resident;
+                held.push((is_resident, policy.rank(page), page, registered.size()));
+            }
+        }
+        held.sort_unstable_by(|a, b| b.cmp(a));
+        let mut gone = Bytes::ZERO;
+        for (_, _, page, size) in held {
+            if gone >= bytes {
+                break;
+            }
+            gone += size;
+            let registered = self.books.page(page).registered.take();
+            self.registering.let_go(registered);
+        }
+    }
+}
