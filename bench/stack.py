@@ -48,7 +48,7 @@ class Stack(nn.Sequential):
     """Blocks of 12 width^2 weights each."""
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -73,7 +73,6 @@ def parse() -> argparse.Namespace:
         default=["registered", "ring"],
         help="where streamed pages come from: the registered page cache, or through the ring alone",
     )
-    parser.add_argument("--readers", type=int, help="threads that fill the ring (default: by the machine)")
     parser.add_argument(
         "--steps",
         type=int,
@@ -88,7 +87,7 @@ def parse() -> argparse.Namespace:
         "--file", type=Path, default=Path("/tmp/forebay-stack.safetensors"), help="where the weights go"
     )
     parser.add_argument("--out", type=Path, help="write the full result as JSON here")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def write_weights(path: Path, blocks: int, width: int) -> int:
@@ -192,6 +191,12 @@ def engine_cpu_s() -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
+def disk_bytes() -> int:
+    """Bytes that this process had read from disk so far."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("read_bytes")).split()[1])
+
+
 def streamed_run(
     chosen: argparse.Namespace,
     link: float,
@@ -199,16 +204,16 @@ def streamed_run(
     plain: dict[int, tuple[torch.Tensor, float]],
     free: float,
     source: str,
+    ring: dict[str, int] | None = None,
+    quiet: bool = False,
 ) -> list[dict[str, object]]:
     """The rows of one amount of free memory and one way for the bytes."""
     device_free, _ = torch.cuda.mem_get_info()
     ballast = torch.empty(max(0, device_free - int(free * GIB)), dtype=torch.uint8, device="cuda")
     # What is kept free is for activations.
+    headroom = min(1.5, free / 4) * GIB
     engine = forebay.Engine(
-        chosen.device,
-        headroom=min(1.5, free / 4) * GIB,
-        registered=0 if source == "ring" else None,
-        readers=chosen.readers,
+        chosen.device, headroom=headroom, registered=0 if source == "ring" else None, **(ring or {})
     )
     rows: list[dict[str, object]] = []
     for tokens in chosen.tokens:
@@ -223,15 +228,16 @@ def streamed_run(
             traces = {"first": engine.stop_recording()}
             same = torch.equal(y.cpu(), expected)
             filled = [attachment.stats()[0]["filled"]]
-            seconds, cpu, waits = [], [], []
+            seconds, cpu, waits, disk = [], [], [], []
             for step in range(chosen.steps):
-                busy = engine_cpu_s()
+                busy, read = engine_cpu_s(), disk_bytes()
                 before_step = attachment.stats()[0]
                 if chosen.trace and step == chosen.steps - 1:
                     engine.start_recording()
                 y, took = timed_step(stack, x)
                 seconds.append(took)
                 cpu.append(engine_cpu_s() - busy)
+                disk.append(disk_bytes() - read)
                 stats = attachment.stats()[0]
                 waits.append(stats["wait_s"] - before_step["wait_s"])
                 filled.append(stats["filled"])
@@ -252,10 +258,12 @@ def streamed_run(
                     "longest_wait_s": stats["longest_wait_s"], "waits": stats["waits"],
                     "resident_bytes": stats["resident"], "filled_bytes": filled, "direct_bytes": stats["direct"],
                     "registered_bytes": engine.stats()["registered"], "pinned_host_bytes": engine.stats()["pinned_host"],
-                    "mispredicted": stats["mispredicted"], "anonymous_mib": anonymous_mib() - before,
+                    "disk_bytes": disk, "past_cache_bytes": stats["past_cache"], "mispredicted": stats["mispredicted"],
+                    "anonymous_mib": anonymous_mib() - before,
                 }
             )  # fmt: skip
-            print(table_row(rows[-1]), flush=True)
+            if not quiet:
+                print(table_row(rows[-1]), flush=True)
             if chosen.trace:
                 name = f"trace-{free:g}-{source}-{tokens}.json"
                 (chosen.trace / name).write_text(json.dumps(traces))
@@ -267,7 +275,7 @@ def streamed_run(
 
 HEAD = (
     f"{'free':>6} {'source':>10} {'tokens':>7} {'same':>5} {'compute':>9} {'moved':>9} {'first':>9} {'x limit':>8} "
-    f"{'later':>9} {'x limit':>8} {'waited':>8} {'CPU':>8} {'registered':>10} {'anon':>9}"
+    f"{'later':>9} {'x limit':>8} {'waited':>8} {'CPU':>8} {'registered':>10} {'disk':>9} {'anon':>9}"
 )
 
 
@@ -276,7 +284,7 @@ def table_row(row: dict[str, Any]) -> str:
         f"{row['free_gib']:6g} {row['source']:>10} {row['tokens']:7} {row['same']!s:>5} {row['compute_s'] * 1e3:6.0f} ms "
         f"{row['moved_bytes'] / 1e9:6.1f} GB {row['first_s'] * 1e3:6.0f} ms {row['first_ratio']:8.2f} "
         f"{row['later_s'] * 1e3:6.0f} ms {row['ratio']:8.2f} {row['waited_s'][-1] * 1e3:5.0f} ms "
-        f"{row['engine_cpu_s'] * 1e3:5.0f} ms {row['registered_bytes'] / 1e9:7.1f} GB {row['anonymous_mib']:5.0f} MiB"
+        f"{row['engine_cpu_s'] * 1e3:5.0f} ms {row['registered_bytes'] / 1e9:7.1f} GB {row['disk_bytes'][-1] / 1e9:6.1f} GB {row['anonymous_mib']:5.0f} MiB"
     )
 
 
