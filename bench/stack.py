@@ -269,7 +269,9 @@ def streamed_run(
                 (chosen.trace / name).write_text(json.dumps(traces))
         torch.cuda.synchronize()
         del stack
-    del ballast
+    engine.settle()
+    del ballast, engine
+    torch.cuda.empty_cache()
     return rows
 
 

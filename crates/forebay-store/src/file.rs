@@ -155,6 +155,7 @@ impl SourceFile {
         let advice = match advice {
             Advice::WillNeed => rustix::fs::Advice::WillNeed,
             Advice::Random => rustix::fs::Advice::Random,
+            Advice::Normal => rustix::fs::Advice::Normal,
             Advice::DontNeed => rustix::fs::Advice::DontNeed,
         };
         if let Err(error) = rustix::fs::fadvise(&self.file, offset, len, advice) {
@@ -189,6 +190,8 @@ pub enum Advice {
     WillNeed,
     /// Not in order: reading ahead of what is asked for is wasted.
     Random,
+    /// As far as is known, like any other; undoes [`Random`](Advice::Random).
+    Normal,
     /// Not soon: its place in the page cache may go to others.
     DontNeed,
 }

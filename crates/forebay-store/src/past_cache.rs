@@ -4,13 +4,12 @@
 //! needed next. Whoever reads one part of it through the cache and the rest past it finds the one part every time.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, ErrorKind, IoSliceMut};
+use std::io::{self, ErrorKind};
 use std::num::NonZeroU64;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 
 use rustix::fs::OFlags;
-use rustix::io::{Errno, ReadWriteFlags};
 
 use crate::error::Result;
 use crate::file::{Advice, SourceFile};
@@ -54,52 +53,45 @@ impl Source {
 }
 
 impl SourceFile {
-    /// As [`read_exact_at`](SourceFile::read_exact_at), but leaves nothing of what it reads in the page cache. What is
-    /// there already is taken from there, and given up. Where the file system has no direct reads the bytes go through
+    /// As [`read_exact_at`](SourceFile::read_exact_at), but leaves nothing of what it reads in the page cache. A range that
+    /// is there already is taken from there, and given up. Where the file system has no direct reads the bytes go through
     /// the cache, and are given up as well.
     ///
     /// # Errors
     /// As `read_exact_at`.
     pub fn read_past_cache(&self, offset: u64, dst: &mut [u8], through: &mut DirectBuffer) -> Result<()> {
-        let cached = self.read_cached(offset, dst);
-        self.give_up(offset, cached);
-        let (offset, dst) = (offset + cached as u64, &mut dst[cached..]);
-        if dst.is_empty() {
+        let direct = self.direct().filter(|_| !is_cached(self.as_fd(), offset, dst.len() as u64));
+        if direct.is_some_and(|direct| read_direct(direct, offset, dst, through.aligned()).is_ok()) {
             return Ok(());
         }
-        let read = self.direct().map(|direct| read_direct(direct, offset, dst, through.aligned()));
-        match read {
-            Some(Ok(())) => Ok(()),
-            // Truncated, or not to be read directly: the plain read finds out, with its own errors.
-            Some(Err(_)) | None => {
-                self.read_exact_at(offset, dst)?;
-                self.give_up(offset, dst.len());
-                Ok(())
-            }
-        }
-    }
-
-    /// The bytes from `offset` on that are in the page cache; how many.
-    fn read_cached(&self, offset: u64, dst: &mut [u8]) -> usize {
-        let mut got = 0;
-        while got < dst.len() {
-            let mut rest = [IoSliceMut::new(&mut dst[got..])];
-            match rustix::io::preadv2(self, &mut rest, offset + got as u64, ReadWriteFlags::NOWAIT) {
-                Ok(0) => break,
-                Ok(read) => got += read,
-                Err(Errno::INTR) => {}
-                // Not there, or the file system cannot tell.
-                Err(_) => break,
-            }
-        }
-        got
-    }
-
-    fn give_up(&self, offset: u64, len: usize) {
-        if let Some(len) = NonZeroU64::new(len as u64) {
+        // In the cache, truncated, or not to be read directly: the plain read finds out, with its own errors.
+        self.read_exact_at(offset, dst)?;
+        if let Some(len) = NonZeroU64::new(dst.len() as u64) {
             self.advise(offset, Some(len), Advice::DontNeed);
         }
+        Ok(())
     }
+}
+
+/// Whether all of a range is in the page cache. `false` where the kernel does not tell: before Linux 6.5, and for files
+/// that are not the process's own. (A read that must not wait would not do: it starts to read from disk.)
+fn is_cached(file: BorrowedFd<'_>, offset: u64, len: u64) -> bool {
+    /// `struct cachestat`: pages in the cache, dirty ones, those being written, those evicted, and evicted lately.
+    #[repr(C)]
+    #[derive(Default)]
+    struct Counts {
+        cached: u64,
+        others: [u64; 4],
+    }
+    const CACHESTAT: libc::c_long = 451;
+    if len == 0 {
+        return true;
+    }
+    let (range, mut counts) = ([offset, len], Counts::default());
+    // SAFETY: the descriptor is open, and both structures are laid out as the kernel says and live through the call.
+    let result = unsafe { libc::syscall(CACHESTAT, file.as_raw_fd(), range.as_ptr(), &raw mut counts, 0) };
+    let page = rustix::param::page_size() as u64;
+    result == 0 && counts.cached > (offset + len - 1) / page - offset / page
 }
 
 /// The same file, whatever has its name by now, for direct reads. `None` where that is refused.

@@ -209,7 +209,7 @@ impl State {
         let book = self.books.vbar(page.vbar);
         let may = book.pass_is_over && !book.pages[page.page.as_usize()].stays_in_ring;
         let size = book.vbar.page_size;
-        let may = may && !self.policy.is_kept(page) && !self.is_past_cache(page);
+        let may = may && !self.policy.is_kept(page) && !self.exceeds_cache(page.vbar);
         may && self.registering.expect_job(size)
     }
 
@@ -259,7 +259,7 @@ impl State {
     pub(crate) fn is_still_wanted(&mut self, page: PageRef) -> bool {
         self.is_open(page.vbar)
             && !self.policy.is_kept(page)
-            && !self.is_past_cache(page)
+            && !self.exceeds_cache(page.vbar)
             && self.books.page(page).registered.is_none()
     }
 

@@ -5,6 +5,8 @@
 
 use forebay_core::{Bytes, PageRef, VbarId};
 
+use forebay_store::{Advice, Source, SourceKind};
+
 use crate::state::State;
 
 /// Of the room that there seems to be this share is used: others' needs come and go.
@@ -58,10 +60,21 @@ impl State {
             let steady = (demand.resident + demand.streamed) / STEADY;
             let stays =
                 matches!((book.cached_below, bound), (Some(was), Some(now)) if was.abs_diff(now) <= steady);
-            if !stays {
-                book.cached_below = bound;
+            if stays {
+                continue;
             }
+            if book.cached_below.is_some() != bound.is_some() {
+                let layout = book.vbar.layout.as_ref().map_or(&[][..], |layout| &layout.sources);
+                read_ahead_of_files(layout, bound.is_none());
+            }
+            book.cached_below = bound;
         }
+    }
+
+    /// Whether the page cache is too small for a VBAR. Then the disk is what takes time, and to register what is cached
+    /// gains nothing.
+    pub(crate) fn exceeds_cache(&self, id: VbarId) -> bool {
+        self.books.vbars.get(&id).is_some_and(|book| book.cached_below.is_some())
     }
 
     /// Whether a page is to be read past the page cache: it is resident, and need not be read again soon, or has no share
@@ -69,6 +82,21 @@ impl State {
     pub(crate) fn is_past_cache(&self, page: PageRef) -> bool {
         let Some(book) = self.books.vbars.get(&page.vbar) else { return false };
         book.cached_below.is_some_and(|bound| self.policy.is_kept(page) || self.policy.rank(page).0 >= bound)
+    }
+}
+
+/// Tells the kernel whether to read ahead in the files of these sources: what it brings beyond a page that has its place
+/// in the cache belongs to pages that have none.
+fn read_ahead_of_files(sources: &[Source], ahead: bool) {
+    let advice = if ahead { Advice::Normal } else { Advice::Random };
+    let mut last: Option<&Source> = None;
+    for source in sources {
+        if let SourceKind::File { file, .. } = source.kind()
+            && !last.is_some_and(|last| last.shares_file_with(source))
+        {
+            file.advise(0, None, advice);
+        }
+        last = Some(source);
     }
 }
 
