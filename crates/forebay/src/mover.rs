@@ -28,6 +28,8 @@ const EVENT_POLL: Duration = Duration::from_micros(50);
 /// How often free memory is looked at, while memory moves and while it does not.
 const BUSY_POLL: Duration = Duration::from_millis(10);
 const IDLE_POLL: Duration = Duration::from_millis(200);
+/// Pages under way in the copy stream beyond which no more of the registered page cache are added: 10 ms of the link.
+const MOST_LANDING: usize = 16;
 /// By how much more a budget must be able to rise before it does, at most; on a small device a sixteenth of its memory.
 const MOST_RISE: Bytes = Bytes::mib(64);
 
@@ -171,10 +173,16 @@ impl Mover {
 
     /// The first page, and those behind it in the queue and in address.
     fn take_maps(state: &mut State, first: PageRef) -> Next {
+        // What the copy engine reads by itself is enqueued at once, however far ahead it is; what comes through the ring
+        // would have to wait behind all of it.
+        if state.books.page(first).registered.is_some() && state.landing.len() >= MOST_LANDING {
+            return Next::EventPending;
+        }
         let vbar = Arc::clone(&state.books.vbar(first.vbar).vbar);
         let mut backing: Vec<Backing> = Vec::new();
         while let Some(&Command::Map { page, frame, serial, demanded }) = state.queue.front() {
-            if page.vbar != first.vbar || page.page.0 != first.page.0 + backing.len() as u32 {
+            let goes_on = page.vbar == first.vbar && page.page.0 == first.page.0 + backing.len() as u32;
+            if !goes_on || backing.len() >= MOST_LANDING {
                 break;
             }
             state.queue.pop_front();

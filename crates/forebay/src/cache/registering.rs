@@ -209,7 +209,8 @@ impl State {
         let book = self.books.vbar(page.vbar);
         let may = book.pass_is_over && !book.pages[page.page.as_usize()].stays_in_ring;
         let size = book.vbar.page_size;
-        let may = may && !self.policy.is_kept(page) && !self.exceeds_cache(page.vbar);
+        // An engine that stops has no keeper any more.
+        let may = may && !self.stop && !self.policy.is_kept(page) && !self.exceeds_cache(page.vbar);
         may && self.registering.expect_job(size)
     }
 
