@@ -16,8 +16,10 @@ __all__ = [
     "Weight",
     "__version__",
     "examine",
+    "intercept",
     "lend_all",
     "run",
+    "set_interception",
     "set_managed_types",
 ]
 
@@ -118,6 +120,14 @@ class Checkpoint:
     def nbytes(self) -> int: ...
 
 def examine() -> list[tuple[str, str, str, str | None]]: ...
+def intercept(
+    cls: type,
+    func: Callable[..., Any],
+    types: Sequence[type],
+    args: tuple[Any, ...] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+) -> Any: ...
+def set_interception(common: frozenset[Callable[..., Any]], otherwise: Callable[..., Any]) -> None: ...
 def run(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, mode: str
 ) -> Any: ...

@@ -9,6 +9,7 @@ mod dlpack;
 mod doctor;
 mod engine;
 mod errors;
+mod intercept;
 mod logs;
 mod model;
 mod run;
@@ -27,6 +28,8 @@ fn _forebay(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<vbar::ExplicitVbar>()?;
     module.add_class::<checkpoint::Checkpoint>()?;
     module.add_function(wrap_pyfunction!(doctor::examine, module)?)?;
+    module.add_function(wrap_pyfunction!(intercept::intercept, module)?)?;
+    module.add_function(wrap_pyfunction!(intercept::set_interception, module)?)?;
     module.add_function(wrap_pyfunction!(run::run, module)?)?;
     module.add_function(wrap_pyfunction!(run::lend_all, module)?)?;
     module.add_function(wrap_pyfunction!(run::set_managed_types, module)?)?;

@@ -46,8 +46,8 @@ pub(crate) enum Above {
 }
 
 /// What a look without the lock found.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Found {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Found {
     /// Every page is pinned and its bytes are there.
     Ready,
     /// Every page is pinned, its bytes there or on their way in the copy stream.
@@ -78,25 +78,38 @@ impl Shared {
         above: Above,
         note: impl FnOnce(),
     ) -> Result<bool> {
-        spans.iter().for_each(|span| span.vbar.as_ref().streams.know(how.stream));
+        match self.begin(spans, how.stream) {
+            Found::Missing => self.finish(spans, Found::Missing, how, above, note),
+            found => {
+                note();
+                self.finish(spans, found, how, above, || {})
+            }
+        }
+    }
+
+    /// The rest of an [`acquire`](Shared::acquire) after [`begin`](Shared::begin), whose pins it takes over: they are
+    /// the caller's when this is `true`, and gone otherwise. `note` is called for pages that were missing.
+    pub(crate) fn finish<V: AsRef<Vbar>>(
+        &self,
+        spans: &[Span<V>],
+        found: Found,
+        how: Use<'_>,
+        above: Above,
+        note: impl FnOnce(),
+    ) -> Result<bool> {
+        if found == Found::Ready {
+            return Ok(true);
+        }
         let start = Instant::now();
-        let found = self.begin(spans);
-        let was_filled = found != Found::Missing;
-        let pending = match found {
-            Found::Ready => {
-                note();
-                return Ok(true);
-            }
-            Found::Pending => {
-                note();
-                let pages: Vec<(&Vbar, u32)> = spans.iter().flat_map(Span::pages).collect();
-                let pending = self.pending(&mut self.state.lock(), &pages);
-                Some(pending.inspect_err(|_| self.release(spans, Used::Nowhere))?)
-            }
-            Found::Missing => self.acquire_slow(spans, how, above, note)?,
+        let pending = if found == Found::Pending {
+            let pages: Vec<(&Vbar, u32)> = spans.iter().flat_map(Span::pages).collect();
+            let pending = self.pending(&mut self.state.lock(), &pages);
+            Some(pending.inspect_err(|_| self.release(spans, Used::Nowhere))?)
+        } else {
+            self.acquire_slow(spans, how, above, note)?
         };
         let Some(pending) = pending else { return Ok(false) };
-        if was_filled && pending.is_empty() {
+        if found == Found::Pending && pending.is_empty() {
             return Ok(true);
         }
         for event in &pending {
@@ -112,21 +125,9 @@ impl Shared {
         Ok(true)
     }
 
-    /// Pins every page of the spans if all are there.
-    pub(crate) fn acquire_now<V: AsRef<Vbar>>(&self, spans: &[Span<V>], stream: StreamHandle) -> bool {
+    /// Begins an operation if its pages are filled: they are pinned then. Never waits.
+    pub(crate) fn begin<V: AsRef<Vbar>>(&self, spans: &[Span<V>], stream: StreamHandle) -> Found {
         spans.iter().for_each(|span| span.vbar.as_ref().streams.know(stream));
-        match self.begin(spans) {
-            Found::Ready => true,
-            Found::Pending => {
-                self.release(spans, Used::Nowhere);
-                false
-            }
-            Found::Missing => false,
-        }
-    }
-
-    /// Begins an operation if its pages are filled.
-    fn begin<V: AsRef<Vbar>>(&self, spans: &[Span<V>]) -> Found {
         // Counted before the first pin and until after the last: who waits for pins sees whose they are.
         self.operations.fetch_add(1, Ordering::AcqRel);
         let found = self.try_fast(spans);

@@ -9,8 +9,8 @@ use forebay_device::{Device, DeviceId, Reservation, StreamHandle};
 use forebay_store::ReaderPool;
 use parking_lot::Mutex;
 
-use crate::acquire::{Above, Use};
-use crate::attachment::{Attachment, Counted, Pinned, View};
+use crate::acquire::{Above, Found, Use};
+use crate::attachment::{Attachment, Begun, Counted, Pinned, View, Waiting};
 use crate::books::{PageBook, VbarBook};
 use crate::explicit::ExplicitVbar;
 use crate::filler::Reader;
@@ -18,7 +18,7 @@ use crate::layout::{Layout, LayoutOptions, WeightSpec};
 use crate::mover::Mover;
 use crate::state::{Budget, Shared, State};
 use crate::stats::{EngineStats, VbarStats};
-use crate::vbar::{Span, Vbar};
+use crate::vbar::{Spans, Vbar};
 use crate::{EngineError, Result};
 
 /// The pages of an explicit VBAR (ComfyUI's contract).
@@ -124,27 +124,32 @@ impl Engine {
     ///
     /// # Errors
     /// As [`Attachment::acquire`]; [`EngineError::Invalid`] for an attachment of another engine.
-    pub fn acquire(&self, weights: &[(&Attachment, usize)], how: Use<'_>) -> Result<Pinned<'_>> {
-        let spans = self.spans(weights)?;
-        self.shared.acquire(&spans, how, Above::Fail, || note_uses(weights))?;
-        Ok(Pinned::new(self, spans, how.stream))
+    pub fn acquire<'a>(&'a self, weights: &[(&'a Attachment, usize)], how: Use<'_>) -> Result<Pinned<'a>> {
+        match self.begin(weights, how.stream)? {
+            Begun::Ready(pinned) => Ok(pinned),
+            Begun::Waiting(waiting) => waiting.wait(how.interrupted),
+        }
     }
 
-    /// [`acquire`](Engine::acquire) if that needs no waiting: every page is there. `None` otherwise.
+    /// [`acquire`](Engine::acquire) in two steps, for callers that must give something up before they wait. This one
+    /// never waits.
     ///
     /// # Errors
     /// [`EngineError::Invalid`] for an attachment of another engine or a weight that does not exist.
-    pub fn acquire_now(
-        &self,
-        weights: &[(&Attachment, usize)],
+    pub fn begin<'a>(
+        &'a self,
+        weights: &[(&'a Attachment, usize)],
         stream: StreamHandle,
-    ) -> Result<Option<Pinned<'_>>> {
+    ) -> Result<Begun<'a>> {
         let spans = self.spans(weights)?;
-        let pinned = self.shared.acquire_now(&spans, stream);
-        if pinned {
+        let found = self.shared.begin(&spans, stream);
+        if found != Found::Missing {
             note_uses(weights);
         }
-        Ok(pinned.then(|| Pinned::new(self, spans, stream)))
+        if found == Found::Ready {
+            return Ok(Begun::Ready(Pinned::new(self, spans, stream)));
+        }
+        Ok(Begun::Waiting(Waiting::new(self, spans, weights, stream, found)))
     }
 
     /// Pins weights together like [`acquire`](Engine::acquire), each for as long as its view lives.
@@ -262,13 +267,13 @@ impl Engine {
     }
 
     /// The pages of an operation's weights.
-    fn spans(&self, weights: &[(&Attachment, usize)]) -> Result<Vec<Span<Arc<Vbar>>>> {
-        let of = |(attachment, weight): &(&Attachment, usize)| {
+    fn spans<'a>(&self, weights: &[(&'a Attachment, usize)]) -> Result<Spans<'a>> {
+        let of = |&(attachment, weight): &(&'a Attachment, usize)| {
             if !std::ptr::eq(&**attachment.engine(), self) {
                 let name = attachment.name();
                 return Err(EngineError::Invalid(format!("{name:?} is attached to another engine")));
             }
-            attachment.span(*weight)
+            attachment.span(weight)
         };
         weights.iter().map(of).collect()
     }
@@ -367,7 +372,7 @@ impl Drop for Engine {
     }
 }
 
-fn note_uses(weights: &[(&Attachment, usize)]) {
+pub(crate) fn note_uses(weights: &[(&Attachment, usize)]) {
     weights.iter().for_each(|(attachment, weight)| attachment.note_use(*weight));
 }
 

@@ -58,7 +58,7 @@ pub mod doctor;
 pub mod plan;
 
 pub use acquire::Use;
-pub use attachment::{Attachment, Pinned, View};
+pub use attachment::{Attachment, Begun, Pinned, View, Waiting};
 pub use engine::{Engine, EngineConfig};
 pub use error::{EngineError, Result};
 pub use explicit::{ExplicitVbar, Signature};

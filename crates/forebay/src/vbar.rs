@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use forebay_core::{Bytes, PageIndex, PageRef, Serial, VbarId};
 use forebay_device::{DeviceAddr, Reservation};
+use smallvec::SmallVec;
 
 use crate::cell::PageCell;
 use crate::layout::Layout;
@@ -101,6 +102,9 @@ impl<V: AsRef<Vbar>> Span<V> {
         (self.first..=self.last).map(|page| (self.vbar.as_ref(), page))
     }
 }
+
+/// The pages of an operation's weights: a weight and its bias take no allocation.
+pub(crate) type Spans<'a> = SmallVec<[Span<&'a Vbar>; 2]>;
 
 impl AsRef<Vbar> for Vbar {
     fn as_ref(&self) -> &Vbar {
