@@ -83,8 +83,8 @@ def stats(device: str | torch.device | Engine | None = None) -> dict[str, Any]:
     Returns:
         ``device``, ``device_name``, ``budget``, ``held``, ``free_frames``, ``pinned_host`` (bytes) and ``models``, a
         list of dicts, most recently used first: ``name``, ``bytes``, ``page_size``, ``pages``, ``watermark``,
-        ``resident``, ``streamed``, ``absent``, ``filled``, ``looked_up`` (bytes), ``filled_pages``, ``waits``,
-        ``wait_s``, ``mispredicted``.
+        ``resident``, ``streamed``, ``absent``, ``pinned``, ``filled``, ``looked_up`` (bytes), ``filled_pages``,
+        ``waits``, ``wait_s``, ``mispredicted``, ``lent`` (whether its weights are lent as a whole).
     """
     return engine(device).stats()
 

@@ -161,6 +161,8 @@ pub(crate) fn vbar_stats<'py>(py: Python<'py>, stats: &VbarStats) -> PyResult<Bo
     dict.set_item("resident", stats.in_state(PageState::Resident).get())?;
     dict.set_item("streamed", stats.in_state(PageState::Streamed).get())?;
     dict.set_item("absent", stats.in_state(PageState::Absent).get())?;
+    dict.set_item("pinned", stats.pinned.get())?;
+    dict.set_item("lent", stats.lent)?;
     dict.set_item("filled", stats.filled.get())?;
     dict.set_item("filled_pages", stats.filled_pages)?;
     dict.set_item("looked_up", stats.looked_up.get())?;

@@ -356,15 +356,11 @@ fn aliases(
 
 /// The error of an operation that wrote to a weight. What it wrote is given up.
 fn written(weights: &[Bound<'_, Weight>]) -> PyErr {
-    let names: Vec<&str> = weights
-        .iter()
-        .map(|weight| {
-            // The weight was found by this very call, so it exists; a page somebody else pins keeps what was written
-            // until it leaves, and the error says so.
-            weight.get().shared.attachment.discard(weight.get().index).ok();
-            weight.get().shared.attachment.weight_names()[weight.get().index].as_str()
-        })
-        .collect();
+    let names: Vec<&str> = weights.iter().map(|weight| weight.get().discarded()).collect();
+    written_error(&names)
+}
+
+pub(crate) fn written_error<S: std::borrow::Borrow<str>>(names: &[S]) -> PyErr {
     ForebayError::new_err(format!(
         "an operation wrote to managed weights, which are read-only; what it wrote is discarded. \
          detach() the model to change its weights: {}",

@@ -3,6 +3,8 @@
 //! Present and filled is the fast path: one atomic step a page, no lock, no allocation. Everything else goes through
 //! the state lock once, and waits there only until the copies are enqueued; for their end the consumer's stream waits.
 
+use std::cell::Cell;
+use std::marker::PhantomData;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -11,6 +13,7 @@ use forebay_core::{Bytes, Outcome, PageRef, PageState};
 use forebay_device::{Event, StreamHandle};
 use parking_lot::MutexGuard;
 
+use crate::engine::Engine;
 use crate::state::{Shared, State};
 use crate::vbar::{Span, Vbar};
 use crate::{EngineError, Result};
@@ -21,6 +24,43 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const VIEW_PATIENCE: Duration = Duration::from_secs(1);
 /// How often a waiting call looks for an interrupt.
 const INTERRUPT_POLL: Duration = Duration::from_millis(50);
+
+thread_local! {
+    static OWN_OPERATIONS: Cell<usize> = const { Cell::new(0) };
+}
+
+/// Operations of the calling thread that other demands of it run inside of.
+fn own_operations() -> usize {
+    OWN_OPERATIONS.get()
+}
+
+/// An operation of many uses, like a model's forward: while it lives, other threads that wait for pages wait for it.
+/// It ends on the thread that began it.
+#[derive(Debug)]
+#[must_use = "the operation ends when this is dropped"]
+pub struct Operation {
+    engine: Arc<Engine>,
+    /// The count is the thread's.
+    _here: PhantomData<*const ()>,
+}
+
+impl Engine {
+    /// Begins an operation of many uses.
+    pub fn operation(self: &Arc<Self>) -> Operation {
+        self.shared().operations.fetch_add(1, Ordering::AcqRel);
+        OWN_OPERATIONS.set(own_operations() + 1);
+        Operation { engine: Arc::clone(self), _here: PhantomData }
+    }
+}
+
+impl Drop for Operation {
+    fn drop(&mut self) {
+        OWN_OPERATIONS.set(own_operations().saturating_sub(1));
+        self.engine.shared().operations.fetch_sub(1, Ordering::AcqRel);
+        // Who waits for pages looks again whose they are.
+        self.engine.shared().changed.notify_all();
+    }
+}
 
 /// How a use is to be made.
 #[derive(Clone, Copy)]
@@ -296,7 +336,13 @@ impl Shared {
                     let budget = state.policy.budget();
                     return Err(EngineError::TooLarge { device: self.id, needed, budget, reserved });
                 }
-                Outcome::Refused | Outcome::Blocked => self.wait_for_room(state, distinct, wait)?,
+                Outcome::Refused | Outcome::Blocked => {
+                    // Nothing is lent as a whole meanwhile.
+                    state.waiting += 1;
+                    let waited = self.wait_for_room(state, distinct, wait);
+                    state.waiting -= 1;
+                    waited?;
+                }
             }
         }
     }
@@ -316,8 +362,9 @@ impl Shared {
         distinct: &[PageRef],
         wait: &mut Wait<'_>,
     ) -> Result<()> {
-        let operations = self.operations.load(Ordering::Acquire);
-        let busy = operations > 0 || !state.is_settled();
+        // The operations around this demand do not end before it does.
+        let others = self.operations.load(Ordering::Acquire).saturating_sub(own_operations());
+        let busy = others > 0 || !state.is_settled() || state.recalled > 0;
         let patience = if busy { PATIENCE } else { VIEW_PATIENCE };
         if wait.elapsed() > patience {
             return Err(self.all_pinned(state, distinct, wait));

@@ -241,6 +241,11 @@ impl Attachment {
         self.stats().pages
     }
 
+    /// How many pages were filled so far.
+    pub fn pages_filled(&self) -> u64 {
+        self.vbar.counters.filled_pages.load(Ordering::Relaxed)
+    }
+
     /// What was moved and who waited.
     pub fn stats(&self) -> VbarStats {
         self.engine.vbar_stats(&self.engine.shared().state.lock(), &self.vbar)
@@ -259,6 +264,10 @@ impl Attachment {
     /// The engine.
     pub fn engine(&self) -> &Arc<Engine> {
         &self.engine
+    }
+
+    pub(crate) fn vbar(&self) -> &Arc<Vbar> {
+        &self.vbar
     }
 
     pub(crate) fn span(&self, weight: usize) -> Result<Span<&Vbar>> {
@@ -284,7 +293,7 @@ impl Attachment {
         self.vbar.layout.as_ref().expect("an attachment is made with a layout")
     }
 
-    fn reserved_by_others(&self) -> Bytes {
+    pub(crate) fn reserved_by_others(&self) -> Bytes {
         let own = self.small.lock().as_ref().map_or(Bytes::ZERO, |small| small.bytes);
         self.engine.shared().reserved().saturating_sub(own)
     }

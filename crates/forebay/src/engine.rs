@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::{Builder, JoinHandle, available_parallelism};
+use std::time::{Duration, Instant};
 
 use forebay_core::{Bytes, Mode, PageIndex, PageRef, RankOrder, Schedule, VbarId, VbarSpec};
 use forebay_device::{Device, DeviceId, Reservation, StreamHandle};
@@ -23,6 +24,9 @@ use crate::{EngineError, Result};
 
 /// The pages of an explicit VBAR (ComfyUI's contract).
 const EXPLICIT_PAGE: Bytes = Bytes::mib(32);
+
+/// How long a call that makes room waits for models that were lent as a whole.
+const RECALL_PATIENCE: Duration = Duration::from_secs(1);
 
 /// How an engine is to run.
 #[derive(Clone, Copy, Debug)]
@@ -191,7 +195,13 @@ impl Engine {
     /// What the device reports.
     pub fn make_room(&self, bytes: Bytes) -> Result<Bytes> {
         let mut state = self.shared.state.lock();
-        let freed = state.make_room(&*self.shared.device, bytes);
+        state.begin_room();
+        let mut freed = state.make_room(&*self.shared.device, bytes);
+        let start = Instant::now();
+        while freed < bytes && state.recalled > 0 && start.elapsed() < RECALL_PATIENCE {
+            self.shared.changed.wait_for(&mut state, Duration::from_millis(10));
+            freed += state.make_room(&*self.shared.device, bytes.saturating_sub(freed));
+        }
         drop(state);
         let settled = self.settle();
         self.shared.state.lock().room_was_made();
@@ -230,7 +240,7 @@ impl Engine {
             let so_far = state.so_far();
             while !state.is_done(so_far) {
                 state.check()?;
-                self.shared.changed.wait_for(&mut state, std::time::Duration::from_millis(10));
+                self.shared.changed.wait_for(&mut state, Duration::from_millis(10));
             }
         }
         state.check()
@@ -294,12 +304,13 @@ impl Engine {
             page_size: vbar.page_size,
             pages: (0..vbar.cells.len() as u32).map(|p| state.policy.state(page(p))).collect(),
             pinned: vbar.page_size * vbar.cells.iter().filter(|cell| cell.load().pins() > 0).count() as u64,
+            lent: state.books.vbars.get(&vbar.id).is_some_and(|book| book.lent.is_some()),
             watermark: state.policy.watermark(vbar.id).0,
             filled: Bytes::new(load(&counters.filled_bytes)),
             filled_pages: load(&counters.filled_pages),
             looked_up: Bytes::new(load(&counters.looked_up_bytes)),
             waits: load(&counters.waits),
-            wait_time: std::time::Duration::from_nanos(load(&counters.wait_ns)),
+            wait_time: Duration::from_nanos(load(&counters.wait_ns)),
             mispredicted: state.books.vbars.get(&vbar.id).map_or(0, |book| book.schedule.mispredicted()),
         }
     }
@@ -327,6 +338,9 @@ impl Engine {
         vbar.closed.store(true, Ordering::Release);
         if let Some(book) = state.books.vbars.get_mut(&vbar.id) {
             book.closing = true;
+            if let Some(lent) = book.lent.clone() {
+                state.recall(&lent);
+            }
             state.decide(|policy, books, out| policy.close_vbar(vbar.id, books, out));
         }
         let gone = state.forget_if_gone(vbar.id);
@@ -352,6 +366,7 @@ impl Engine {
             schedule: Schedule::new(scheduled as u32),
             trace_tail: 0,
             started: false,
+            lent: None,
         };
         state.books.vbars.insert(id, book);
         Ok(vbar)

@@ -29,6 +29,8 @@ pub(crate) struct Vbar {
     pub(crate) streams: KnownStreams,
     /// Leading pages that are pinned as long as the model is attached, once they are.
     pub(crate) reserved: AtomicU32,
+    /// Was used without a lock since its uses were last taken in.
+    pub(crate) used_as_lent: AtomicBool,
     /// Set when the VBAR is closed, so that nobody pins what others still hold.
     pub(crate) closed: AtomicBool,
     reservation: Reservation,
@@ -54,6 +56,7 @@ impl Vbar {
             counters: Counters::default(),
             streams: KnownStreams::default(),
             reserved: AtomicU32::new(0),
+            used_as_lent: AtomicBool::new(false),
             closed: AtomicBool::new(false),
             reservation,
         }
