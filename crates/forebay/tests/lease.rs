@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
+use common::gate::Gate;
 use common::{Consumer, Random, Rig, Weights, assert_no_pins};
 use forebay::{Attachment, Budget, Bytes, Engine, Lease, Lending, Use, View};
 
@@ -218,5 +219,42 @@ fn leases_recalls_and_uses_of_many_threads_never_read_a_wrong_byte() {
         }
     });
     assert!(lent.load(Ordering::Relaxed) > 0);
+    assert_no_pins(&engine, 0);
+}
+
+#[test]
+fn a_page_that_was_lent_leaves_behind_the_work_of_every_stream_that_was_told_of() {
+    let mut random = Random::seeded();
+    let rig = Rig::new();
+    let weights = Weights::new(&mut random, &[2 * MIB; 3]);
+    let engine = rig.engine(PAGE * 3);
+    let model = weights.attach(&engine, "model");
+    for _ in 0..3 {
+        let (mut consumer, mut side) = (rig.consumer(), rig.consumer());
+        model.prioritize();
+        let holder = Holder::new(&model, &weights, &mut consumer);
+        holder.lease.know_stream(side.stream());
+        // Reads that have not even begun when everything is given back, on a stream that no acquire names.
+        let gate = Gate::close(&rig, side.stream());
+        for (view, bytes) in holder.views.iter().zip(&weights.contents) {
+            side.read_at(view.address(), bytes, "lent, on the side");
+        }
+        drop(holder);
+        let (done, is_done) = channel();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                engine.make_room(PAGE * 3).unwrap();
+                done.send(()).unwrap();
+            });
+            if rig.host.is_some() {
+                let early = is_done.recv_timeout(Duration::from_millis(150));
+                assert!(early.is_err(), "unmapped under a stream");
+            }
+            gate.open();
+            is_done.recv().unwrap();
+        });
+        side.check();
+        consumer.check();
+    }
     assert_no_pins(&engine, 0);
 }
