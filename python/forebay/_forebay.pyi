@@ -12,12 +12,19 @@ __all__ = [
     "ForebayError",
     "Model",
     "OutOfMemoryError",
+    "Scope",
+    "Shadows",
     "SourceError",
     "Weight",
     "__version__",
+    "close_recalls",
     "examine",
+    "intercept",
     "lend_all",
+    "open_recalls",
     "run",
+    "serve_recalls",
+    "set_interception",
     "set_managed_types",
 ]
 
@@ -95,6 +102,25 @@ class Weight:
     def source(self) -> str: ...
 
 @final
+class Shadows:
+    def __new__(
+        cls,
+        model: Model,
+        weights: Sequence[tuple[Weight, torch.Tensor]],
+        places: Sequence[tuple[dict[str, Any], dict[str, Any], str, int]],
+        make: Callable[[torch.Tensor, Any], torch.Tensor],
+        streams: Callable[[], Sequence[int]] | None,
+    ) -> Shadows: ...
+    def scope(self, number: int, places: Sequence[int], parent: Scope | None) -> Scope: ...
+    def close(self) -> None: ...
+    @property
+    def lent(self) -> bool: ...
+
+@final
+class Scope:
+    def run(self, original: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any: ...
+
+@final
 class ExplicitVbar:
     def alloc(self, nbytes: float) -> int: ...
     def fault(self, address: int, nbytes: int, stream: int) -> list[int] | None: ...
@@ -125,8 +151,19 @@ class Checkpoint:
     def nbytes(self) -> int: ...
 
 def examine() -> list[tuple[str, str, str, str | None]]: ...
+def intercept(
+    cls: type,
+    func: Callable[..., Any],
+    types: Sequence[type],
+    args: tuple[Any, ...] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+) -> Any: ...
+def set_interception(common: frozenset[Callable[..., Any]], otherwise: Callable[..., Any]) -> None: ...
 def run(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, mode: str
 ) -> Any: ...
 def lend_all(weights: Sequence[Weight]) -> list[torch.Tensor]: ...
+def open_recalls() -> None: ...
+def serve_recalls() -> None: ...
+def close_recalls() -> None: ...
 def set_managed_types(types: Sequence[type]) -> None: ...

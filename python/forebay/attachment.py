@@ -21,6 +21,7 @@ from forebay.instance_methods import InstanceMethod
 from forebay.lending import lend_in_forward, plain_tensor, restore, takes_loans
 from forebay.parameter import ForebayParameter, ForebayTensor
 from forebay.places import Place
+from forebay.shadows import shadow_in_forward
 from forebay.small import small_of, small_parameter
 
 _log = logging.getLogger("forebay")
@@ -205,6 +206,9 @@ class Attachment:
         self._install_methods(
             root, {id(place.owner) for weight in weights.managed for place in weight.places}, lend
         )
+        before, after = shadow_in_forward(model, root, lend, self.device)
+        self._undo[:0] = after
+        self._undo.extend(reversed(before))
 
     def _replace(self, weight: Weight, found: _Weight) -> None:
         source = found.source

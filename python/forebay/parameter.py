@@ -14,7 +14,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from forebay._forebay import ForebayError, Weight, run, set_managed_types
+from forebay._forebay import (
+    ForebayError,
+    Weight,
+    intercept,
+    run,
+    set_interception,
+    set_managed_types,
+)
 from forebay.functions import (
     CONVERSIONS,
     DETACHED,
@@ -62,31 +69,7 @@ class ForebayTensor(torch.Tensor):
             torch._C._set_storage_data_ptr_access_error_msg(storage._cdata, f"{_NO_ADDRESS}: {weight.name}")
         return self
 
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        if torch._C._get_tracing_state() is not None:
-            raise ForebayError(
-                "a trace keeps addresses of weights, which are managed; trace the model before attach"
-            )
-        if func in HIDDEN_WRITES:
-            for written in hidden_writes(func, args, kwargs):
-                if isinstance(written, ForebayTensor):
-                    raise _write_error(func.__name__, written)
-        if func is F.embedding:
-            return _embedding(*args, **kwargs)
-        if func in PURE and "out" not in kwargs:
-            return run(func, args, kwargs, "views" if _is_kept_by_others(args, kwargs) else "pure")
-        return _uncommon(func, args, kwargs)
+    __torch_function__: Any = classmethod(intercept)  # type: ignore[assignment]
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -118,7 +101,34 @@ class ForebayParameter(ForebayTensor):
     _is_param = True
 
 
+def _intercepted(
+    func: Callable[..., Any],
+    types: Sequence[type],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None,
+) -> Any:
+    """Every call that :func:`intercept` does not run itself."""
+    kwargs = kwargs or {}
+    if func in METADATA:
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+    if torch._C._get_tracing_state() is not None:
+        raise ForebayError(
+            "a trace keeps addresses of weights, which are managed; trace the model before attach"
+        )
+    if func in HIDDEN_WRITES:
+        for written in hidden_writes(func, args, kwargs):
+            if isinstance(written, ForebayTensor):
+                raise _write_error(func.__name__, written)
+    if func is F.embedding:
+        return _embedding(*args, **kwargs)
+    if func in PURE and "out" not in kwargs:
+        return run(func, args, kwargs, "views" if _is_kept_by_others(args, kwargs) else "pure")
+    return _uncommon(func, args, kwargs)
+
+
 set_managed_types([ForebayTensor, ForebayParameter])
+set_interception(PURE.difference(HIDDEN_WRITES, {F.embedding}), _intercepted)
 
 
 def _uncommon(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -202,6 +202,8 @@ pub(crate) fn vbar_stats<'py>(py: Python<'py>, stats: &VbarStats) -> PyResult<Bo
     dict.set_item("resident", stats.in_state(PageState::Resident).get())?;
     dict.set_item("streamed", stats.in_state(PageState::Streamed).get())?;
     dict.set_item("absent", stats.in_state(PageState::Absent).get())?;
+    dict.set_item("pinned", stats.pinned.get())?;
+    dict.set_item("lent", stats.lent)?;
     dict.set_item("filled", stats.filled.get())?;
     dict.set_item("direct", stats.direct.get())?;
     dict.set_item("past_cache", stats.past_cache.get())?;

@@ -9,9 +9,12 @@ mod dlpack;
 mod doctor;
 mod engine;
 mod errors;
+mod intercept;
 mod logs;
 mod model;
+mod recalls;
 mod run;
+mod shadows;
 mod vbar;
 
 use pyo3::prelude::*;
@@ -24,11 +27,18 @@ fn _forebay(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<engine::Engine>()?;
     module.add_class::<model::Model>()?;
     module.add_class::<model::Weight>()?;
+    module.add_class::<shadows::Shadows>()?;
+    module.add_class::<shadows::Scope>()?;
     module.add_class::<vbar::ExplicitVbar>()?;
     module.add_class::<checkpoint::Checkpoint>()?;
     module.add_function(wrap_pyfunction!(doctor::examine, module)?)?;
+    module.add_function(wrap_pyfunction!(intercept::intercept, module)?)?;
+    module.add_function(wrap_pyfunction!(intercept::set_interception, module)?)?;
     module.add_function(wrap_pyfunction!(run::run, module)?)?;
     module.add_function(wrap_pyfunction!(run::lend_all, module)?)?;
     module.add_function(wrap_pyfunction!(run::set_managed_types, module)?)?;
+    module.add_function(wrap_pyfunction!(recalls::open_recalls, module)?)?;
+    module.add_function(wrap_pyfunction!(recalls::serve_recalls, module)?)?;
+    module.add_function(wrap_pyfunction!(recalls::close_recalls, module)?)?;
     errors::add(module)
 }

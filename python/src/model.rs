@@ -34,7 +34,7 @@ impl Shared {
 /// The weights of one model on one device.
 #[pyclass(frozen, module = "forebay._forebay")]
 pub(crate) struct Model {
-    shared: Arc<Shared>,
+    pub(crate) shared: Arc<Shared>,
 }
 
 impl Model {
@@ -141,6 +141,14 @@ impl Weight {
         let address = attachment.address(self.index).map_err(raised)?;
         let bytes = attachment.source(self.index).map_err(raised)?.len();
         capsule(py, attachment.engine().device(), address, bytes, Box::new(keep))
+    }
+
+    /// Gives the weight's pages up, with what was written to them. A page that somebody pins keeps it until it leaves.
+    /// The weight's name, for the error.
+    pub(crate) fn discarded(&self) -> &str {
+        // The weight was found in a model, so it exists.
+        self.shared.attachment.discard(self.index).ok();
+        self.shared.attachment.weight_names()[self.index].as_str()
     }
 
     /// Whether `address` lies in the address range of this weight's model.

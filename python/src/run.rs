@@ -6,14 +6,18 @@ use std::cell::RefCell;
 use std::sync::{Arc, OnceLock};
 
 use forebay::device::StreamHandle;
-use forebay::{Attachment, Engine, Pinned, Use, View};
+use forebay::{Attachment, Begun, Engine, Pinned, Use, View};
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyTuple, PyType};
+use smallvec::{SmallVec, smallvec};
 
 use crate::errors::{ForebayError, raised};
 use crate::model::Weight;
+
+/// The weights of one call: a weight and its bias take no allocation.
+type Weights<'py> = SmallVec<[Bound<'py, Weight>; 2]>;
 
 /// The tensor types that stand for managed weights, each with its `Weight` in `_weight`.
 static MANAGED: OnceLock<Vec<Py<PyType>>> = OnceLock::new();
@@ -22,6 +26,17 @@ static MANAGED: OnceLock<Vec<Py<PyType>>> = OnceLock::new();
 #[pyfunction]
 pub(crate) fn set_managed_types(types: Vec<Py<PyType>>) -> PyResult<()> {
     MANAGED.set(types).map_err(|_| PyRuntimeError::new_err("the managed types are set already"))
+}
+
+/// What is known of a function's results.
+#[derive(Clone, Copy)]
+pub(crate) enum Mode {
+    /// They never share memory with the arguments.
+    Pure,
+    /// They may; then the call is made again on tensors that keep their weight pinned.
+    Checked,
+    /// They usually do: such tensors are used at once.
+    Views,
 }
 
 /// Calls ``func`` with every managed weight among its arguments replaced by a plain tensor.
@@ -35,8 +50,22 @@ pub(crate) fn run<'py>(
     kwargs: Option<&Bound<'py, PyDict>>,
     mode: &str,
 ) -> PyResult<Bound<'py, PyAny>> {
-    let py = func.py();
-    let mut weights: Vec<Bound<'py, Weight>> = Vec::new();
+    let mode = match mode {
+        "pure" => Mode::Pure,
+        "views" => Mode::Views,
+        _ => Mode::Checked,
+    };
+    run_as(func, args, kwargs, mode)
+}
+
+/// [`run`] from here.
+pub(crate) fn run_as<'py>(
+    func: &Bound<'py, PyAny>,
+    args: &Bound<'py, PyTuple>,
+    kwargs: Option<&Bound<'py, PyDict>>,
+    mode: Mode,
+) -> PyResult<Bound<'py, PyAny>> {
+    let mut weights = Weights::new();
     collect(args.as_any(), &mut weights)?;
     if let Some(kwargs) = kwargs {
         collect(kwargs.as_any(), &mut weights)?;
@@ -44,25 +73,51 @@ pub(crate) fn run<'py>(
     if weights.is_empty() {
         return without_interception(func, args, kwargs);
     }
-    if mode == "views" {
-        return on_views(func, args, kwargs, &weights);
+    match mode {
+        Mode::Pure => on_plain(func, args, kwargs, &weights),
+        Mode::Checked => checked(func, args, kwargs, &weights),
+        Mode::Views => on_views(func, args, kwargs, &weights),
     }
-    let plain: Vec<_> = weights.iter().map(|weight| weight.get().plain(py)).collect::<PyResult<_>>()?;
-    let pinned = acquire(py, &weights)?;
-    let before = if mode == "checked" { versions(&plain)? } else { Vec::new() };
+}
+
+/// Calls with the plain tensors, pinned meanwhile.
+fn on_plain<'py>(
+    func: &Bound<'py, PyAny>,
+    args: &Bound<'py, PyTuple>,
+    kwargs: Option<&Bound<'py, PyDict>>,
+    weights: &[Bound<'py, Weight>],
+) -> PyResult<Bound<'py, PyAny>> {
+    let plain = plain(func.py(), weights)?;
+    let _pinned = acquire(func.py(), weights)?;
+    call(func, args, kwargs, &plain)
+}
+
+/// Calls with the plain tensors, and once more on views where a result shares their memory.
+fn checked<'py>(
+    func: &Bound<'py, PyAny>,
+    args: &Bound<'py, PyTuple>,
+    kwargs: Option<&Bound<'py, PyDict>>,
+    weights: &[Bound<'py, Weight>],
+) -> PyResult<Bound<'py, PyAny>> {
+    let plain = plain(func.py(), weights)?;
+    let pinned = acquire(func.py(), weights)?;
+    let before = versions(&plain)?;
     let result = call(func, args, kwargs, &plain)?;
-    if mode == "checked" {
-        if versions(&plain)? != before {
-            drop(pinned);
-            return Err(written(&weights));
-        }
-        if aliases(&result, args, &weights)? {
-            drop(pinned);
-            drop(result);
-            return on_views(func, args, kwargs, &weights);
-        }
+    if versions(&plain)? != before {
+        drop(pinned);
+        return Err(written(weights));
+    }
+    if aliases(&result, args, weights)? {
+        drop(pinned);
+        drop(result);
+        return on_views(func, args, kwargs, weights);
     }
     Ok(result)
+}
+
+/// The plain tensors of weights.
+fn plain<'py>(py: Python<'py>, weights: &[Bound<'py, Weight>]) -> PyResult<SmallVec<[Bound<'py, PyAny>; 2]>> {
+    weights.iter().map(|weight| weight.get().plain(py)).collect()
 }
 
 /// Plain tensors over weights for the length of an operation: all pinned together, each for as long as its storage
@@ -109,17 +164,15 @@ fn without_interception<'py>(
 }
 
 /// Pins all weights, those of one engine together.
-fn acquire<'a>(py: Python<'_>, weights: &'a [Bound<'_, Weight>]) -> PyResult<Vec<Pinned<'a>>> {
+fn acquire<'a>(py: Python<'_>, weights: &'a [Bound<'_, Weight>]) -> PyResult<SmallVec<[Pinned<'a>; 1]>> {
     by_engine(weights)
         .into_iter()
         .map(|group| {
-            let first = group[0];
-            let stream = first.shared.current_stream(py)?;
-            let engine = first.shared.attachment.engine();
-            let pairs = pairs(&group);
-            match engine.acquire_now(&pairs, stream).map_err(raised)? {
-                Some(pinned) => Ok(pinned),
-                None => with_interrupts(py, stream, |how| engine.acquire(&pairs, how)),
+            let stream = group[0].shared.current_stream(py)?;
+            let engine = group[0].shared.attachment.engine();
+            match engine.begin(&pairs(&group), stream).map_err(raised)? {
+                Begun::Ready(pinned) => Ok(pinned),
+                Begun::Waiting(waiting) => with_interrupts(py, stream, |how| waiting.wait(how.interrupted)),
             }
         })
         .collect()
@@ -171,18 +224,18 @@ fn pinning<'py>(
 }
 
 /// Weights as the engine takes them.
-fn pairs<'a>(group: &[&'a Weight]) -> Vec<(&'a Attachment, usize)> {
+fn pairs<'a>(group: &[&'a Weight]) -> SmallVec<[(&'a Attachment, usize); 2]> {
     group.iter().map(|weight| (&weight.shared.attachment, weight.index)).collect()
 }
 
 /// The weights grouped by their engine.
-fn by_engine<'a>(weights: &'a [Bound<'_, Weight>]) -> Vec<Vec<&'a Weight>> {
-    let mut groups: Vec<Vec<&Weight>> = Vec::new();
+fn by_engine<'a>(weights: &'a [Bound<'_, Weight>]) -> SmallVec<[SmallVec<[&'a Weight; 2]>; 1]> {
+    let mut groups: SmallVec<[SmallVec<[&Weight; 2]>; 1]> = SmallVec::new();
     for weight in weights.iter().map(Bound::get) {
         let engine = weight.shared.attachment.engine();
         match groups.iter_mut().find(|group| Arc::ptr_eq(group[0].shared.attachment.engine(), engine)) {
             Some(group) => group.push(weight),
-            None => groups.push(vec![weight]),
+            None => groups.push(smallvec![weight]),
         }
     }
     groups
@@ -203,12 +256,12 @@ fn call<'py>(
 }
 
 fn is_managed(object: &Bound<'_, PyAny>) -> bool {
-    let kind = object.get_type();
-    MANAGED.get().is_some_and(|types| types.iter().any(|managed| kind.is(managed)))
+    let kind = object.get_type_ptr().cast();
+    MANAGED.get().is_some_and(|types| types.iter().any(|managed| managed.as_ptr() == kind))
 }
 
 /// Finds managed weights, also inside lists, tuples and dicts.
-fn collect<'py>(object: &Bound<'py, PyAny>, found: &mut Vec<Bound<'py, Weight>>) -> PyResult<()> {
+fn collect<'py>(object: &Bound<'py, PyAny>, found: &mut Weights<'py>) -> PyResult<()> {
     if is_managed(object) {
         let weight = object.getattr(intern!(object.py(), "_weight"))?;
         found.push(weight.cast_into::<Weight>()?);
@@ -303,15 +356,11 @@ fn aliases(
 
 /// The error of an operation that wrote to a weight. What it wrote is given up.
 fn written(weights: &[Bound<'_, Weight>]) -> PyErr {
-    let names: Vec<&str> = weights
-        .iter()
-        .map(|weight| {
-            // The weight was found by this very call, so it exists; a page somebody else pins keeps what was written
-            // until it leaves, and the error says so.
-            weight.get().shared.attachment.discard(weight.get().index).ok();
-            weight.get().shared.attachment.weight_names()[weight.get().index].as_str()
-        })
-        .collect();
+    let names: Vec<&str> = weights.iter().map(|weight| weight.get().discarded()).collect();
+    written_error(&names)
+}
+
+pub(crate) fn written_error<S: std::borrow::Borrow<str>>(names: &[S]) -> PyErr {
     ForebayError::new_err(format!(
         "an operation wrote to managed weights, which are read-only; what it wrote is discarded. \
          detach() the model to change its weights: {}",

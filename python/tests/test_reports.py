@@ -18,7 +18,7 @@ from forebay.examination import doctor, main
 
 KEYS = {
     "name", "bytes", "page_size", "pages", "watermark", "resident", "streamed", "absent", "filled", "filled_pages",
-    "looked_up", "waits", "wait_s", "mispredicted",
+    "looked_up", "waits", "wait_s", "mispredicted", "pinned", "lent",
 }  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 //!
 //! Spent pages first; then VBARs of lower priority, lowest first, and in each the highest rank; then the asking VBAR's
 //! own, which lowers its watermark. A demand may take anything that is not pinned, read-ahead only as much as its
-//! window.
+//! window. What is lent as a whole is not taken but asked back, and waited for.
 
 use crate::vbar::Place;
 use crate::{Bytes, Command, FrameId, Mode, PageRef, Pins, Policy, VbarId};
@@ -64,10 +64,16 @@ impl Policy {
         let place = self.priority.iter().position(|&id| id == page.vbar).unwrap_or(0);
         for i in 0..place {
             let lower = self.priority[i];
+            if self.asks_back(lower) {
+                return false;
+            }
             let floor = self.vbar(lower).floor;
             if self.evict_ahead(lower, pins, out) || self.evict_resident(lower, floor, pins, out) {
                 return true;
             }
+        }
+        if self.asks_back(page.vbar) {
+            return false;
         }
         let own = self.vbar(page.vbar);
         let below_window = own.streamed() < own.spec.window;
@@ -115,6 +121,9 @@ impl Policy {
             for i in 0..self.priority.len() {
                 let id = self.priority[i];
                 self.steps += 1;
+                if self.asks_back(id) {
+                    return false;
+                }
                 let floor = if respect_floor { self.vbar(id).floor } else { 0 };
                 if self.evict_ahead(id, pins, out) || self.evict_resident(id, floor, pins, out) {
                     return true;

@@ -33,6 +33,7 @@
 mod eviction;
 mod frames;
 mod ids;
+mod lent;
 mod order;
 mod parse;
 mod pins;

@@ -13,7 +13,7 @@ use std::collections::VecDeque;
 
 use crate::eviction::Purpose;
 use crate::frames::Frames;
-use crate::vbar::{Place, Vbar};
+use crate::vbar::{Lent, Place, Vbar};
 use crate::{Bytes, FrameId, PageIndex, PageRef, Pins, Rank, Serial, VbarId, VbarSpec};
 
 /// Releases without shortage before a watermark rises again: no frame was taken but those beyond the window.
@@ -64,7 +64,7 @@ pub enum Outcome {
     /// A page lies above an explicit watermark, or its VBAR closes. Nothing was pinned.
     Refused,
     /// Pins of others, or fills on their way, hold what is needed. Nothing was pinned; ask again when something was
-    /// released or filled.
+    /// released, filled or given back.
     Blocked,
     /// Even with every other page gone the pages do not fit. Nothing was pinned.
     TooLarge {
@@ -85,6 +85,9 @@ pub struct Policy {
     pub(crate) spent: VecDeque<PageRef>,
     pub(crate) serial: u64,
     pub(crate) steps: u64,
+    /// Lent VBARs that are asked back, and those among them whose holder was not told yet.
+    pub(crate) asked_back: usize,
+    pub(crate) recalls: Vec<VbarId>,
 }
 
 impl Policy {
@@ -98,6 +101,8 @@ impl Policy {
             spent: VecDeque::new(),
             serial: 0,
             steps: 0,
+            asked_back: 0,
+            recalls: Vec::new(),
         }
     }
 
@@ -130,6 +135,7 @@ impl Policy {
     /// Removes a closed VBAR that holds no page any more.
     pub fn forget_vbar(&mut self, id: VbarId) {
         debug_assert_eq!(self.held_pages(id), 0);
+        debug_assert_eq!(self.vbar(id).lent, Lent::No);
         self.vbars[id.0 as usize] = None;
         self.priority.retain(|&other| other != id);
         self.spent.retain(|page| page.vbar != id);
@@ -361,8 +367,9 @@ impl Policy {
 
     /// Explicit mode closes the watermark down to what could not be had, and the next fault is refused at once.
     fn no_frame_for(&mut self, page: PageRef) -> Outcome {
+        let awaited = self.asked_back > 0;
         let vbar = self.vbar(page.vbar);
-        if vbar.lends() {
+        if vbar.lends() || awaited {
             return Outcome::Blocked;
         }
         let rank = vbar.ranks.rank(page.page);

@@ -82,6 +82,15 @@ pub(crate) struct Vbar {
     pub(crate) lost_plan: bool,
     /// Being removed: every page leaves as soon as it can.
     pub(crate) closing: bool,
+    pub(crate) lent: Lent,
+}
+
+/// Whether somebody holds a VBAR's pages until asked to give them back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Lent {
+    No,
+    Yes,
+    AskedBack,
 }
 
 impl Vbar {
@@ -107,6 +116,7 @@ impl Vbar {
             calm: 0,
             lost_plan: false,
             closing: false,
+            lent: Lent::No,
         }
     }
 

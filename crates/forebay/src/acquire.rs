@@ -3,6 +3,8 @@
 //! Present and filled is the fast path: one atomic step a page, no lock, no allocation. Everything else goes through
 //! the state lock once, and waits there only until the copies are enqueued; for their end the consumer's stream waits.
 
+use std::cell::Cell;
+use std::marker::PhantomData;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -11,6 +13,7 @@ use forebay_core::{Bytes, Outcome, PageRef, PageState};
 use forebay_device::{Event, StreamHandle};
 use parking_lot::MutexGuard;
 
+use crate::engine::Engine;
 use crate::state::{Shared, State};
 use crate::timeline::Activity;
 use crate::vbar::{Span, Vbar};
@@ -22,6 +25,43 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const VIEW_PATIENCE: Duration = Duration::from_secs(1);
 /// How often a waiting call looks for an interrupt.
 const INTERRUPT_POLL: Duration = Duration::from_millis(50);
+
+thread_local! {
+    static OWN_OPERATIONS: Cell<usize> = const { Cell::new(0) };
+}
+
+/// Operations of the calling thread that other demands of it run inside of.
+fn own_operations() -> usize {
+    OWN_OPERATIONS.get()
+}
+
+/// An operation of many uses, like a model's forward: while it lives, other threads that wait for pages wait for it.
+/// It ends on the thread that began it.
+#[derive(Debug)]
+#[must_use = "the operation ends when this is dropped"]
+pub struct Operation {
+    engine: Arc<Engine>,
+    /// The count is the thread's.
+    _here: PhantomData<*const ()>,
+}
+
+impl Engine {
+    /// Begins an operation of many uses.
+    pub fn operation(self: &Arc<Self>) -> Operation {
+        self.shared().operations.fetch_add(1, Ordering::AcqRel);
+        OWN_OPERATIONS.set(own_operations() + 1);
+        Operation { engine: Arc::clone(self), _here: PhantomData }
+    }
+}
+
+impl Drop for Operation {
+    fn drop(&mut self) {
+        OWN_OPERATIONS.set(own_operations().saturating_sub(1));
+        self.engine.shared().operations.fetch_sub(1, Ordering::AcqRel);
+        // Who waits for pages looks again whose they are.
+        self.engine.shared().changed.notify_all();
+    }
+}
 
 /// How a use is to be made.
 #[derive(Clone, Copy)]
@@ -47,8 +87,8 @@ pub(crate) enum Above {
 }
 
 /// What a look without the lock found.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Found {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Found {
     /// Every page is pinned and its bytes are there.
     Ready,
     /// Every page is pinned, its bytes there or on their way in the copy stream.
@@ -79,25 +119,38 @@ impl Shared {
         above: Above,
         note: impl FnOnce(),
     ) -> Result<bool> {
-        spans.iter().for_each(|span| span.vbar.as_ref().streams.know(how.stream));
+        match self.begin(spans, how.stream) {
+            Found::Missing => self.finish(spans, Found::Missing, how, above, note),
+            found => {
+                note();
+                self.finish(spans, found, how, above, || {})
+            }
+        }
+    }
+
+    /// The rest of an [`acquire`](Shared::acquire) after [`begin`](Shared::begin), whose pins it takes over: they are
+    /// the caller's when this is `true`, and gone otherwise. `note` is called for pages that were missing.
+    pub(crate) fn finish<V: AsRef<Vbar>>(
+        &self,
+        spans: &[Span<V>],
+        found: Found,
+        how: Use<'_>,
+        above: Above,
+        note: impl FnOnce(),
+    ) -> Result<bool> {
+        if found == Found::Ready {
+            return Ok(true);
+        }
         let start = Instant::now();
-        let found = self.begin(spans);
-        let was_filled = found != Found::Missing;
-        let pending = match found {
-            Found::Ready => {
-                note();
-                return Ok(true);
-            }
-            Found::Pending => {
-                note();
-                let pages: Vec<(&Vbar, u32)> = spans.iter().flat_map(Span::pages).collect();
-                let pending = self.pending(&mut self.state.lock(), &pages);
-                Some(pending.inspect_err(|_| self.release(spans, Used::Nowhere))?)
-            }
-            Found::Missing => self.acquire_slow(spans, how, above, note)?,
+        let pending = if found == Found::Pending {
+            let pages: Vec<(&Vbar, u32)> = spans.iter().flat_map(Span::pages).collect();
+            let pending = self.pending(&mut self.state.lock(), &pages);
+            Some(pending.inspect_err(|_| self.release(spans, Used::Nowhere))?)
+        } else {
+            self.acquire_slow(spans, how, above, note)?
         };
         let Some(pending) = pending else { return Ok(false) };
-        if was_filled && pending.is_empty() {
+        if found == Found::Pending && pending.is_empty() {
             return Ok(true);
         }
         for event in &pending {
@@ -114,21 +167,9 @@ impl Shared {
         Ok(true)
     }
 
-    /// Pins every page of the spans if all are there.
-    pub(crate) fn acquire_now<V: AsRef<Vbar>>(&self, spans: &[Span<V>], stream: StreamHandle) -> bool {
+    /// Begins an operation if its pages are filled: they are pinned then. Never waits.
+    pub(crate) fn begin<V: AsRef<Vbar>>(&self, spans: &[Span<V>], stream: StreamHandle) -> Found {
         spans.iter().for_each(|span| span.vbar.as_ref().streams.know(stream));
-        match self.begin(spans) {
-            Found::Ready => true,
-            Found::Pending => {
-                self.release(spans, Used::Nowhere);
-                false
-            }
-            Found::Missing => false,
-        }
-    }
-
-    /// Begins an operation if its pages are filled.
-    fn begin<V: AsRef<Vbar>>(&self, spans: &[Span<V>]) -> Found {
         // Counted before the first pin and until after the last: who waits for pins sees whose they are.
         self.operations.fetch_add(1, Ordering::AcqRel);
         let found = self.try_fast(spans);
@@ -297,7 +338,13 @@ impl Shared {
                     let budget = state.policy.budget();
                     return Err(EngineError::TooLarge { device: self.id, needed, budget, reserved });
                 }
-                Outcome::Refused | Outcome::Blocked => self.wait_for_room(state, distinct, wait)?,
+                Outcome::Refused | Outcome::Blocked => {
+                    // Nothing is lent as a whole meanwhile.
+                    state.waiting += 1;
+                    let waited = self.wait_for_room(state, distinct, wait);
+                    state.waiting -= 1;
+                    waited?;
+                }
             }
         }
     }
@@ -317,8 +364,9 @@ impl Shared {
         distinct: &[PageRef],
         wait: &mut Wait<'_>,
     ) -> Result<()> {
-        let operations = self.operations.load(Ordering::Acquire);
-        let busy = operations > 0 || !state.is_settled();
+        // The operations around this demand do not end before it does.
+        let others = self.operations.load(Ordering::Acquire).saturating_sub(own_operations());
+        let busy = others > 0 || !state.is_settled() || state.recalled > 0;
         let patience = if busy { PATIENCE } else { VIEW_PATIENCE };
         if wait.elapsed() > patience {
             return Err(self.all_pinned(state, distinct, wait));

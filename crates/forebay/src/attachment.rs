@@ -7,12 +7,13 @@ use forebay_core::{Bytes, PageState};
 use forebay_device::{DeviceAddr, StreamHandle};
 use forebay_store::{Source, read_rows};
 use parking_lot::Mutex;
+use smallvec::SmallVec;
 
-use crate::acquire::{Above, Use, Used};
-use crate::engine::Engine;
+use crate::acquire::{Above, Found, Use, Used};
+use crate::engine::{Engine, note_uses};
 use crate::layout::{Class, Layout, Placed};
 use crate::stats::VbarStats;
-use crate::vbar::{Span, Vbar};
+use crate::vbar::{Span, Spans, Vbar};
 use crate::{EngineError, Result};
 
 /// The weights of one model on one device. Dropping it detaches them: what is not in use leaves at once, what is with
@@ -31,8 +32,29 @@ pub struct Attachment {
 #[must_use = "weights are pinned only as long as this lives"]
 pub struct Pinned<'a> {
     engine: &'a Engine,
-    spans: Vec<Span<Arc<Vbar>>>,
+    spans: Spans<'a>,
     stream: StreamHandle,
+}
+
+/// What [`Engine::begin`] came to.
+#[derive(Debug)]
+pub enum Begun<'a> {
+    /// Every page is there.
+    Ready(Pinned<'a>),
+    /// To be waited for.
+    Waiting(Waiting<'a>),
+}
+
+/// An acquisition that has to wait. Dropping it gives it up.
+#[derive(Debug)]
+#[must_use = "an acquisition is given up when this is dropped"]
+pub struct Waiting<'a> {
+    engine: &'a Engine,
+    spans: Spans<'a>,
+    weights: SmallVec<[(&'a Attachment, usize); 2]>,
+    stream: StreamHandle,
+    /// Pending: the pages are pinned. Missing: nothing is.
+    found: Found,
 }
 
 /// A weight pinned for as long as this lives, for tensors whose use has no end that the engine could see. It keeps the
@@ -219,6 +241,11 @@ impl Attachment {
         self.stats().pages
     }
 
+    /// How many pages were filled so far.
+    pub fn pages_filled(&self) -> u64 {
+        self.vbar.counters.filled_pages.load(Ordering::Relaxed)
+    }
+
     /// What was moved and who waited.
     pub fn stats(&self) -> VbarStats {
         self.engine.vbar_stats(&self.engine.shared().state.lock(), &self.vbar)
@@ -239,9 +266,13 @@ impl Attachment {
         &self.engine
     }
 
-    pub(crate) fn span(&self, weight: usize) -> Result<Span<Arc<Vbar>>> {
+    pub(crate) fn vbar(&self) -> &Arc<Vbar> {
+        &self.vbar
+    }
+
+    pub(crate) fn span(&self, weight: usize) -> Result<Span<&Vbar>> {
         let placed = self.placed(weight)?;
-        Ok(Span { vbar: Arc::clone(&self.vbar), first: placed.first_page, last: placed.last_page })
+        Ok(Span { vbar: &self.vbar, first: placed.first_page, last: placed.last_page })
     }
 
     /// Lets the schedule know.
@@ -262,7 +293,7 @@ impl Attachment {
         self.vbar.layout.as_ref().expect("an attachment is made with a layout")
     }
 
-    fn reserved_by_others(&self) -> Bytes {
+    pub(crate) fn reserved_by_others(&self) -> Bytes {
         let own = self.small.lock().as_ref().map_or(Bytes::ZERO, |small| small.bytes);
         self.engine.shared().reserved().saturating_sub(own)
     }
@@ -275,8 +306,52 @@ impl Drop for Attachment {
 }
 
 impl<'a> Pinned<'a> {
-    pub(crate) fn new(engine: &'a Engine, spans: Vec<Span<Arc<Vbar>>>, stream: StreamHandle) -> Self {
+    /// The caller has pinned the pages.
+    pub(crate) fn new(engine: &'a Engine, spans: Spans<'a>, stream: StreamHandle) -> Self {
         Pinned { engine, spans, stream }
+    }
+}
+
+impl<'a> Begun<'a> {
+    /// The weights, if they are there. What would have to wait is given up.
+    pub fn ready(self) -> Option<Pinned<'a>> {
+        match self {
+            Begun::Ready(pinned) => Some(pinned),
+            Begun::Waiting(_) => None,
+        }
+    }
+}
+
+impl<'a> Waiting<'a> {
+    /// The caller has begun it, and its pins are this one's from now on.
+    pub(crate) fn new(
+        engine: &'a Engine,
+        spans: Spans<'a>,
+        weights: &[(&'a Attachment, usize)],
+        stream: StreamHandle,
+        found: Found,
+    ) -> Self {
+        Waiting { engine, spans, weights: weights.into(), stream, found }
+    }
+
+    /// Waits until the weights are pinned and their fills enqueued; `interrupted` is asked as in [`Use`].
+    ///
+    /// # Errors
+    /// As [`Attachment::acquire`].
+    pub fn wait(mut self, interrupted: &dyn Fn() -> bool) -> Result<Pinned<'a>> {
+        let how = Use { stream: self.stream, interrupted };
+        let found = std::mem::replace(&mut self.found, Found::Missing);
+        let note = || note_uses(&self.weights);
+        self.engine.shared().finish(&self.spans, found, how, Above::Fail, note)?;
+        Ok(Pinned::new(self.engine, std::mem::take(&mut self.spans), self.stream))
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        if self.found != Found::Missing {
+            self.engine.shared().release(&self.spans, Used::Nowhere);
+        }
     }
 }
 
@@ -294,7 +369,9 @@ impl View {
         weight: usize,
         counted: Counted,
     ) -> Result<Self> {
-        let (placed, span) = (attachment.placed(weight)?, attachment.span(weight)?);
+        let placed = attachment.placed(weight)?;
+        let vbar = Arc::clone(&attachment.vbar);
+        let span = Span { vbar, first: placed.first_page, last: placed.last_page };
         let addr = attachment.address(weight)?;
         let counted = if placed.class == Class::Small { Counted::Nothing } else { counted };
         let view = View { engine: Arc::clone(engine), span, addr, bytes: placed.bytes, counted };

@@ -7,6 +7,7 @@ use forebay_core::{FrameId, PageRef, Pins, Schedule, VbarId};
 use forebay_device::{Device, DeviceError, Event, Frame, StreamHandle};
 
 use crate::cache::registered::RegisteredPage;
+use crate::lease::Lent;
 use crate::vbar::Vbar;
 use crate::{EngineError, Result};
 
@@ -50,6 +51,8 @@ pub(crate) struct VbarBook {
     pub(crate) trace_tail: u64,
     /// Used at least once: read-ahead makes sense.
     pub(crate) started: bool,
+    /// Whom to ask for the pages while they are lent as a whole.
+    pub(crate) lent: Option<Arc<Lent>>,
 }
 
 /// A frame and the event that says its page's bytes are there.
@@ -66,6 +69,8 @@ pub(crate) struct Books {
     pub(crate) vbars: HashMap<VbarId, VbarBook>,
     pub(crate) frames: HashMap<FrameId, FrameBook>,
     spare_events: Vec<Arc<Event>>,
+    /// Claimed since the last [`leave`](Books::leave): the page, and whether it was used.
+    claimed: Vec<(PageRef, bool)>,
     /// Set for good when the device or a thread of the engine is lost.
     pub(crate) fatal: Option<EngineError>,
     /// To be logged by the mover: under the lock a log that calls back would wait for ever.
@@ -79,6 +84,7 @@ impl Books {
             vbars: HashMap::new(),
             frames: HashMap::new(),
             spare_events: Vec::new(),
+            claimed: Vec::new(),
             fatal: None,
             warnings: Vec::new(),
         }
@@ -147,35 +153,54 @@ impl Books {
         Ok(event)
     }
 
-    /// What must complete before a page that was just claimed may be unmapped.
-    fn leave(&mut self, page: PageRef, was_used: bool) -> Result<()> {
-        let entry = self.page(page);
-        let uses = std::mem::take(&mut entry.uses);
-        let (tracked, frame) = (entry.tracked, entry.frame);
-        let mut leaving = Vec::with_capacity(2);
-        if tracked || !was_used {
-            leaving.extend(uses.into_iter().map(|(_, event)| event));
-        } else {
-            self.recycle(uses.into_iter().map(|(_, event)| event));
-            let vbar = Arc::clone(&self.vbar(page.vbar).vbar);
-            for stream in vbar.streams.all() {
-                // A driver that refused once is asked once more: to go on without the mark is not safe.
-                match self.mark(stream).or_else(|_| self.mark(stream)) {
-                    Ok(event) => leaving.push(event),
-                    Err(EngineError::Device(error)) if is_no_stream(&error) => {
-                        self.warnings.push(format!(
-                            "a stream that used weights of {:?} is gone and no longer waited for: {error}",
-                            vbar.name
-                        ));
-                        vbar.streams.forget(stream);
+    /// Finds what must complete before the pages may be unmapped that were claimed since the last call. Pages that
+    /// leave together share their marks: all of them were claimed before the first.
+    pub(crate) fn leave(&mut self) {
+        let mut claimed = std::mem::take(&mut self.claimed);
+        let mut marks: Option<(VbarId, Vec<Arc<Event>>)> = None;
+        for (page, was_used) in claimed.drain(..) {
+            let entry = self.page(page);
+            let uses = std::mem::take(&mut entry.uses);
+            let (tracked, frame) = (entry.tracked, entry.frame);
+            let mut leaving = Vec::with_capacity(2);
+            if tracked || !was_used {
+                leaving.extend(uses.into_iter().map(|(_, event)| event));
+            } else {
+                self.recycle(uses.into_iter().map(|(_, event)| event));
+                if marks.as_ref().is_none_or(|(vbar, _)| *vbar != page.vbar) {
+                    match self.mark_known_streams(page.vbar) {
+                        Ok(made) => marks = Some((page.vbar, made)),
+                        Err(error) => self.lost(error),
                     }
-                    Err(error) => return Err(error),
                 }
+                leaving.extend(marks.iter().flat_map(|(_, events)| events).map(Arc::clone));
+            }
+            leaving
+                .extend(frame.and_then(|frame| self.frames.get(&frame)).map(|book| Arc::clone(&book.filled)));
+            self.page(page).leaving = leaving;
+        }
+        self.claimed = claimed;
+    }
+
+    /// An event at the end of every stream that may have used a page of the VBAR.
+    fn mark_known_streams(&mut self, id: VbarId) -> Result<Vec<Arc<Event>>> {
+        let vbar = Arc::clone(&self.vbar(id).vbar);
+        let mut marks = Vec::new();
+        for stream in vbar.streams.all() {
+            // A driver that refused once is asked once more: to go on without the mark is not safe.
+            match self.mark(stream).or_else(|_| self.mark(stream)) {
+                Ok(event) => marks.push(event),
+                Err(EngineError::Device(error)) if is_no_stream(&error) => {
+                    self.warnings.push(format!(
+                        "a stream that used weights of {:?} is gone and no longer waited for: {error}",
+                        vbar.name
+                    ));
+                    vbar.streams.forget(stream);
+                }
+                Err(error) => return Err(error),
             }
         }
-        leaving.extend(frame.and_then(|frame| self.frames.get(&frame)).map(|book| Arc::clone(&book.filled)));
-        self.page(page).leaving = leaving;
-        Ok(())
+        Ok(marks)
     }
 }
 
@@ -195,9 +220,7 @@ impl Pins for Books {
 
     fn claim(&mut self, page: PageRef) -> bool {
         let Some(was) = self.vbar(page.vbar).vbar.cell(page.page.0).try_claim() else { return false };
-        if let Err(error) = self.leave(page, was.was_used()) {
-            self.lost(error);
-        }
+        self.claimed.push((page, was.was_used()));
         true
     }
 

@@ -48,7 +48,7 @@ pub struct RingConfig {
 
 impl Default for RingConfig {
     fn default() -> Self {
-        RingConfig { readers: None, slots: 2, chunk: Bytes::mib(2) }
+        RingConfig { readers: None, slots: 2, chunk: Bytes::kib(2560) }
     }
 }
 

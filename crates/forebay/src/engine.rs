@@ -3,14 +3,15 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::{Builder, JoinHandle};
+use std::time::{Duration, Instant};
 
 use forebay_core::{Bytes, Mode, PageIndex, PageRef, RankOrder, Schedule, VbarId, VbarSpec};
 use forebay_device::{Device, DeviceId, Reservation, StreamHandle};
 use forebay_store::ReaderPool;
 use parking_lot::Mutex;
 
-use crate::acquire::{Above, Use};
-use crate::attachment::{Attachment, Counted, Pinned, View};
+use crate::acquire::{Above, Found, Use};
+use crate::attachment::{Attachment, Begun, Counted, Pinned, View, Waiting};
 use crate::books::{PageBook, VbarBook};
 use crate::cache::keeper::Keeper;
 use crate::config::EngineConfig;
@@ -21,11 +22,14 @@ use crate::mover::Mover;
 use crate::state::{Budget, Shared, State};
 use crate::stats::{EngineStats, VbarStats};
 use crate::timeline::Moment;
-use crate::vbar::{Span, Vbar};
+use crate::vbar::{Spans, Vbar};
 use crate::{EngineError, Result};
 
 /// The pages of an explicit VBAR (ComfyUI's contract).
 const EXPLICIT_PAGE: Bytes = Bytes::mib(32);
+
+/// How long a call that makes room waits for models that were lent as a whole.
+const RECALL_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Keeps the weights of any number of models on one device, within a budget. See the crate's documentation.
 #[derive(Debug)]
@@ -111,27 +115,32 @@ impl Engine {
     ///
     /// # Errors
     /// As [`Attachment::acquire`]; [`EngineError::Invalid`] for an attachment of another engine.
-    pub fn acquire(&self, weights: &[(&Attachment, usize)], how: Use<'_>) -> Result<Pinned<'_>> {
-        let spans = self.spans(weights)?;
-        self.shared.acquire(&spans, how, Above::Fail, || note_uses(weights))?;
-        Ok(Pinned::new(self, spans, how.stream))
+    pub fn acquire<'a>(&'a self, weights: &[(&'a Attachment, usize)], how: Use<'_>) -> Result<Pinned<'a>> {
+        match self.begin(weights, how.stream)? {
+            Begun::Ready(pinned) => Ok(pinned),
+            Begun::Waiting(waiting) => waiting.wait(how.interrupted),
+        }
     }
 
-    /// [`acquire`](Engine::acquire) if that needs no waiting: every page is there. `None` otherwise.
+    /// [`acquire`](Engine::acquire) in two steps, for callers that must give something up before they wait. This one
+    /// never waits.
     ///
     /// # Errors
     /// [`EngineError::Invalid`] for an attachment of another engine or a weight that does not exist.
-    pub fn acquire_now(
-        &self,
-        weights: &[(&Attachment, usize)],
+    pub fn begin<'a>(
+        &'a self,
+        weights: &[(&'a Attachment, usize)],
         stream: StreamHandle,
-    ) -> Result<Option<Pinned<'_>>> {
+    ) -> Result<Begun<'a>> {
         let spans = self.spans(weights)?;
-        let pinned = self.shared.acquire_now(&spans, stream);
-        if pinned {
+        let found = self.shared.begin(&spans, stream);
+        if found != Found::Missing {
             note_uses(weights);
         }
-        Ok(pinned.then(|| Pinned::new(self, spans, stream)))
+        if found == Found::Ready {
+            return Ok(Begun::Ready(Pinned::new(self, spans, stream)));
+        }
+        Ok(Begun::Waiting(Waiting::new(self, spans, weights, stream, found)))
     }
 
     /// Pins weights together like [`acquire`](Engine::acquire), each for as long as its view lives.
@@ -173,7 +182,13 @@ impl Engine {
     /// What the device reports.
     pub fn make_room(&self, bytes: Bytes) -> Result<Bytes> {
         let mut state = self.shared.state.lock();
-        let freed = state.make_room(&*self.shared.device, bytes);
+        state.begin_room();
+        let mut freed = state.make_room(&*self.shared.device, bytes);
+        let start = Instant::now();
+        while freed < bytes && state.recalled > 0 && start.elapsed() < RECALL_PATIENCE {
+            self.shared.changed.wait_for(&mut state, Duration::from_millis(10));
+            freed += state.make_room(&*self.shared.device, bytes.saturating_sub(freed));
+        }
         drop(state);
         let settled = self.settle();
         self.shared.state.lock().room_was_made();
@@ -212,7 +227,7 @@ impl Engine {
             let so_far = state.so_far();
             while !state.is_done(so_far) {
                 state.check()?;
-                self.shared.changed.wait_for(&mut state, std::time::Duration::from_millis(10));
+                self.shared.changed.wait_for(&mut state, Duration::from_millis(10));
             }
         }
         state.check()
@@ -267,13 +282,13 @@ impl Engine {
     }
 
     /// The pages of an operation's weights.
-    fn spans(&self, weights: &[(&Attachment, usize)]) -> Result<Vec<Span<Arc<Vbar>>>> {
-        let of = |(attachment, weight): &(&Attachment, usize)| {
+    fn spans<'a>(&self, weights: &[(&'a Attachment, usize)]) -> Result<Spans<'a>> {
+        let of = |&(attachment, weight): &(&'a Attachment, usize)| {
             if !std::ptr::eq(&**attachment.engine(), self) {
                 let name = attachment.name();
                 return Err(EngineError::Invalid(format!("{name:?} is attached to another engine")));
             }
-            attachment.span(*weight)
+            attachment.span(weight)
         };
         weights.iter().map(of).collect()
     }
@@ -294,6 +309,7 @@ impl Engine {
             page_size: vbar.page_size,
             pages: (0..vbar.cells.len() as u32).map(|p| state.policy.state(page(p))).collect(),
             pinned: vbar.page_size * vbar.cells.iter().filter(|cell| cell.load().pins() > 0).count() as u64,
+            lent: state.books.vbars.get(&vbar.id).is_some_and(|book| book.lent.is_some()),
             watermark: state.policy.watermark(vbar.id).0,
             filled: Bytes::new(load(&counters.filled_bytes)),
             direct: Bytes::new(load(&counters.direct_bytes)),
@@ -301,8 +317,8 @@ impl Engine {
             filled_pages: load(&counters.filled_pages),
             looked_up: Bytes::new(load(&counters.looked_up_bytes)),
             waits: load(&counters.waits),
-            wait_time: std::time::Duration::from_nanos(load(&counters.wait_ns)),
-            longest_wait: std::time::Duration::from_nanos(load(&counters.longest_wait_ns)),
+            wait_time: Duration::from_nanos(load(&counters.wait_ns)),
+            longest_wait: Duration::from_nanos(load(&counters.longest_wait_ns)),
             mispredicted: state.books.vbars.get(&vbar.id).map_or(0, |book| book.schedule.mispredicted()),
         }
     }
@@ -330,6 +346,9 @@ impl Engine {
         vbar.closed.store(true, Ordering::Release);
         if let Some(book) = state.books.vbars.get_mut(&vbar.id) {
             book.closing = true;
+            if let Some(lent) = book.lent.clone() {
+                state.recall(&lent);
+            }
             state.decide(|policy, books, out| policy.close_vbar(vbar.id, books, out));
             state.keep_registered(vbar.id);
         }
@@ -370,6 +389,7 @@ impl Engine {
             schedule: Schedule::new(scheduled as u32),
             trace_tail: 0,
             started: false,
+            lent: None,
         };
         state.books.vbars.insert(id, book);
         state.adopt_kept(id);
@@ -394,7 +414,7 @@ impl Drop for Engine {
     }
 }
 
-fn note_uses(weights: &[(&Attachment, usize)]) {
+pub(crate) fn note_uses(weights: &[(&Attachment, usize)]) {
     weights.iter().for_each(|(attachment, weight)| attachment.note_use(*weight));
 }
 

@@ -84,6 +84,10 @@ pub(crate) struct State {
     look_after: Instant,
     /// Calls that wait for memory to be free.
     making_room: usize,
+    /// Demands that wait for memory.
+    pub(crate) waiting: usize,
+    /// Leases that are recalled and not returned yet.
+    pub(crate) recalled: usize,
     scratch: Vec<Command>,
 }
 
@@ -107,6 +111,8 @@ impl Shared {
                 stop: false,
                 look_after: Instant::now(),
                 making_room: 0,
+                waiting: 0,
+                recalled: 0,
                 scratch: Vec::new(),
             }),
             device,
@@ -158,6 +164,12 @@ impl State {
         event: impl FnOnce(&mut Policy, &mut Books, &mut Vec<Command>) -> T,
     ) -> T {
         let answer = event(&mut self.policy, &mut self.books, &mut self.scratch);
+        self.books.leave();
+        while let Some(id) = self.policy.take_recall() {
+            if let Some(lent) = self.books.vbar(id).lent.clone() {
+                self.recall(&lent);
+            }
+        }
         for command in self.scratch.drain(..) {
             if let Command::Map { serial, .. } = command {
                 self.newest = serial;
@@ -214,6 +226,7 @@ impl State {
                     unplan(policy, number);
                 }
             });
+            used |= book.vbar.used_as_lent.swap(false, Ordering::AcqRel);
             if used && !book.closing {
                 book.started = true;
                 policy.touch(*id);
@@ -294,9 +307,18 @@ impl State {
         }
     }
 
+    /// Somebody waits for memory to be free, until [`room_was_made`](State::room_was_made).
+    pub(crate) fn begin_room(&mut self) {
+        self.making_room += 1;
+    }
+
+    /// Whether somebody waits for memory.
+    pub(crate) fn is_wanted(&self) -> bool {
+        self.waiting > 0 || self.making_room > 0 || self.recalled > 0
+    }
+
     /// Gives memory back, and leaves `bytes` to others until the device's memory is looked at the next time.
     pub(crate) fn make_room(&mut self, device: &dyn Device, bytes: Bytes) -> Bytes {
-        self.making_room += 1;
         let left = self.usable(device).unwrap_or(Bytes::ZERO).saturating_sub(bytes);
         self.decide(|policy, books, out| {
             let freed = policy.make_room(bytes, books, out);
@@ -353,6 +375,7 @@ impl State {
             && book.mapped == 0
             && self.policy.held_pages(id) == 0
             && !book.vbar.has_pins()
+            && book.lent.is_none()
             && !self.queue.iter().any(|command| is_of(command, id));
         if !gone {
             return None;

@@ -40,8 +40,11 @@ pub struct VbarStats {
     pub page_size: Bytes,
     /// Where each page stands.
     pub pages: Vec<PageState>,
-    /// Bytes of the pages that cannot leave now: small weights, weights of running operations and of views.
+    /// Bytes of the pages that cannot leave now: small weights, weights of running operations and of views, and what
+    /// is lent.
     pub pinned: Bytes,
+    /// Whether it is lent as a whole.
+    pub lent: bool,
     /// How many ranks are resident; pages above are streamed.
     pub watermark: u32,
     /// Bytes copied to the device since it was attached.

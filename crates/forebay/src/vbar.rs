@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use forebay_core::{Bytes, PageIndex, PageRef, Serial, VbarId};
 use forebay_device::{DeviceAddr, Reservation};
+use smallvec::SmallVec;
 
 use crate::cell::PageCell;
 use crate::layout::Layout;
@@ -28,6 +29,8 @@ pub(crate) struct Vbar {
     pub(crate) streams: KnownStreams,
     /// Leading pages that are pinned as long as the model is attached, once they are.
     pub(crate) reserved: AtomicU32,
+    /// Was used without a lock since its uses were last taken in.
+    pub(crate) used_as_lent: AtomicBool,
     /// Set when the VBAR is closed, so that nobody pins what others still hold.
     pub(crate) closed: AtomicBool,
     reservation: Reservation,
@@ -53,6 +56,7 @@ impl Vbar {
             counters: Counters::default(),
             streams: KnownStreams::default(),
             reserved: AtomicU32::new(0),
+            used_as_lent: AtomicBool::new(false),
             closed: AtomicBool::new(false),
             reservation,
         }
@@ -101,6 +105,9 @@ impl<V: AsRef<Vbar>> Span<V> {
         (self.first..=self.last).map(|page| (self.vbar.as_ref(), page))
     }
 }
+
+/// The pages of an operation's weights: a weight and its bias take no allocation.
+pub(crate) type Spans<'a> = SmallVec<[Span<&'a Vbar>; 2]>;
 
 impl AsRef<Vbar> for Vbar {
     fn as_ref(&self) -> &Vbar {

@@ -133,7 +133,7 @@ fn a_model_is_detached_while_another_thread_runs_another() {
             consumer.use_weight(&other, &weights, 0).unwrap();
             let pinned = engine.acquire(&[(&other, 3)], Use::on(consumer.stream())).unwrap();
             consumer.read(&other, &weights, 3);
-            drop(other);
+            other.detach();
             drop(pinned);
         }
         consumer.check();
@@ -182,7 +182,7 @@ fn a_model_detached_under_its_users_is_an_error_for_them_and_nothing_for_others(
         model.discard(0).unwrap();
         model.detach();
         assert!(matches!(model.view(0, Use::on(StreamHandle::DEFAULT)), Err(EngineError::Detached { .. })));
-        assert!(engine.acquire_now(&[(&model, 1)], StreamHandle::DEFAULT).unwrap().is_none());
+        assert!(engine.begin(&[(&model, 1)], StreamHandle::DEFAULT).unwrap().ready().is_none());
         assert!(model.page_states().iter().all(|page| *page == PageState::Absent) || engine.settle().is_ok());
         drop(model);
         pass(&mut own, &other, &weights);

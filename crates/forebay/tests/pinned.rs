@@ -78,18 +78,18 @@ fn weights_that_are_there_are_acquired_without_waiting_and_others_not_at_all() {
     let model = weights.attach(&engine, "model");
     let mut consumer = rig.consumer();
     let stream = consumer.stream();
-    assert!(engine.acquire_now(&[(&model, 0)], stream).unwrap().is_none());
+    assert!(engine.begin(&[(&model, 0)], stream).unwrap().ready().is_none());
     // Their bytes are there once a use has seen it.
-    while engine.acquire_now(&[(&model, 0), (&model, 1)], stream).unwrap().is_none() {
+    while engine.begin(&[(&model, 0), (&model, 1)], stream).unwrap().ready().is_none() {
         consumer.use_weight(&model, &weights, 0).unwrap();
         consumer.use_weight(&model, &weights, 1).unwrap();
     }
-    let pinned = engine.acquire_now(&[(&model, 1)], stream).unwrap().unwrap();
+    let pinned = engine.begin(&[(&model, 1)], stream).unwrap().ready().unwrap();
     consumer.read(&model, &weights, 1);
     drop(pinned);
-    assert!(matches!(engine.acquire_now(&[(&model, 2)], stream), Err(EngineError::Invalid(_))));
+    assert!(matches!(engine.begin(&[(&model, 2)], stream), Err(EngineError::Invalid(_))));
     assert_no_pins(&engine, 0);
-    assert!(engine.acquire_now(&[(&model, 0)], stream).unwrap().is_none());
+    assert!(engine.begin(&[(&model, 0)], stream).unwrap().ready().is_none());
 }
 
 #[test]
