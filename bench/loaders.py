@@ -39,6 +39,7 @@ Load = Callable[[], Mapping[str, Any]]
 
 def forebay_load(chosen: argparse.Namespace) -> Load:
     import runners
+    import torch
 
     import forebay
 
@@ -47,10 +48,9 @@ def forebay_load(chosen: argparse.Namespace) -> Load:
     def load() -> Mapping[str, Any]:
         model = runners.load(chosen)
         kept.append(forebay.attach(model, chosen.device))
-        weights = dict(model.blocks.named_parameters())
-        for weight in weights.values():
-            weight.sum()
-        return weights
+        with forebay.lend(model.blocks):
+            torch.cuda.synchronize()
+        return dict(model.blocks.named_parameters())
 
     return load
 
@@ -248,6 +248,10 @@ def child(chosen: argparse.Namespace) -> int:
             torch.cuda.synchronize()
             seconds = time.perf_counter() - start
             pinned = int(torch.cuda.host_memory_stats().get("allocated_bytes.peak", 0))
+            if chosen.child == "forebay":
+                import forebay
+
+                pinned = forebay.stats(chosen.device)["pinned_host"]
             same = compare(chosen, tensors)
         report({"seconds": seconds, "cached": cached, "pinned_bytes": pinned, "same": same})
     return 0
@@ -345,7 +349,7 @@ def markdown(result: dict[str, Any]) -> str:
         lines.append("| " + " | ".join([state, title, *cells]) + " |")
     note = (
         "Memory is the peak of what the process took of the machine's available memory, page cache not counted, and of "
-        "it pinned through torch."
+        "it pinned through torch, or Forebay itself."
     )
     return "\n\n".join([head, note, "\n".join(lines)])
 

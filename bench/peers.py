@@ -37,7 +37,7 @@ class Peer:
 
 
 _HUB = (
-    "huggingface-hub", "httpx2", "httpcore2", "h11", "anyio", "idna", "certifi", "truststore", "click", "filelock",
+    "huggingface-hub", "httpx", "httpcore", "h11", "anyio", "idna", "certifi", "click", "filelock",
     "fsspec", "requests", "urllib3", "charset-normalizer", "importlib-metadata", "zipp", "pillow", "safetensors",
 )  # fmt: skip
 
@@ -76,11 +76,11 @@ def parse() -> argparse.Namespace:
         help="GiB of it for activations, where a system is told (default: %(default)s)",
     )
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), help="default: all")
-    parser.add_argument("--steps", type=int, default=4, help="later steps at most (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=8, help="later steps at most (default: %(default)s)")
     parser.add_argument(
         "--seconds",
         type=float,
-        default=2.0,
+        default=3.0,
         help="begin no other later step after so long (default: %(default)s)",
     )
     parser.add_argument(

@@ -123,9 +123,18 @@ def write_weights(path: Path, blocks: int, width: int) -> int:
 
 
 def load(path: Path, blocks: int, width: int) -> Stack:
+    """The first blocks of the file; where there are not enough, the file over again."""
     with torch.device("meta"):
         stack = Stack(*(Block(width, 40) for _ in range(blocks))).to(torch.bfloat16)
-    stack.load_state_dict(forebay.load(path), assign=True)
+    in_file = 1 + max(int(name.split(".", 1)[0]) for name in forebay.load(path))
+    state = {}
+    # Mapped once more for every round, so that bytes that are the same in the file are weights of their own.
+    for first in range(0, blocks, in_file):
+        for name, tensor in forebay.load(path).items():
+            block, rest = name.split(".", 1)
+            if first + int(block) < blocks:
+                state[f"{first + int(block)}.{rest}"] = tensor
+    stack.load_state_dict(state, assign=True)
     return stack.eval().requires_grad_(False)
 
 
@@ -220,7 +229,9 @@ def streamed_run(
         stack = load(chosen.file, chosen.blocks, chosen.width)
         x = inputs(tokens, chosen.width)
         before = anonymous_mib()
+        start = time.perf_counter()
         with forebay.attach(stack, engine) as attachment:
+            attached = time.perf_counter() - start
             expected, compute = plain[tokens]
             if chosen.trace:
                 engine.start_recording()
@@ -232,7 +243,7 @@ def streamed_run(
             for step in range(chosen.steps):
                 busy, read = engine_cpu_s(), disk_bytes()
                 before_step = attachment.stats()[0]
-                if chosen.trace and step == chosen.steps - 1:
+                if step == chosen.steps - 1:
                     engine.start_recording()
                 y, took = timed_step(stack, x)
                 seconds.append(took)
@@ -243,6 +254,12 @@ def streamed_run(
                 filled.append(stats["filled"])
                 same = same and torch.equal(y.cpu(), expected)
             traces["later"] = engine.stop_recording()
+            longest: dict[str, dict[str, float]] = {}
+            for activity, _page, _start, length in traces["later"]:
+                of = longest.setdefault(activity, {"count": 0, "sum_s": 0.0, "longest_s": 0.0})
+                of["count"] += 1
+                of["sum_s"] += length
+                of["longest_s"] = max(of["longest_s"], length)
             stats = attachment.stats()[0]
             moved = filled[-1] - filled[-2]
             half = chosen.steps // 2
@@ -251,11 +268,11 @@ def streamed_run(
             first_limit = max(compute, nbytes / link)
             rows.append(
                 {
-                    "free_gib": free, "source": source, "tokens": tokens, "same": same, "compute_s": compute,
+                    "free_gib": free, "source": source, "tokens": tokens, "attach_s": attached, "same": same, "compute_s": compute,
                     "moved_bytes": moved, "first_s": first, "first_limit_s": first_limit,
                     "first_ratio": first / first_limit, "steps_s": seconds, "later_s": later, "limit_s": limit,
                     "ratio": later / limit, "engine_cpu_s": statistics.median(cpu[half:]), "waited_s": waits,
-                    "longest_wait_s": stats["longest_wait_s"], "waits": stats["waits"],
+                    "longest_wait_s": stats["longest_wait_s"], "last_step": longest, "waits": stats["waits"],
                     "resident_bytes": stats["resident"], "filled_bytes": filled, "direct_bytes": stats["direct"],
                     "registered_bytes": engine.stats()["registered"], "pinned_host_bytes": engine.stats()["pinned_host"],
                     "disk_bytes": disk, "past_cache_bytes": stats["past_cache"], "mispredicted": stats["mispredicted"],

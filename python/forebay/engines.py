@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
 from typing import Any
 
 import torch
 
-from forebay._forebay import DeviceError, Engine
+from forebay._forebay import DeviceError, Engine, shut_down_engines
 
 _engines: dict[str, Engine] = {}
 _lock = threading.Lock()
+
+# While interpreter and driver are still there: a thread that calls a driver that is gone ends the process.
+atexit.register(shut_down_engines)
 
 
 def engine(

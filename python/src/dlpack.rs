@@ -97,15 +97,15 @@ pub(crate) fn capsule(
 /// dropped here may own Python objects, so the lock is taken again first.
 unsafe extern "C" fn delete(managed: *mut DlManagedTensor) {
     // SAFETY: may be asked at any time.
-    let alive = unsafe { ffi::Py_IsInitialized() } != 0;
+    if unsafe { ffi::Py_IsInitialized() } == 0 {
+        return; // the process ends, the lock cannot be had any more, and the system takes everything back
+    }
     // SAFETY: the interpreter is alive; a thread that has the lock already may ask for it.
-    let lock = alive.then(|| unsafe { ffi::PyGILState_Ensure() });
+    let lock = unsafe { ffi::PyGILState_Ensure() };
     // SAFETY: the managed tensor is the first field of an `Owner` from `capsule`, and the importer deletes once.
     drop(unsafe { Box::from_raw(managed.cast::<Owner>()) });
-    if let Some(lock) = lock {
-        // SAFETY: `PyGILState_Ensure` gave it, on this thread.
-        unsafe { ffi::PyGILState_Release(lock) };
-    }
+    // SAFETY: `PyGILState_Ensure` gave it, on this thread.
+    unsafe { ffi::PyGILState_Release(lock) };
 }
 
 /// Called when a capsule goes; one that was imported carries another name.

@@ -1,6 +1,6 @@
 //! `Engine`: the engine of one device.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use forebay::device::host::{HostConfig, HostDevice};
 use forebay::device::{Device, DeviceId};
@@ -8,6 +8,7 @@ use forebay::store::{MemoryRange, ProcessMaps, Source};
 use forebay::{
     Budget, Bytes, EngineConfig, LayoutOptions, PageState, RingConfig, VbarStats, WeightKind, WeightSpec,
 };
+use parking_lot::Mutex;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
@@ -24,6 +25,19 @@ const HOST_SHARE: u64 = 4;
 #[pyclass(frozen, module = "forebay._forebay")]
 pub(crate) struct Engine {
     inner: Arc<forebay::Engine>,
+}
+
+/// The engines of this process, to be shut down at its end.
+static ENGINES: Mutex<Vec<Weak<forebay::Engine>>> = Mutex::new(Vec::new());
+
+/// Ends the threads of all engines: at the end of a process, while interpreter and driver are still there. Later uses of
+/// weights are errors.
+#[pyfunction]
+pub(crate) fn shut_down_engines(py: Python<'_>) {
+    py.detach(|| {
+        let engines = std::mem::take(&mut *ENGINES.lock());
+        engines.iter().filter_map(Weak::upgrade).for_each(|engine| engine.shut_down());
+    });
 }
 
 /// A weight to attach: name, address, bytes, what keeps the address alive, and whether it is a table.
@@ -66,7 +80,12 @@ impl Engine {
                 }
                 DeviceId::Cuda(_) => forebay::device::open(id).map_err(crate::errors::device)?,
             };
-            Ok(Engine { inner: forebay::Engine::new(device, config).map_err(raised)? })
+            let inner = forebay::Engine::new(device, config).map_err(raised)?;
+            let mut engines = ENGINES.lock();
+            engines.retain(|engine| engine.strong_count() > 0);
+            engines.push(Arc::downgrade(&inner));
+            drop(engines);
+            Ok(Engine { inner })
         })
     }
 

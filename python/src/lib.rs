@@ -37,6 +37,7 @@ fn _forebay(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(run::run, module)?)?;
     module.add_function(wrap_pyfunction!(run::lend_all, module)?)?;
     module.add_function(wrap_pyfunction!(run::set_managed_types, module)?)?;
+    module.add_function(wrap_pyfunction!(engine::shut_down_engines, module)?)?;
     module.add_function(wrap_pyfunction!(recalls::open_recalls, module)?)?;
     module.add_function(wrap_pyfunction!(recalls::serve_recalls, module)?)?;
     module.add_function(wrap_pyfunction!(recalls::close_recalls, module)?)?;

@@ -19,6 +19,7 @@ from forebay.examination import doctor, main
 KEYS = {
     "name", "bytes", "page_size", "pages", "watermark", "resident", "streamed", "absent", "filled", "filled_pages",
     "looked_up", "waits", "wait_s", "mispredicted", "pinned", "lent",
+    "direct", "past_cache", "longest_wait_s",
 }  # fmt: skip
 
 
@@ -60,6 +61,7 @@ def test_stats_and_summary(engine) -> None:
             "held",
             "free_frames",
             "pinned_host",
+            "registered",
             "models",
         }
         assert stats["device"] == DEVICE

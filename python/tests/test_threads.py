@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 
 import pytest
 import torch
-from support import MIB, linears, move, press, randomize, reference, same
+from support import DEVICE, MIB, linears, move, press, randomize, reference, same
 from torch import nn
 
 import forebay
@@ -110,3 +112,55 @@ def test_models_attached_and_detached_side_by_side(engine) -> None:
     together(rounds, rounds, rounds)
     held.settle()
     assert held.stats()["models"] == []
+
+
+def test_a_process_ends_with_models_attached_and_in_use(tmp_path) -> None:
+    program = """
+import functools, sys, threading
+import torch
+from torch import nn
+import forebay
+from safetensors.torch import save_file
+
+device, path = sys.argv[1], sys.argv[2]
+save_file({f"{i}.weight": torch.randn(1024, 1024) for i in range(12)}, path)
+
+def load():
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(12)))
+    model.load_state_dict(forebay.load(path), assign=True)
+    return model.requires_grad_(False)
+
+models = [load() for _ in range(3)]
+target = "cpu" if device == "host" else device
+x = torch.randn(1, 1024).to(target)
+# One that fits is lent as a whole, the others stream and are being registered.
+attached = [forebay.attach(models[0], forebay.Engine(device, budget=256 << 20))]
+engine = forebay.Engine(device, budget=24 << 20)
+attached += [forebay.attach(model, engine) for model in models[1:]]
+forebay.engine(device, budget=64 << 20)
+if device == "host":  # as on a GPU: a Python object that goes with the last tensor
+    for attachment in attached:
+        attachment.models[0].set_stream_source(functools.partial(int, 0))
+loop = models[0], models[2]
+loop[0].cycle = loop
+with torch.no_grad():
+    for model in models * 3:
+        model(x)
+    view = models[0][0].weight[0]
+    def use():
+        try:
+            while True:
+                models[1](x)
+        except forebay.ForebayError:
+            pass
+    threading.Thread(target=use, daemon=True).start()
+    for model in models * 2:
+        model(x)
+print("end")
+"""
+    for _ in range(3):
+        command = [sys.executable, "-X", "faulthandler", "-c", program, DEVICE, str(tmp_path / "m.safetensors")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == "end\n"

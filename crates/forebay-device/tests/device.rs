@@ -333,7 +333,12 @@ fn thousands_of_cycles_leak_nothing() {
         assert!(after.files <= before.files, "{before:?} then {after:?}");
         assert!(after.mappings <= before.mappings + 16, "{before:?} then {after:?}");
         assert!(after.threads <= before.threads + 4, "{before:?} then {after:?}");
-        assert!(device.memory().unwrap().free + Bytes::mib(4) >= free, "device memory was lost");
+        // Other tests take memory of the same device for a while.
+        let start = std::time::Instant::now();
+        while device.memory().unwrap().free + Bytes::mib(4) < free {
+            assert!(start.elapsed() < std::time::Duration::from_secs(20), "device memory was lost");
+            std::thread::yield_now();
+        }
     });
 }
 

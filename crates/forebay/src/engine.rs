@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use forebay_core::{Bytes, Mode, PageIndex, PageRef, RankOrder, Schedule, VbarId, VbarSpec};
 use forebay_device::{Device, DeviceId, Reservation, StreamHandle};
-use forebay_store::ReaderPool;
+use forebay_store::{ReaderPool, Urgency};
 use parking_lot::Mutex;
 
 use crate::acquire::{Above, Found, Use};
@@ -50,9 +50,14 @@ impl Engine {
         config.ring.check()?;
         let effective = effective_budget(config.budget, &*device, Bytes::ZERO)?;
         let shared = Arc::new(Shared::new(device, config, effective)?);
-        let (for_readers, threads) = (Arc::clone(&shared), config.ring.reader_threads());
-        let readers = ReaderPool::new("forebay-read", threads, move |_| Reader::new(&for_readers))
-            .map_err(EngineError::Readers)?;
+        let threads = config.ring.reader_threads();
+        let readers = ReaderPool::new("forebay-read", threads, |_| Reader::new());
+        let readers = readers.map_err(EngineError::Readers)?;
+        // Beside what the caller does next. A reader that finds its slots made goes on at once.
+        for _ in 0..threads {
+            let shared = Arc::clone(&shared);
+            readers.submit(Urgency::Ahead, move |reader: &mut Reader| reader.prepare(&shared));
+        }
         let readers = Arc::new(readers);
         let mover = Mover::new(Arc::clone(&shared), Arc::clone(&readers));
         let keeper = Keeper::new(Arc::clone(&shared), readers)?;
@@ -240,6 +245,15 @@ impl Engine {
         self.shared.register.notify_one();
     }
 
+    /// Ends the engine before its last owner goes, as a process should before it exits: what is not pinned is given back,
+    /// its threads end, and no later call reaches the device. Such calls fail with [`EngineError::Stopped`]. Idempotent.
+    pub fn shut_down(&self) {
+        self.end_threads();
+        let reason = "it was shut down, as at the end of a process".to_owned();
+        self.shared.state.lock().books.lost(EngineError::Stopped { device: self.shared.id, reason });
+        self.shared.changed.notify_all();
+    }
+
     /// The device's name.
     pub fn device(&self) -> DeviceId {
         self.shared.id
@@ -360,6 +374,20 @@ impl Engine {
         self.shared.changed.notify_all();
     }
 
+    fn end_threads(&self) {
+        self.shared.state.lock().stop = true;
+        self.shared.work.notify_one();
+        self.shared.register.notify_one();
+        let threads = std::mem::take(&mut *self.threads.lock());
+        for thread in threads {
+            let name = thread.thread().name().unwrap_or_default().to_owned();
+            // A drop on one of them (the last owner went with a VBAR) cannot wait for itself.
+            if thread.thread().id() != std::thread::current().id() && thread.join().is_err() {
+                tracing::error!(device = %self.shared.id, "the thread {name} had panicked");
+            }
+        }
+    }
+
     fn start(&self, name: &str, body: impl FnOnce() + Send + 'static) -> Result<()> {
         let thread =
             Builder::new().name(name.to_owned()).spawn(body).map_err(|error| EngineError::Stopped {
@@ -401,16 +429,7 @@ impl Engine {
 
 impl Drop for Engine {
     fn drop(&mut self) {
-        self.shared.state.lock().stop = true;
-        self.shared.work.notify_one();
-        self.shared.register.notify_one();
-        for thread in self.threads.get_mut().drain(..) {
-            let name = thread.thread().name().unwrap_or_default().to_owned();
-            // A drop on one of them (the last owner went with a VBAR) cannot wait for itself.
-            if thread.thread().id() != std::thread::current().id() && thread.join().is_err() {
-                tracing::error!(device = %self.shared.id, "the thread {name} had panicked");
-            }
-        }
+        self.end_threads();
     }
 }
 

@@ -297,12 +297,15 @@ impl Drop for ChunkDone<'_> {
 }
 
 impl Reader {
-    pub(crate) fn new(shared: &Shared) -> Self {
-        let mut reader = Reader { slots: None, through: DirectBuffer::default() };
-        if let Err(error) = reader.parts(shared) {
+    pub(crate) fn new() -> Self {
+        Reader { slots: None, through: DirectBuffer::default() }
+    }
+
+    /// Makes the slots if they are not there yet.
+    pub(crate) fn prepare(&mut self, shared: &Shared) {
+        if let Err(error) = self.parts(shared) {
             tracing::debug!(device = %shared.id, %error, "a reader has no slots yet");
         }
-        reader
     }
 
     /// The slots, made now if they are not there yet, and the buffer.

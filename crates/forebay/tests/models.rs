@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use common::faulty::Faulty;
-use common::{Consumer, Random, Rig, Weights, assert_no_pins};
+use common::{Consumer, Random, Rig, Weights, assert_no_pins, device, engine_on};
 use forebay::device::StreamHandle;
 use forebay::policy::{PageIndex, RankOrder, Ranks};
 use forebay::{Attachment, Bytes, EngineError, PageState, Use};
@@ -240,4 +240,31 @@ fn a_stream_may_go_when_the_models_that_used_it_are_gone() {
     let recorded = device.take_recorded();
     assert!(recorded.contains(&consumer.stream()));
     assert!(gone == consumer.stream() || !recorded.contains(&gone), "a destroyed stream was used");
+}
+
+#[test]
+fn an_engine_that_is_shut_down_gives_back_what_it_can_and_refuses_every_use() {
+    let mut random = Random::seeded();
+    let weights = Weights::new(&mut random, &[2 << 20, 3 << 20, 100]);
+    let device = device();
+    let engine = engine_on(Arc::clone(&device), Bytes::mib(16));
+    let model = weights.attach(&engine, "model");
+    let mut consumer = Consumer::new(&device);
+    consumer.use_weight(&model, &weights, 0).unwrap();
+    let view = model.view(1, Use::on(consumer.stream())).unwrap();
+    consumer.check();
+    engine.shut_down();
+    engine.shut_down();
+    let refused = [
+        model.acquire(0, Use::on(consumer.stream())).err(),
+        weights.try_attach(&engine, "another").err(),
+        engine.settle().err(),
+    ];
+    for error in refused {
+        assert!(matches!(error, Some(EngineError::Stopped { .. })), "{error:?}");
+    }
+    consumer.read_at(view.address(), &weights.contents[1], "a view that outlives its engine's threads");
+    consumer.check();
+    drop(view);
+    drop(model);
 }
