@@ -87,11 +87,12 @@ def attach(
     return attachment
 
 
-def detach(module: Any) -> None:
+def detach(module: Any, keep: bool = False) -> None:
     """Undoes :func:`attach`: the module's parameters are what they were.
 
     Args:
         module: What was given to ``attach``.
+        keep: As for :meth:`Attachment.detach`.
 
     Raises:
         ValueError: Where it is not attached.
@@ -100,7 +101,7 @@ def detach(module: Any) -> None:
         attachment = _attached.get(id(module))
     if attachment is None:
         raise ValueError(f"not attached: {type(module).__name__}")
-    attachment.detach()
+    attachment.detach(keep)
 
 
 class Attachment:
@@ -129,8 +130,14 @@ class Attachment:
         """One model for each module attached."""
         return tuple(self._models)
 
-    def detach(self) -> None:
-        """Puts the module's parameters back and gives the memory up as soon as nothing uses it. Idempotent."""
+    def detach(self, keep: bool = False) -> None:
+        """Puts the module's parameters back and gives the memory up as soon as nothing uses it. Idempotent.
+
+        Args:
+            keep: Leave on the device what nobody else needs: attaching the same files under the same name again finds it.
+                It is the first memory that is taken for other models, and by ``make_room`` and ``headroom``. For models
+                whose weights are all in files; others are detached as usual. ``engine.clear_parked()`` ends it.
+        """
         with _lock:
             if _attached.get(id(self._target)) is self:
                 del _attached[id(self._target)]
@@ -143,7 +150,10 @@ class Attachment:
         while self._undo:
             self._undo.pop()()
         for model in self._models:
-            model.detach()
+            if keep:
+                model.park()
+            else:
+                model.detach()
         self._models.clear()
 
     def prioritize(self) -> None:

@@ -121,6 +121,11 @@ impl Engine {
         Ok(())
     }
 
+    /// Lets go of all parked models; returns how many there were.
+    fn clear_parked(&self, py: Python<'_>) -> usize {
+        py.detach(|| self.inner.clear_parked())
+    }
+
     /// Gives device memory back, lowest priority first; returns how many bytes.
     fn make_room(&self, py: Python<'_>, nbytes: &Bound<'_, PyAny>) -> PyResult<u64> {
         let bytes = size("nbytes", nbytes)?;
@@ -226,6 +231,7 @@ pub(crate) fn vbar_stats<'py>(py: Python<'py>, stats: &VbarStats) -> PyResult<Bo
     dict.set_item("filled", stats.filled.get())?;
     dict.set_item("direct", stats.direct.get())?;
     dict.set_item("past_cache", stats.past_cache.get())?;
+    dict.set_item("parked", stats.parked)?;
     dict.set_item("filled_pages", stats.filled_pages)?;
     dict.set_item("looked_up", stats.looked_up.get())?;
     dict.set_item("waits", stats.waits)?;

@@ -75,6 +75,11 @@ impl Model {
         py.detach(|| self.shared.attachment.detach());
     }
 
+    /// Detaches the model and keeps its memory until others need it.
+    fn park(&self, py: Python<'_>) {
+        py.detach(|| self.shared.attachment.park());
+    }
+
     /// To the top of the priorities.
     fn prioritize(&self, py: Python<'_>) {
         py.detach(|| self.shared.attachment.prioritize());

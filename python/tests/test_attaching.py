@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from support import DEVICE, MIB, TORCH_DEVICE, linears, move, press, randomize, reference, same
 from torch import nn
 
@@ -278,3 +279,26 @@ def test_engines_leave_nothing_behind(engine) -> None:
         if round_ == 5:
             before = resources()
     assert resources() == before
+
+
+def test_a_model_detached_with_its_memory_kept_finds_it_again(engine, tmp_path) -> None:
+    model = randomize(linears(4, 768))
+    path = tmp_path / "model.safetensors"
+    save_file(model.state_dict(), path)
+    model.load_state_dict(forebay.load(path), assign=True)
+    model.requires_grad_(False)
+    x = move(torch.randn(1, 768))
+    chosen = engine(64)
+    first = forebay.attach(model, chosen)
+    expected = model(x)
+    first.detach(keep=True)
+    assert all(type(parameter) is nn.Parameter for parameter in model.parameters())
+    (parked,) = forebay.stats(chosen)["models"]
+    assert parked["parked"] and parked["resident"] > 0
+    again = forebay.attach(model, chosen)
+    same(model(x), expected)
+    assert again.stats()[0]["filled"] == 0, "nothing was copied again"
+    forebay.detach(model, keep=True)
+    assert chosen.clear_parked() == 1
+    chosen.settle()
+    assert forebay.stats(chosen)["models"] == []

@@ -160,7 +160,15 @@ with torch.no_grad():
 print("end")
 """
     for _ in range(3):
-        command = [sys.executable, "-X", "faulthandler", "-c", program, DEVICE, str(tmp_path / "m.safetensors")]
+        command = [
+            sys.executable,
+            "-X",
+            "faulthandler",
+            "-c",
+            program,
+            DEVICE,
+            str(tmp_path / "m.safetensors"),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         assert done.stdout == "end\n"

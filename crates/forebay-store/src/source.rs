@@ -128,6 +128,21 @@ impl Source {
         }
     }
 
+    /// Whether both are the same range of the same file, unchanged between the times at which the two were opened. Memory
+    /// never is.
+    pub fn has_bytes_of(&self, other: &Source) -> bool {
+        match (&self.kind, &other.kind) {
+            (
+                SourceKind::File { file, offset },
+                SourceKind::File { file: other_file, offset: other_offset },
+            ) => {
+                let stamp = |file: &SourceFile| (file.dev(), file.inode(), file.len(), file.mtime_ns());
+                stamp(file) == stamp(other_file) && offset == other_offset && self.bytes == other.bytes
+            }
+            _ => false,
+        }
+    }
+
     /// How messages name this source: `model.safetensors@1234`, or `CPU memory`.
     pub fn describe(&self) -> String {
         match &self.kind {

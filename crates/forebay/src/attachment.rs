@@ -1,7 +1,7 @@
 //! An attached model: its weights, each at one address for life.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use forebay_core::{Bytes, PageState};
 use forebay_device::{DeviceAddr, StreamHandle};
@@ -24,6 +24,8 @@ pub struct Attachment {
     vbar: Arc<Vbar>,
     /// The always-resident region stays pinned as long as the model is attached.
     small: Mutex<Option<SmallPins>>,
+    /// Detached or parked: the model may be somebody else's by now.
+    has_left: AtomicBool,
 }
 
 /// The weights of an operation, pinned and in order with its stream. Dropping it releases them behind the work that
@@ -88,7 +90,12 @@ struct SmallPins {
 
 impl Attachment {
     pub(crate) fn new(engine: &Arc<Engine>, vbar: Arc<Vbar>) -> Result<Self> {
-        let attachment = Attachment { engine: Arc::clone(engine), vbar, small: Mutex::new(None) };
+        let attachment = Attachment {
+            engine: Arc::clone(engine),
+            vbar,
+            small: Mutex::new(None),
+            has_left: AtomicBool::new(false),
+        };
         let small_pages = attachment.layout().small_pages;
         if small_pages > 0 {
             let span = Span { vbar: Arc::clone(&attachment.vbar), first: 0, last: small_pages - 1 };
@@ -206,6 +213,16 @@ impl Attachment {
     /// Detaches the model, as dropping does: what is not in use leaves at once, what is with its last use. Later calls
     /// find [`EngineError::Detached`].
     pub fn detach(&self) {
+        if self.leave() {
+            self.engine.close(&self.vbar);
+        }
+    }
+
+    /// Gives the small weights up, the first time. Whether it was.
+    pub(crate) fn leave(&self) -> bool {
+        if self.has_left.swap(true, Ordering::AcqRel) {
+            return false;
+        }
         let shared = self.engine.shared();
         let small = self.small.lock().take();
         if let Some(small) = small {
@@ -213,7 +230,7 @@ impl Attachment {
             shared.reserved.fetch_sub(small.bytes.get(), Ordering::AcqRel);
             shared.unpin(&[small.span], Used::Anywhere);
         }
-        self.engine.close(&self.vbar);
+        true
     }
 
     /// Gives the pages of a weight up if nobody pins them, so that its bytes are read again at the next use.
@@ -289,7 +306,7 @@ impl Attachment {
         })
     }
 
-    fn layout(&self) -> &Layout {
+    pub(crate) fn layout(&self) -> &Layout {
         self.vbar.layout.as_ref().expect("an attachment is made with a layout")
     }
 

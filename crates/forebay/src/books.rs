@@ -41,6 +41,8 @@ pub(crate) struct VbarBook {
     pub(crate) pages: Vec<PageBook>,
     pub(crate) mapped: u32,
     pub(crate) closing: bool,
+    /// Detached with its memory kept.
+    pub(crate) parked: bool,
     /// Streamed pages that were filled from the ring and that the cache's keeper does not know of yet.
     pub(crate) through_ring: Vec<u32>,
     /// Pages are filled again: what is streamed may be registered.

@@ -37,6 +37,8 @@ pub struct Engine {
     shared: Arc<Shared>,
     /// The mover and the cache's keeper.
     threads: Mutex<Vec<JoinHandle<()>>>,
+    /// Lock order: never together with the state lock.
+    pub(crate) parked: Mutex<Vec<Arc<Vbar>>>,
 }
 
 impl Engine {
@@ -62,13 +64,14 @@ impl Engine {
         let mover = Mover::new(Arc::clone(&shared), Arc::clone(&readers));
         let keeper = Keeper::new(Arc::clone(&shared), readers)?;
         // Made first: where a thread cannot be started, the other ends with it.
-        let engine = Engine { shared, threads: Mutex::default() };
+        let engine = Engine { shared, threads: Mutex::default(), parked: Mutex::default() };
         engine.start("forebay-mover", move || mover.run())?;
         engine.start("forebay-cache", move || keeper.run())?;
         Ok(Arc::new(engine))
     }
 
-    /// Attaches weights: each gets its address. The always-resident region is filled now, the rest when used.
+    /// Attaches weights: each gets its address. The always-resident region is filled now, the rest when used. A model that
+    /// was [parked](Attachment::park) finds what is left of it on the device.
     ///
     /// # Errors
     /// [`EngineError::TooLarge`] where not even the small weights fit, [`EngineError::Invalid`] for a layout that
@@ -80,6 +83,9 @@ impl Engine {
         options: LayoutOptions,
     ) -> Result<Attachment> {
         let layout = Layout::new(weights, options)?;
+        if let Some(vbar) = self.unpark(name, &layout)? {
+            return Attachment::new(self, vbar);
+        }
         let window = layout.window(self.shared.state.lock().policy.budget());
         let spec = VbarSpec {
             // A model without weights has an address as well.
@@ -324,6 +330,7 @@ impl Engine {
             pages: (0..vbar.cells.len() as u32).map(|p| state.policy.state(page(p))).collect(),
             pinned: vbar.page_size * vbar.cells.iter().filter(|cell| cell.load().pins() > 0).count() as u64,
             lent: state.books.vbars.get(&vbar.id).is_some_and(|book| book.lent.is_some()),
+            parked: state.books.vbars.get(&vbar.id).is_some_and(|book| book.parked),
             watermark: state.policy.watermark(vbar.id).0,
             filled: Bytes::new(load(&counters.filled_bytes)),
             direct: Bytes::new(load(&counters.direct_bytes)),
@@ -411,6 +418,7 @@ impl Engine {
             pages: (0..spec.pages).map(|_| PageBook::default()).collect(),
             mapped: 0,
             closing: false,
+            parked: false,
             through_ring: Vec::new(),
             pass_is_over: false,
             cached_below: None,

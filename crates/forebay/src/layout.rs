@@ -154,6 +154,15 @@ impl Layout {
         Ok(layout)
     }
 
+    /// Whether both lay the same bytes of the same files out in the same way.
+    pub(crate) fn has_bytes_of(&self, other: &Layout) -> bool {
+        let is_same = |(a, b): (&Source, &Source)| a.has_bytes_of(b);
+        self.page_size == other.page_size
+            && self.weights == other.weights
+            && self.names == other.names
+            && self.sources.iter().zip(&other.sources).all(is_same)
+    }
+
     /// The page order of this layout.
     pub(crate) fn order(&self) -> RankOrder {
         RankOrder::Spread { first: self.small_pages, last: self.table_pages }

@@ -51,6 +51,7 @@ mod filler;
 mod layout;
 mod lease;
 mod mover;
+mod parked;
 mod scratch;
 mod state;
 mod stats;

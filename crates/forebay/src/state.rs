@@ -18,6 +18,7 @@ use crate::cache::registering::Registering;
 use crate::config::{EngineConfig, RingConfig};
 use crate::layout::Class;
 use crate::timeline::Timeline;
+use crate::vbar::Vbar;
 use crate::{EngineError, Result};
 
 /// How much of the device the engine may use.
@@ -246,9 +247,7 @@ impl State {
             weight.first_page..=weight.last_page
         };
         if self.policy.lost_plans(id) {
-            while let Some(number) = self.books.vbar(id).schedule.unplan_last() {
-                pages_of(number).for_each(|page| self.policy.unplan(vbar.page_ref(page)));
-            }
+            self.take_plans_back(&vbar);
         }
         while let Some(number) = self.books.vbar(id).schedule.plan_next() {
             let pages = pages_of(number);
@@ -261,6 +260,15 @@ impl State {
                 self.books.vbar(id).schedule.unplan_last();
                 return;
             }
+        }
+    }
+
+    /// No use of the model is expected any more.
+    pub(crate) fn take_plans_back(&mut self, vbar: &Vbar) {
+        let Some(layout) = &vbar.layout else { return };
+        while let Some(number) = self.books.vbar(vbar.id).schedule.unplan_last() {
+            let weight = layout.weights[layout.scheduled[number as usize] as usize];
+            (weight.first_page..=weight.last_page).for_each(|page| self.policy.unplan(vbar.page_ref(page)));
         }
     }
 
@@ -294,9 +302,9 @@ impl State {
         self.is_settled() && shared.operations.load(Ordering::Acquire) == 0
     }
 
-    /// Whether a VBAR is neither closed nor gone.
+    /// Whether a VBAR is neither closed, nor parked, nor gone.
     pub(crate) fn is_open(&self, id: VbarId) -> bool {
-        self.books.vbars.get(&id).is_some_and(|book| !book.closing)
+        self.books.vbars.get(&id).is_some_and(|book| !book.closing && !book.parked)
     }
 
     /// Reports the last release of a streamed page. Another thread may have used, released and evicted the page since

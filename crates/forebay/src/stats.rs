@@ -21,6 +21,21 @@ pub(crate) struct Counters {
 }
 
 impl Counters {
+    /// As for a model that was just attached.
+    pub(crate) fn reset(&self) {
+        let all = [
+            &self.filled_bytes,
+            &self.direct_bytes,
+            &self.past_cache_bytes,
+            &self.filled_pages,
+            &self.waits,
+            &self.wait_ns,
+            &self.longest_wait_ns,
+            &self.looked_up_bytes,
+        ];
+        all.into_iter().for_each(|counter| counter.store(0, Ordering::Relaxed));
+    }
+
     pub(crate) fn waited(&self, time: Duration) {
         self.waits.fetch_add(1, Ordering::Relaxed);
         let nanoseconds = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
@@ -45,6 +60,8 @@ pub struct VbarStats {
     pub pinned: Bytes,
     /// Whether it is lent as a whole.
     pub lent: bool,
+    /// Whether it is detached and its memory kept until others need it.
+    pub parked: bool,
     /// How many ranks are resident; pages above are streamed.
     pub watermark: u32,
     /// Bytes copied to the device since it was attached.

@@ -268,3 +268,80 @@ fn an_engine_that_is_shut_down_gives_back_what_it_can_and_refuses_every_use() {
     drop(view);
     drop(model);
 }
+
+/// Weights that all lie in one file.
+fn in_a_file(random: &mut Random, sizes: &[usize]) -> Weights {
+    let mut weights = Weights::new(random, sizes);
+    let file = forebay::store::SourceFile::open(weights.file.path()).unwrap();
+    let mut offset = 0;
+    for (spec, &size) in weights.specs.iter_mut().zip(sizes) {
+        spec.source = forebay::store::Source::file(&file, offset, Bytes::new(size as u64));
+        offset += size as u64;
+    }
+    weights
+}
+
+#[test]
+fn a_parked_model_that_comes_again_finds_what_nobody_else_needed() {
+    let mut random = Random::seeded();
+    let (weights, others) = (in_a_file(&mut random, &[2 * MIB; 8]), Weights::new(&mut random, &[2 * MIB; 4]));
+    let device = device();
+    let engine = engine_on(Arc::clone(&device), PAGE * 10);
+    let mut consumer = Consumer::new(&device);
+    let model = weights.attach(&engine, "model");
+    pass(&mut consumer, &model, &weights);
+    model.park();
+    assert!(matches!(model.acquire(0, Use::on(consumer.stream())), Err(EngineError::Detached { .. })));
+    let (stats, parked) = (engine.stats(), &engine.stats().vbars[0]);
+    assert!(parked.parked && parked.in_state(PageState::Resident) == PAGE * 8, "{stats}");
+
+    // Others take its memory first, and only what they need.
+    let other = others.attach(&engine, "other");
+    pass(&mut consumer, &other, &others);
+    assert_eq!(other.stats().in_state(PageState::Resident), PAGE * 4);
+    drop(other);
+
+    let again = weights.attach(&engine, "model");
+    assert_eq!(again.stats().filled, Bytes::ZERO);
+    pass(&mut consumer, &again, &weights);
+    consumer.check();
+    assert_eq!(again.stats().filled, PAGE * 2, "two pages were taken meanwhile: {}", engine.stats());
+    // The attachment it was before has nothing to do with it any more.
+    drop(model);
+    pass(&mut consumer, &again, &weights);
+    consumer.check();
+    again.park();
+    drop(again);
+    assert_eq!(engine.clear_parked(), 1);
+    engine.settle().unwrap();
+    assert!(engine.stats().vbars.is_empty(), "{}", engine.stats());
+}
+
+#[test]
+fn other_bytes_under_the_same_name_are_attached_anew() {
+    let mut random = Random::seeded();
+    let (first, second) = (in_a_file(&mut random, &[2 * MIB; 3]), in_a_file(&mut random, &[2 * MIB; 3]));
+    let device = device();
+    let engine = engine_on(Arc::clone(&device), PAGE * 10);
+    let mut consumer = Consumer::new(&device);
+    let model = first.attach(&engine, "model");
+    pass(&mut consumer, &model, &first);
+    model.park();
+    let other = second.attach(&engine, "model");
+    pass(&mut consumer, &other, &second);
+    let again = first.attach(&engine, "model");
+    pass(&mut consumer, &again, &first);
+    consumer.check();
+    assert_eq!((other.stats().filled, again.stats().filled), (PAGE * 3, Bytes::ZERO));
+    other.park();
+    // What was parked first goes where there are too many.
+    for number in 0..9 {
+        let name = format!("model {number}");
+        let model = first.attach(&engine, &name);
+        pass(&mut consumer, &model, &first);
+        model.park();
+    }
+    consumer.check();
+    engine.settle().unwrap();
+    assert_eq!(engine.stats().vbars.iter().filter(|vbar| vbar.parked).count(), 8);
+}
