@@ -1,4 +1,5 @@
 //! Weights that exceed the page cache: a part of what is streamed is read through it, the rest past it.
+#![allow(clippy::unwrap_used, reason = "tests end where their setting fails")]
 
 mod common;
 

@@ -1,4 +1,5 @@
 //! Streamed pages whose bytes lie in files are read by the copy engine itself, from the registered page cache.
+#![allow(clippy::unwrap_used, reason = "tests end where their setting fails")]
 
 mod common;
 

@@ -233,7 +233,10 @@ impl State {
     pub(crate) fn has_unregistered(&mut self) -> bool {
         let open = self.books.vbars.iter().filter(|(_, book)| !book.closing && !book.through_ring.is_empty());
         let open: Vec<VbarId> = open.map(|(id, _)| *id).collect();
-        open.into_iter().fold(false, |any, id| self.end_first_pass(id) || any)
+        for id in open {
+            self.end_first_pass(id);
+        }
+        !self.registering.wanted.is_empty()
     }
 
     /// Hands the pages that went through the ring to the keeper. Whether there are any.

@@ -34,7 +34,7 @@ fn shares(room: Bytes, demands: &[Demand]) -> Option<Vec<u32>> {
     let mut left = Bytes::new(room.get() / USED.1 * USED.0);
     let share = |demand: &Demand| {
         let pages = (left.get() / demand.page_size.get()).min(demand.streamed.into());
-        left = left - demand.page_size * pages;
+        left -= demand.page_size * pages;
         pages as u32
     };
     Some(demands.iter().map(share).collect())
