@@ -64,6 +64,16 @@ pub(crate) struct FrameBook {
     pub(crate) filled: Arc<Event>,
 }
 
+/// A page that was claimed, as it was then.
+#[derive(Debug)]
+struct Claimed {
+    page: PageRef,
+    /// Every use since it was mapped is in `uses`.
+    is_known: bool,
+    uses: Vec<(StreamHandle, Arc<Event>)>,
+    frame: Option<FrameId>,
+}
+
 /// The books of one device.
 #[derive(Debug)]
 pub(crate) struct Books {
@@ -71,8 +81,8 @@ pub(crate) struct Books {
     pub(crate) vbars: HashMap<VbarId, VbarBook>,
     pub(crate) frames: HashMap<FrameId, FrameBook>,
     spare_events: Vec<Arc<Event>>,
-    /// Claimed since the last [`leave`](Books::leave): the page, and whether it was used.
-    claimed: Vec<(PageRef, bool)>,
+    /// Claimed since the last [`leave`](Books::leave).
+    claimed: Vec<Claimed>,
     /// Set for good when the device or a thread of the engine is lost.
     pub(crate) fatal: Option<EngineError>,
     /// To be logged by the mover: under the lock a log that calls back would wait for ever.
@@ -160,12 +170,9 @@ impl Books {
     pub(crate) fn leave(&mut self) {
         let mut claimed = std::mem::take(&mut self.claimed);
         let mut marks: Option<(VbarId, Vec<Arc<Event>>)> = None;
-        for (page, was_used) in claimed.drain(..) {
-            let entry = self.page(page);
-            let uses = std::mem::take(&mut entry.uses);
-            let (tracked, frame) = (entry.tracked, entry.frame);
+        for Claimed { page, is_known, uses, frame } in claimed.drain(..) {
             let mut leaving = Vec::with_capacity(2);
-            if tracked || !was_used {
+            if is_known {
                 leaving.extend(uses.into_iter().map(|(_, event)| event));
             } else {
                 self.recycle(uses.into_iter().map(|(_, event)| event));
@@ -222,7 +229,11 @@ impl Pins for Books {
 
     fn claim(&mut self, page: PageRef) -> bool {
         let Some(was) = self.vbar(page.vbar).vbar.cell(page.page.0).try_claim() else { return false };
-        self.claimed.push((page, was.was_used()));
+        // The same decision may back the page again, and what is known of it is then about its next life.
+        let entry = self.page(page);
+        let (uses, frame) = (std::mem::take(&mut entry.uses), entry.frame);
+        let is_known = entry.tracked || !was.was_used();
+        self.claimed.push(Claimed { page, is_known, uses, frame });
         true
     }
 
@@ -237,5 +248,50 @@ impl Pins for Books {
     fn set_resident(&mut self, page: PageRef) {
         self.vbar(page.vbar).vbar.cell(page.page.0).set_streamed(false);
         self.page(page).tracked = false;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use forebay_core::{Bytes, Mode, PageIndex, Policy, RankOrder, VbarSpec};
+    use forebay_device::host::{HostConfig, HostDevice};
+    use forebay_device::{Reservation, Stream};
+
+    #[test]
+    fn a_page_that_one_decision_takes_and_backs_again_is_unmapped_behind_its_uses() {
+        let device: Arc<dyn Device> = Arc::new(HostDevice::new(HostConfig::default()).unwrap());
+        let stream = Stream::new(Arc::clone(&device)).unwrap();
+        let mut books = Books::new(Arc::clone(&device));
+        let size = Bytes::mib(2);
+        let (order, mode) = (RankOrder::Address, Mode::Streamed);
+        let id = Policy::new(size).add_vbar(VbarSpec { pages: 1, page_size: size, order, mode, window: 0 });
+        let reservation = Reservation::new(device, size, size).unwrap();
+        let vbar = Arc::new(Vbar::new(id, "model".into(), reservation, size, None));
+        let book = VbarBook {
+            vbar: Arc::clone(&vbar),
+            pages: vec![PageBook::default()],
+            mapped: 1,
+            closing: false,
+            parked: false,
+            through_ring: Vec::new(),
+            pass_is_over: false,
+            cached_below: None,
+            schedule: Schedule::new(0),
+            trace_tail: 0,
+            started: false,
+            lent: None,
+        };
+        books.vbars.insert(id, book);
+        let page = PageRef { vbar: id, page: PageIndex(0) };
+        // Resident and used: nobody noted where.
+        vbar.streams.know(stream.handle());
+        vbar.cell(0).set_filled();
+        assert!(vbar.cell(0).try_pin().is_some() && vbar.cell(0).unpin().is_some());
+        assert!(books.claim(page));
+        // Backed again as a streamed page, of which every release is noted.
+        assert!(!books.set_streamed(page));
+        books.leave();
+        assert_eq!(books.page(page).leaving.len(), 1, "the stream that used it is waited for");
     }
 }

@@ -189,7 +189,7 @@ pub(crate) fn fill_directly(
     let result = verify_sources(vbar, page).and_then(|()| {
         let stream = shared.copy.lock();
         // SAFETY: the page is mapped and stays so until its fill event, recorded after these copies, has completed. The
-        // registered page is dropped by the registrar alone, behind all copies.
+        // registered page is dropped by the keeper alone, once nobody else has it, behind all copies.
         let copied = unsafe { registered.copy_to(&*shared.device, vbar.page_addr(page), stream.handle()) };
         let marked = mark_filled(filled, &stream);
         drop(stream);

@@ -269,22 +269,11 @@ fn an_engine_that_is_shut_down_gives_back_what_it_can_and_refuses_every_use() {
     drop(model);
 }
 
-/// Weights that all lie in one file.
-fn in_a_file(random: &mut Random, sizes: &[usize]) -> Weights {
-    let mut weights = Weights::new(random, sizes);
-    let file = forebay::store::SourceFile::open(weights.file.path()).unwrap();
-    let mut offset = 0;
-    for (spec, &size) in weights.specs.iter_mut().zip(sizes) {
-        spec.source = forebay::store::Source::file(&file, offset, Bytes::new(size as u64));
-        offset += size as u64;
-    }
-    weights
-}
-
 #[test]
 fn a_parked_model_that_comes_again_finds_what_nobody_else_needed() {
     let mut random = Random::seeded();
-    let (weights, others) = (in_a_file(&mut random, &[2 * MIB; 8]), Weights::new(&mut random, &[2 * MIB; 4]));
+    let (weights, others) =
+        (Weights::in_a_file(&mut random, &[2 * MIB; 8]), Weights::new(&mut random, &[2 * MIB; 4]));
     let device = device();
     let engine = engine_on(Arc::clone(&device), PAGE * 10);
     let mut consumer = Consumer::new(&device);
@@ -320,7 +309,8 @@ fn a_parked_model_that_comes_again_finds_what_nobody_else_needed() {
 #[test]
 fn other_bytes_under_the_same_name_are_attached_anew() {
     let mut random = Random::seeded();
-    let (first, second) = (in_a_file(&mut random, &[2 * MIB; 3]), in_a_file(&mut random, &[2 * MIB; 3]));
+    let (first, second) =
+        (Weights::in_a_file(&mut random, &[2 * MIB; 3]), Weights::in_a_file(&mut random, &[2 * MIB; 3]));
     let device = device();
     let engine = engine_on(Arc::clone(&device), PAGE * 10);
     let mut consumer = Consumer::new(&device);

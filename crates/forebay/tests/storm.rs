@@ -86,8 +86,10 @@ impl Sailor<'_> {
                 let number = self.random.below(models.len() as u64) as usize;
                 let gone = models.swap_remove(number);
                 drop(models);
-                if self.random.below(2) == 0 {
-                    gone.attachment.detach();
+                match self.random.below(4) {
+                    0 => gone.attachment.detach(),
+                    1 | 2 => gone.attachment.park(),
+                    _ => drop(gone),
                 }
                 Ok(())
             }
@@ -101,7 +103,15 @@ impl Sailor<'_> {
                 }
                 Ok(())
             }
-            86..88 => {
+            86..87 => {
+                let limits = [None, Some(Bytes::ZERO), Some(Bytes::mib(9)), None];
+                engine.set_registered(limits[self.random.below(4) as usize]);
+                if self.random.below(8) == 0 {
+                    engine.clear_parked();
+                }
+                Ok(())
+            }
+            87..88 => {
                 let stats = engine.stats();
                 assert!(stats.free_frames <= stats.held, "{stats}");
                 Ok(())
@@ -187,7 +197,14 @@ fn everything_at_once_is_right() {
     ];
     let world = World {
         engine: rig.engine(Bytes::mib(64)),
-        kinds: kinds.iter().map(|sizes| Arc::new(Weights::new(&mut random, sizes))).collect(),
+        kinds: kinds
+            .iter()
+            .enumerate()
+            .map(|(i, sizes)| match i {
+                1 => Arc::new(Weights::in_a_file(&mut random, sizes)),
+                _ => Arc::new(Weights::new(&mut random, sizes)),
+            })
+            .collect(),
         models: RwLock::default(),
         steps: AtomicU64::new(0),
         refusals: AtomicU64::new(0),
@@ -232,6 +249,7 @@ fn everything_at_once_is_right() {
     });
     println!("{:?} steps, {:?} refused\n{}", world.steps, world.refusals, world.engine.stats());
     world.models.write().unwrap().clear();
+    world.engine.clear_parked();
     world.engine.settle().unwrap();
     let stats = world.engine.stats();
     assert_eq!((stats.held, stats.vbars.len()), (stats.free_frames, 0), "{stats}");

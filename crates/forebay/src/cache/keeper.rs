@@ -24,6 +24,8 @@ use crate::vbar::Vbar;
 
 /// How often the host's memory is looked at, while something is in use.
 const PERIOD: Duration = Duration::from_millis(500);
+/// How often pages that are still copied from are looked at.
+const BUSY_POLL: Duration = Duration::from_millis(1);
 /// Registered memory cannot be reclaimed, so this share of the host's memory, and this much, is left to everyone else.
 const LEFT_SHARE: u64 = 10;
 const LEFT: Bytes = Bytes::gib(2);
@@ -162,7 +164,11 @@ impl Keeper {
     /// Unregisters some of what leaves, once the copies that may read it have completed.
     fn give_back(&mut self, state: &mut MutexGuard<'_, State>) {
         let leaving = state.registering.take_leaving(AT_ONCE);
-        let bytes: Bytes = leaving.iter().map(|page| page.size()).sum();
+        if leaving.is_empty() {
+            self.shared.register.wait_for(state, BUSY_POLL);
+            return;
+        }
+        let bytes: Bytes = leaving.iter().map(RegisteredPage::size).sum();
         MutexGuard::unlocked(state, || {
             let stream = self.shared.copy.lock();
             // SAFETY: the copy stream lives as long as `shared`.

@@ -139,9 +139,22 @@ impl Registering {
         self.leaving.extend(pages);
     }
 
-    /// Up to `most` pages to be given back.
-    pub(crate) fn take_leaving(&mut self, most: usize) -> Vec<Arc<RegisteredPage>> {
-        self.leaving.split_off(self.leaving.len().saturating_sub(most))
+    /// Up to `most` pages to be given back: not those that somebody is about to enqueue copies from, which would not be
+    /// behind any mark yet.
+    pub(crate) fn take_leaving(&mut self, most: usize) -> Vec<RegisteredPage> {
+        let mut taken = Vec::new();
+        let mut busy = Vec::new();
+        while taken.len() < most
+            && let Some(page) = self.leaving.pop()
+        {
+            // Nobody can share it anew: it is in no book.
+            match Arc::try_unwrap(page) {
+                Ok(page) => taken.push(page),
+                Err(page) => busy.push(page),
+            }
+        }
+        self.leaving.append(&mut busy);
+        taken
     }
 
     pub(crate) fn has_leaving(&self) -> bool {

@@ -173,6 +173,18 @@ impl Weights {
         Weights { specs: specs.collect(), contents, file }
     }
 
+    /// Weights that all lie in one file.
+    pub fn in_a_file(random: &mut Random, sizes: &[usize]) -> Self {
+        let mut weights = Weights::new(random, sizes);
+        let file = SourceFile::open(weights.file.path()).unwrap();
+        let mut offset = 0;
+        for (spec, &size) in weights.specs.iter_mut().zip(sizes) {
+            spec.source = Source::file(&file, offset, Bytes::new(size as u64));
+            offset += size as u64;
+        }
+        weights
+    }
+
     pub fn attach(&self, engine: &Arc<Engine>, name: &str) -> Attachment {
         self.try_attach(engine, name).unwrap()
     }
