@@ -273,7 +273,8 @@ def picture(result: dict[str, Any]) -> str:
         f"{result['gpu']}, {result['weights_bytes'] / 1e9:.1f} GB of bf16 blocks, link "
         f"{result['link_bytes_s'] / 1e9:.0f} GB/s; seconds over tokens a step, logarithmic; dashed: the physical limit"
     )
-    return plot.lines("Seconds a step when the weights do not fit", subtitle, panels, len(result["free_gib"]))
+    columns = max(2, len(result["free_gib"]))  # of one size first and later steps side by side
+    return plot.lines("Seconds a step when the weights do not fit", subtitle, panels, columns)
 
 
 if __name__ == "__main__":
