@@ -12,7 +12,6 @@ use forebay_core::Bytes;
 use rustix::fs::OFlags;
 
 use crate::error::{Result, StoreError};
-use crate::past_cache::open_direct;
 
 /// An open file, and what it was like when it was opened.
 ///
@@ -164,7 +163,8 @@ impl SourceFile {
     }
 
     pub(crate) fn direct(&self) -> Option<&File> {
-        self.direct.get_or_init(|| open_direct(&self.file)).as_ref()
+        let open = || self.open_direct().inspect_err(|error| tracing::debug!(%error, "no direct reads")).ok();
+        self.direct.get_or_init(open).as_ref()
     }
 
     fn truncated(&self, wanted: u64) -> StoreError {

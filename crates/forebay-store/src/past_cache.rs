@@ -53,6 +53,18 @@ impl Source {
 }
 
 impl SourceFile {
+    /// The same file, whatever has its name by now, opened once more for reads past the page cache (`O_DIRECT`), of whole
+    /// memory pages into memory that starts at one.
+    ///
+    /// # Errors
+    /// Where the file system refuses.
+    pub fn open_direct(&self) -> io::Result<File> {
+        OpenOptions::new()
+            .read(true)
+            .custom_flags((OFlags::DIRECT | OFlags::NONBLOCK).bits().cast_signed())
+            .open(format!("/proc/self/fd/{}", self.as_fd().as_raw_fd()))
+    }
+
     /// As [`read_exact_at`](SourceFile::read_exact_at), but leaves nothing of what it reads in the page cache. A range that
     /// is there already is taken from there, and given up. Where the file system has no direct reads the bytes go through
     /// the cache, and are given up as well.
@@ -92,15 +104,6 @@ fn is_cached(file: BorrowedFd<'_>, offset: u64, len: u64) -> bool {
     let result = unsafe { libc::syscall(CACHESTAT, file.as_raw_fd(), range.as_ptr(), &raw mut counts, 0) };
     let page = rustix::param::page_size() as u64;
     result == 0 && counts.cached > (offset + len - 1) / page - offset / page
-}
-
-/// The same file, whatever has its name by now, for direct reads. `None` where that is refused.
-pub(crate) fn open_direct(file: &File) -> Option<File> {
-    let opened = OpenOptions::new()
-        .read(true)
-        .custom_flags((OFlags::DIRECT | OFlags::NONBLOCK).bits().cast_signed())
-        .open(format!("/proc/self/fd/{}", file.as_fd().as_raw_fd()));
-    opened.inspect_err(|error| tracing::debug!(%error, "no direct reads")).ok()
 }
 
 fn read_direct(file: &File, offset: u64, dst: &mut [u8], through: &mut [u8]) -> io::Result<()> {

@@ -57,6 +57,13 @@ pub(crate) struct VbarBook {
     pub(crate) lent: Option<Arc<Lent>>,
 }
 
+impl VbarBook {
+    /// Whether it is neither closed nor parked.
+    pub(crate) fn is_open(&self) -> bool {
+        !self.closing && !self.parked
+    }
+}
+
 /// A frame and the event that says its page's bytes are there.
 #[derive(Debug)]
 pub(crate) struct FrameBook {

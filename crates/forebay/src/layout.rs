@@ -1,5 +1,7 @@
 //! Where a model's weights lie in their VBAR.
 
+use std::ops::RangeInclusive;
+
 use forebay_core::{Bytes, RankOrder};
 use forebay_store::{Segment, Source};
 
@@ -166,6 +168,13 @@ impl Layout {
     /// The page order of this layout.
     pub(crate) fn order(&self) -> RankOrder {
         RankOrder::Spread { first: self.small_pages, last: self.table_pages }
+    }
+
+    /// The pages of the weight with this number in the schedule.
+    pub(crate) fn scheduled_pages(&self, number: u32) -> RangeInclusive<u32> {
+        let weight = self.weights[self.scheduled[number as usize] as usize];
+        debug_assert!(matches!(weight.class, Class::Whole(_)));
+        weight.first_page..=weight.last_page
     }
 
     /// The most pages one weight lies on.

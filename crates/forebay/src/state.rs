@@ -16,7 +16,6 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 use crate::books::{Books, VbarBook};
 use crate::cache::registering::Registering;
 use crate::config::{EngineConfig, RingConfig};
-use crate::layout::Class;
 use crate::timeline::Timeline;
 use crate::vbar::Vbar;
 use crate::{EngineError, Result};
@@ -215,9 +214,7 @@ impl State {
         for (id, book) in &mut self.books.vbars {
             let Some(layout) = &book.vbar.layout else { continue };
             let unplan = |policy: &mut Policy, number: u32| {
-                let weight = layout.weights[layout.scheduled[number as usize] as usize];
-                (weight.first_page..=weight.last_page)
-                    .for_each(|page| policy.unplan(book.vbar.page_ref(page)));
+                layout.scheduled_pages(number).for_each(|page| policy.unplan(book.vbar.page_ref(page)));
             };
             let (schedule, tail) = (&mut book.schedule, &mut book.trace_tail);
             let mut used = false;
@@ -228,7 +225,7 @@ impl State {
                 }
             });
             used |= book.vbar.used_as_lent.swap(false, Ordering::AcqRel);
-            if used && !book.closing {
+            if used && book.is_open() {
                 book.started = true;
                 policy.touch(*id);
             }
@@ -240,17 +237,12 @@ impl State {
         let Some(id) = self.policy.priorities().next() else { return };
         let Some(book) = self.books.vbars.get(&id) else { return };
         let vbar = Arc::clone(&book.vbar);
-        let Some(layout) = vbar.layout.as_ref().filter(|_| book.started && !book.closing) else { return };
-        let pages_of = |number: u32| {
-            let weight = layout.weights[layout.scheduled[number as usize] as usize];
-            debug_assert!(matches!(weight.class, Class::Whole(_)));
-            weight.first_page..=weight.last_page
-        };
+        let Some(layout) = vbar.layout.as_ref().filter(|_| book.started && book.is_open()) else { return };
         if self.policy.lost_plans(id) {
             self.take_plans_back(&vbar);
         }
         while let Some(number) = self.books.vbar(id).schedule.plan_next() {
-            let pages = pages_of(number);
+            let pages = layout.scheduled_pages(number);
             let planned = pages.clone().take_while(|&page| {
                 self.decide(|policy, books, out| policy.plan(vbar.page_ref(page), books, out))
             });
@@ -267,8 +259,7 @@ impl State {
     pub(crate) fn take_plans_back(&mut self, vbar: &Vbar) {
         let Some(layout) = &vbar.layout else { return };
         while let Some(number) = self.books.vbar(vbar.id).schedule.unplan_last() {
-            let weight = layout.weights[layout.scheduled[number as usize] as usize];
-            (weight.first_page..=weight.last_page).for_each(|page| self.policy.unplan(vbar.page_ref(page)));
+            layout.scheduled_pages(number).for_each(|page| self.policy.unplan(vbar.page_ref(page)));
         }
     }
 
@@ -304,7 +295,7 @@ impl State {
 
     /// Whether a VBAR is neither closed, nor parked, nor gone.
     pub(crate) fn is_open(&self, id: VbarId) -> bool {
-        self.books.vbars.get(&id).is_some_and(|book| !book.closing && !book.parked)
+        self.books.vbars.get(&id).is_some_and(VbarBook::is_open)
     }
 
     /// Reports the last release of a streamed page. Another thread may have used, released and evicted the page since

@@ -136,7 +136,10 @@ impl Keeper {
                 state.registering.registered(made.size());
                 // The model may have been detached meanwhile.
                 match state.is_open(page.vbar) {
-                    true => state.books.page(page).registered = Some(Arc::clone(&made)),
+                    true => {
+                        let earlier = state.books.page(page).registered.replace(Arc::clone(&made));
+                        state.registering.let_go(earlier);
+                    }
                     false => state.registering.let_go([Arc::clone(&made)]),
                 }
                 Some(made)

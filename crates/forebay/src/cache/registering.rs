@@ -244,7 +244,8 @@ impl State {
 
     /// Nothing is going on, so every pass is over. Whether the keeper has something to do.
     pub(crate) fn has_unregistered(&mut self) -> bool {
-        let open = self.books.vbars.iter().filter(|(_, book)| !book.closing && !book.through_ring.is_empty());
+        let open =
+            self.books.vbars.iter().filter(|(_, book)| book.is_open() && !book.through_ring.is_empty());
         let open: Vec<VbarId> = open.map(|(id, _)| *id).collect();
         for id in open {
             self.end_first_pass(id);

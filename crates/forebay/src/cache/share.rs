@@ -45,9 +45,7 @@ impl State {
     pub(crate) fn share_cache(&mut self, room: Bytes) {
         let mut open: Vec<(VbarId, Demand)> = Vec::new();
         for id in self.policy.priorities() {
-            let Some(book) = self.books.vbars.get(&id).filter(|book| !book.closing && !book.parked) else {
-                continue;
-            };
+            let Some(book) = self.books.vbars.get(&id).filter(|book| book.is_open()) else { continue };
             let Some(layout) = &book.vbar.layout else { continue };
             let whole = layout.pages - layout.table_pages;
             let resident = self.policy.watermark(id).0.min(whole);

@@ -1,16 +1,15 @@
 //! From the page cache, and from a disk past it.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{self, ErrorKind};
-use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use forebay_core::Bytes;
 use forebay_store::{SourceFile, StoreError};
-use rustix::fs::OFlags;
 use rustix::io::Errno;
 
 use super::{DiskError, Rate};
@@ -56,12 +55,7 @@ pub fn disk(file: &SourceFile, threads: usize) -> Result<Rate, DiskError> {
         return Err(unmeasurable("its file system is memory".to_owned()));
     }
     let refused = |error: io::Error| unmeasurable(format!("its file system refuses ({error})"));
-    // The same file, whatever has its name by now.
-    let direct = OpenOptions::new()
-        .read(true)
-        .custom_flags(OFlags::DIRECT.bits().cast_signed())
-        .open(format!("/proc/self/fd/{}", file.as_fd().as_raw_fd()))
-        .map_err(refused)?;
+    let direct = file.open_direct().map_err(refused)?;
     let read = |offset, buffer: &mut [u8], len| {
         read_direct(&direct, offset, buffer, len).map_err(|error| match Errno::from_io_error(&error) {
             Some(Errno::INVAL | Errno::OPNOTSUPP) => refused(error),
