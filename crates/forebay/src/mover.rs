@@ -30,6 +30,8 @@ const BUSY_POLL: Duration = Duration::from_millis(10);
 const IDLE_POLL: Duration = Duration::from_millis(200);
 /// Pages under way in the copy stream beyond which no more of the registered page cache are added: 10 ms of the link.
 const MOST_LANDING: usize = 16;
+/// Frames made in one go, so that their pages are mapped in one go.
+const MOST_CREATED: usize = 8;
 /// By how much more a budget must be able to rise before it does, at most; on a small device a sixteenth of its memory.
 const MOST_RISE: Bytes = Bytes::mib(64);
 
@@ -51,8 +53,7 @@ enum Task {
         events: Vec<Arc<Event>>,
     },
     Create {
-        frame: FrameId,
-        size: Bytes,
+        frames: Vec<(FrameId, Bytes)>,
     },
     Destroy {
         book: Option<FrameBook>,
@@ -131,10 +132,7 @@ impl Mover {
         }
         match state.queue.front().copied() {
             None => Next::Nothing,
-            Some(Command::Create { frame, size }) => {
-                state.queue.pop_front();
-                Next::Task(Task::Create { frame, size })
-            }
+            Some(Command::Create { .. }) => Next::Task(Task::Create { frames: Self::take_creates(state) }),
             Some(Command::Destroy { frame, .. }) => {
                 state.queue.pop_front();
                 Next::Task(Task::Destroy { book: state.books.frames.remove(&frame) })
@@ -142,6 +140,26 @@ impl Mover {
             Some(Command::Retire { page, .. }) => self.take_retires(state, page),
             Some(Command::Map { page, .. }) => Self::take_maps(state, page),
         }
+    }
+
+    /// The first frame, and those behind it that only pages to be mapped stand before: they need no memory that is given
+    /// back first.
+    fn take_creates(state: &mut State) -> Vec<(FrameId, Bytes)> {
+        let mut frames = Vec::new();
+        let mut at = 0;
+        while let Some(&command) = state.queue.get(at)
+            && frames.len() < MOST_CREATED
+        {
+            match command {
+                Command::Create { frame, size } => {
+                    state.queue.remove(at);
+                    frames.push((frame, size));
+                }
+                Command::Map { .. } => at += 1,
+                Command::Retire { .. } | Command::Destroy { .. } => break,
+            }
+        }
+        frames
     }
 
     /// The first page, and those behind it in the queue and in address, if their last uses have completed.
@@ -210,30 +228,35 @@ impl Mover {
     }
 
     /// Does a task without the lock, then books it. Returns what is to be dropped without the lock.
-    fn execute(&mut self, task: Task) -> Option<VbarBook> {
+    fn execute(&mut self, task: Task) -> Vec<VbarBook> {
         match task {
-            Task::Create { frame, size } => self.create(frame, size),
+            Task::Create { frames } => {
+                let began = self.shared.timeline.begin();
+                let gone = frames.iter().filter_map(|&(frame, size)| self.create(frame, size)).collect();
+                self.shared.timeline.note(Activity::Create, frames.len() as u32, began);
+                gone
+            }
             Task::Destroy { book } => {
                 drop(book);
                 self.shared.changed.notify_all();
-                None
+                Vec::new()
             }
             Task::Unmap { vbar, pages, events } => {
                 let (began, first) = (self.shared.timeline.begin(), pages.start);
                 let gone = self.unmap(&vbar, pages, events);
                 self.shared.timeline.note(Activity::Unmap, first, began);
-                gone
+                gone.into_iter().collect()
             }
             Task::Map { vbar, first, backing } => {
                 let began = self.shared.timeline.begin();
                 self.map(&vbar, first, &backing);
                 self.shared.timeline.note(Activity::Map, first, began);
-                None
+                Vec::new()
             }
         }
     }
 
-    fn create(&mut self, id: FrameId, size: Bytes) -> Option<VbarBook> {
+    fn create(&self, id: FrameId, size: Bytes) -> Option<VbarBook> {
         let device = &self.shared.device;
         let made = Frame::new(Arc::clone(device), size)
             .and_then(|frame| Ok(FrameBook { frame, filled: Arc::new(Event::new(Arc::clone(device))?) }));
@@ -249,7 +272,7 @@ impl Mover {
         if error.is_lost() {
             state.books.lost(error.clone().into());
         }
-        // The frame's page comes right behind it in the queue.
+        // The frame's page comes behind it in the queue.
         let place = state.queue.iter().position(|c| matches!(c, Command::Map { frame, .. } if *frame == id));
         let mut gone = None;
         if let Some(Command::Map { page, .. }) = place.and_then(|place| state.queue.remove(place)) {

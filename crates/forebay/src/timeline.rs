@@ -13,6 +13,8 @@ const MOST: usize = 1 << 20;
 pub enum Activity {
     /// A caller waited until its pages' copies were enqueued.
     Wait,
+    /// The mover made frames; as many as the moment's page says.
+    Create,
     /// The mover mapped pages, or unmapped them.
     Map,
     /// See [`Map`](Activity::Map).
@@ -34,7 +36,7 @@ pub enum Activity {
 pub struct Moment {
     /// What.
     pub activity: Activity,
-    /// The first page it was about, by its number in its model.
+    /// The first page it was about, by its number in its model; for [`Create`](Activity::Create) how many frames.
     pub page: u32,
     /// When it began, since the recording did.
     pub start: Duration,
