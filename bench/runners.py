@@ -398,7 +398,7 @@ def load(chosen: argparse.Namespace) -> Layers:
     """The model mapped on the CPU: by Forebay's loader for Forebay, by safetensors' for the others."""
     with torch.device("meta"):
         model = Layers(chosen.blocks, chosen.width).to(torch.bfloat16)
-    state = forebay.load(chosen.file) if chosen.child == "forebay" else load_file(chosen.file)
+    state = forebay.load(chosen.file) if chosen.child.startswith("forebay") else load_file(chosen.file)
     model.blocks.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)
 

@@ -210,3 +210,36 @@ def test_shards_with_an_index(tmp_path) -> None:
     (tmp_path / "part1.safetensors").unlink()
     with pytest.raises(forebay.SourceError, match=r"part1\.safetensors"):
         forebay.load(tmp_path)
+
+
+def test_a_file_is_loaded_to_the_device(path, engine) -> None:
+    chosen = engine(64)
+    expected = safetensors.load_file(path)
+    loaded_to = forebay.load(path, chosen)
+    assert list(loaded_to) == list(forebay.load(path))
+    for name, tensor in loaded_to.items():
+        assert tensor.device.type == move(torch.empty(0)).device.type
+        assert not isinstance(tensor, forebay.ForebayTensor)
+        assert same(tensor, move(expected[name]))
+    held = chosen.stats()["held"]
+    # They are the caller's: memory that others need is not taken from them, and writing is allowed.
+    chosen.make_room(1 << 40)
+    assert all(same(tensor, move(expected[name])) for name, tensor in loaded_to.items())
+    with torch.no_grad():
+        next(iter(loaded_to.values())).add_(1)
+    del tensor, loaded_to
+    chosen.make_room(1 << 40)
+    assert chosen.stats()["held"] < held
+
+
+def test_a_file_that_does_not_fit_is_not_loaded(path, engine) -> None:
+    with pytest.raises(forebay.OutOfMemoryError, match=r"model\.safetensors has \d+ bytes"):
+        forebay.load(path, engine(2))
+
+
+def test_tensors_without_bytes_are_loaded_as_well(tmp_path, engine) -> None:
+    made = tmp_path / "empty.safetensors"
+    safetensors.save_file({"none": torch.empty(0, 3), "some": torch.randn(5)}, made)
+    loaded_to = forebay.load(made, engine(16))
+    assert loaded_to["none"].shape == (0, 3)
+    assert same(loaded_to["some"], move(safetensors.load_file(made)["some"]))
