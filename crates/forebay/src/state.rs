@@ -32,6 +32,9 @@ pub enum Budget {
 /// How long memory that was made free is left to others.
 const GRACE: Duration = Duration::from_millis(200);
 
+/// Bytes read ahead that are not filled yet: 10 ms of the link.
+const MOST_UNDER_WAY: Bytes = Bytes::mib(512);
+
 /// What all threads of an engine share.
 #[derive(Debug)]
 pub(crate) struct Shared {
@@ -241,7 +244,9 @@ impl State {
         if self.policy.lost_plans(id) {
             self.take_plans_back(&vbar);
         }
-        while let Some(number) = self.books.vbar(id).schedule.plan_next() {
+        while self.under_way() < most_under_way(vbar.page_size)
+            && let Some(number) = self.books.vbar(id).schedule.plan_next()
+        {
             let pages = layout.scheduled_pages(number);
             let planned = pages.clone().take_while(|&page| {
                 self.decide(|policy, books, out| policy.plan(vbar.page_ref(page), books, out))
@@ -253,6 +258,12 @@ impl State {
                 return;
             }
         }
+    }
+
+    /// Pages that were decided on and are not filled.
+    fn under_way(&self) -> usize {
+        let is_map = |command: &&Command| matches!(command, Command::Map { .. });
+        self.queue.iter().filter(is_map).count() + self.filling.len()
     }
 
     /// No use of the model is expected any more.
@@ -389,10 +400,62 @@ impl State {
     }
 }
 
+/// Pages under way beyond which nothing more is read ahead. One that turns out to be needed sooner waits behind all of
+/// them: 0.4 s where a first pass queued all that the budget allowed.
+fn most_under_way(page_size: Bytes) -> usize {
+    (MOST_UNDER_WAY.get() / page_size.get()).max(4) as usize
+}
+
 /// Whether a command works on a page of the VBAR.
 fn is_of(command: &Command, id: VbarId) -> bool {
     match command {
         Command::Retire { page, .. } | Command::Map { page, .. } => page.vbar == id,
         Command::Create { .. } | Command::Destroy { .. } => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use forebay_device::StreamHandle;
+    use forebay_device::host::{HostConfig, HostDevice};
+    use forebay_store::{Source, SourceFile};
+
+    use super::*;
+    use crate::{Engine, LayoutOptions, Use, WeightKind, WeightSpec};
+
+    #[test]
+    fn little_is_under_way_however_much_fits() -> std::result::Result<(), Box<dyn std::error::Error>> {
+        let page = Bytes::mib(32);
+        let mut file = tempfile::NamedTempFile::new()?;
+        file.write_all(&vec![7; page.as_usize()])?;
+        let source = Source::file(&SourceFile::open(file.path())?, 0, page);
+        let weight =
+            |n| WeightSpec { name: format!("w{n}"), source: source.clone(), kind: WeightKind::Whole };
+        let device = HostDevice::new(HostConfig { capacity: Bytes::gib(2), ..HostConfig::default() })?;
+        let config = EngineConfig { budget: Budget::Fixed(page * 24), ..EngineConfig::default() };
+        let engine = Engine::new(Arc::new(device), config)?;
+        let options = LayoutOptions { page_size: Some(page), ..LayoutOptions::default() };
+        let model = engine.attach("model", (0..40).map(weight).collect(), options)?;
+        // Readers get no further than their slots.
+        let copies = engine.shared().copy.lock();
+        std::thread::scope(|scope| {
+            let caller = scope.spawn(|| model.acquire(0, Use::on(StreamHandle::DEFAULT)).map(drop));
+            let most = most_under_way(page);
+            loop {
+                let mut state = engine.shared().state.lock();
+                state.take_in_uses();
+                state.read_ahead();
+                assert!(state.under_way() <= most, "{} pages are under way", state.under_way());
+                if state.under_way() == most {
+                    break;
+                }
+            }
+            drop(copies);
+            caller.join().expect("the caller")
+        })?;
+        assert!(model.vbar().cell(0).load().is_filled());
+        Ok(())
     }
 }

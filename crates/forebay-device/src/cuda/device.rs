@@ -1,8 +1,7 @@
 //! A GPU as a [`Device`].
 
 use std::collections::HashMap;
-use std::ffi::c_void;
-use std::ptr;
+use std::ffi::c_uint;
 use std::sync::Arc;
 
 use forebay_core::Bytes;
@@ -11,6 +10,7 @@ use parking_lot::Mutex;
 use super::context::PrimaryContext;
 use super::driver::{Driver, retried};
 use super::info::{self, CudaInfo};
+use super::pinned::HostMapping;
 use super::table::Table;
 use super::types::{
     AccessDesc, AllocationProp, Code, DEVICE_UNAVAILABLE, EVENT_BLOCKING_UNTIMED, GRANULARITY_MINIMUM,
@@ -20,9 +20,6 @@ use crate::{
     Device, DeviceAddr, DeviceError, DeviceId, EventHandle, FrameHandle, MemoryInfo, Result, StreamHandle,
 };
 
-/// What pinned buffers are aligned to.
-const HOST_PAGE: Bytes = Bytes::kib(4);
-
 /// A GPU. Works in its primary context, so pointers, streams and events are shared with PyTorch.
 #[derive(Debug)]
 pub struct CudaDevice {
@@ -31,19 +28,11 @@ pub struct CudaDevice {
     device: Ordinal,
     info: CudaInfo,
     granularity: Bytes,
-    /// Where the driver's allocation begins, by the first byte handed out, for pinned buffers that it did not align.
-    /// A leaf: no driver call is made under it.
-    padded: Mutex<HashMap<usize, Padded>>,
-    /// Streams given back. A leaf like `padded`.
+    /// The mappings behind pinned buffers, by their first byte. A leaf: no driver call is made under it.
+    pinned: Mutex<HashMap<usize, HostMapping>>,
+    /// Streams given back. A leaf like `pinned`.
     idle_streams: Mutex<Vec<StreamHandle>>,
 }
-
-/// The start of an allocation of pinned host memory.
-#[derive(Debug)]
-struct Padded(*mut u8);
-
-// SAFETY: pinned memory belongs to the process; any thread may free it.
-unsafe impl Send for Padded {}
 
 impl CudaDevice {
     /// Opens the GPU `cuda:N` and holds its primary context until dropped.
@@ -73,7 +62,7 @@ impl CudaDevice {
             device,
             info,
             granularity,
-            padded: Mutex::default(),
+            pinned: Mutex::default(),
             idle_streams: Mutex::default(),
         }))
     }
@@ -87,26 +76,17 @@ impl CudaDevice {
         &self.driver.table
     }
 
-    fn host_alloc(&self, size: Bytes) -> Result<*mut u8> {
+    /// # Safety
+    /// The memory is mapped, and stays so until it is unregistered.
+    unsafe fn register(&self, first: *mut u8, size: Bytes, flags: c_uint) -> Result<()> {
         let _current = self.context.enter()?;
-        let mut first: *mut c_void = ptr::null_mut();
-        // SAFETY: the result has a place to go.
-        let code = unsafe { (self.table().mem_host_alloc)(&mut first, size.as_usize(), HOST_PORTABLE) };
+        // SAFETY: mapped memory, by the contract of this call.
+        let code = unsafe { (self.table().mem_host_register)(first.cast(), size.as_usize(), flags) };
         if code == OUT_OF_MEMORY {
             // Memory of the host, of which the device does not know how much is free.
-            return Err(DeviceError::OutOfMemory { call: "cuMemHostAlloc", wanted: size, free: None });
+            return Err(DeviceError::OutOfMemory { call: "cuMemHostRegister", wanted: size, free: None });
         }
-        self.driver.check("cuMemHostAlloc", code, || size.to_string())?;
-        Ok(first.cast())
-    }
-
-    /// # Safety
-    /// `first` came from `host_alloc`, and neither the processor nor a copy uses the memory any more.
-    unsafe fn host_free(&self, first: *mut u8) -> Result<()> {
-        let _current = self.context.enter()?;
-        // SAFETY: the caller owns the memory and uses it no more.
-        let code = unsafe { (self.table().mem_free_host)(first.cast()) };
-        self.driver.check("cuMemFreeHost", code, || format!("pinned memory at {first:p}"))
+        self.driver.check("cuMemHostRegister", code, || format!("{size} at {first:p}"))
     }
 
     /// `Ok` where a call that takes `size` bytes of something succeeded. Out of memory carries what is free now.
@@ -290,23 +270,23 @@ impl Device for CudaDevice {
     }
 
     fn alloc_pinned(&self, size: Bytes) -> Result<*mut u8> {
-        let first = self.host_alloc(size)?;
-        if first.addr().is_multiple_of(HOST_PAGE.as_usize()) {
-            return Ok(first);
-        }
-        // The driver packs small buffers 512 bytes apart: take a page more, and remember where it began.
-        // SAFETY: allocated just now, and nobody has seen it.
-        unsafe { self.host_free(first)? };
-        let base = self.host_alloc(size + HOST_PAGE)?;
-        let first = base.wrapping_add(base.align_offset(HOST_PAGE.as_usize()));
-        self.padded.lock().insert(first.addr(), Padded(base));
+        let mapping = HostMapping::new(size)?;
+        let first = mapping.first();
+        // SAFETY: memory of our own that stays mapped until it is unregistered.
+        unsafe { self.register(first, size, HOST_PORTABLE) }?;
+        self.pinned.lock().insert(first.addr(), mapping);
         Ok(first)
     }
 
-    unsafe fn free_pinned(&self, ptr: *mut u8, _size: Bytes) -> Result<()> {
-        let base = self.padded.lock().remove(&ptr.addr()).map_or(ptr, |padded| padded.0);
-        // SAFETY: the start of pinned memory that no copy touches, by the contract of this call.
-        unsafe { self.host_free(base) }
+    unsafe fn free_pinned(&self, ptr: *mut u8, size: Bytes) -> Result<()> {
+        let mapping = self.pinned.lock().remove(&ptr.addr());
+        // SAFETY: registered by `alloc_pinned`, and no copy touches it, by the contract of this call.
+        let unregistered = unsafe { self.unregister_host(ptr, size) };
+        if unregistered.is_err() {
+            // The driver may still know its pages.
+            std::mem::forget(mapping);
+        }
+        unregistered
     }
 
     unsafe fn register_host(&self, ptr: *const u8, size: Bytes) -> Result<()> {
@@ -314,15 +294,8 @@ impl Device for CudaDevice {
             let why = format!("{} does not read memory that is mapped read-only", self.info.name);
             return Err(DeviceError::unsupported("cuMemHostRegister", why));
         }
-        let _current = self.context.enter()?;
         // SAFETY: mapped memory that stays mapped, by the contract of this call; the driver does not write to it.
-        let code = unsafe {
-            (self.table().mem_host_register)(ptr.cast_mut().cast(), size.as_usize(), HOST_REGISTER_READ_ONLY)
-        };
-        if code == OUT_OF_MEMORY {
-            return Err(DeviceError::OutOfMemory { call: "cuMemHostRegister", wanted: size, free: None });
-        }
-        self.driver.check("cuMemHostRegister", code, || format!("{size} at {ptr:p}"))
+        unsafe { self.register(ptr.cast_mut(), size, HOST_REGISTER_READ_ONLY) }
     }
 
     unsafe fn unregister_host(&self, ptr: *const u8, size: Bytes) -> Result<()> {

@@ -20,6 +20,7 @@ mod context;
 mod device;
 mod driver;
 mod info;
+mod pinned;
 mod table;
 mod types;
 

@@ -77,8 +77,6 @@ driver_table! {
     event_query = "cuEventQuery" (event: Handle);
     event_synchronize = "cuEventSynchronize" (event: Handle);
 
-    mem_host_alloc = "cuMemHostAlloc" (ptr: *mut *mut c_void, size: usize, flags: c_uint);
-    mem_free_host = "cuMemFreeHost" (ptr: *mut c_void);
     mem_host_register = "cuMemHostRegister_v2" (ptr: *mut c_void, size: usize, flags: c_uint);
     mem_host_unregister = "cuMemHostUnregister" (ptr: *mut c_void);
     memcpy_to_device = "cuMemcpyHtoDAsync_v2" (dst: Pointer, src: *const c_void, size: usize, stream: Handle);

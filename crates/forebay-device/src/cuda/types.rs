@@ -34,7 +34,7 @@ pub(super) const GRANULARITY_MINIMUM: c_uint = 0;
 pub(super) const STREAM_NON_BLOCKING: c_uint = 1;
 /// `CU_EVENT_BLOCKING_SYNC | CU_EVENT_DISABLE_TIMING`.
 pub(super) const EVENT_BLOCKING_UNTIMED: c_uint = 1 | 2;
-/// `CU_MEMHOSTALLOC_PORTABLE`: pinned for every context.
+/// `CU_MEMHOSTREGISTER_PORTABLE`: pinned for every context.
 pub(super) const HOST_PORTABLE: c_uint = 1;
 
 /// `CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_READ_ONLY`: memory that is mapped read-only is refused without.
