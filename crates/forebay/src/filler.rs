@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Instant;
 
 use forebay_core::{Bytes, PageRef};
-use forebay_device::{Event, PinnedBuffer, Stream};
+use forebay_device::{Event, PinnedBuffer};
 use forebay_store::{
     DirectBuffer, ReaderPool, Source, StoreError, Urgency, read_segments, read_segments_past_cache,
 };
@@ -16,6 +16,7 @@ use parking_lot::Mutex;
 
 use crate::cache::registered::RegisteredPage;
 use crate::layout::Layout;
+use crate::patches::{Incomplete, mark_filled};
 use crate::state::Shared;
 use crate::timeline::Activity;
 use crate::vbar::Vbar;
@@ -162,11 +163,13 @@ impl Fill {
             return;
         }
         let stream = self.shared.copy.lock();
-        let marked = mark_filled(&self.filled, &stream);
+        let completed = match self.has_failed.load(Ordering::Acquire) {
+            true => mark_filled(&self.filled, &stream),
+            false => self.shared.complete(&self.vbar, self.page, &self.filled, &stream),
+        };
         drop(stream);
-        if let Err(error) = marked {
-            self.shared.state.lock().books.lost(error.clone());
-            self.fail(error);
+        if let Err(error) = completed {
+            self.fail(incomplete(&self.shared, error));
         }
         self.shared.timeline.note(Activity::Fill, self.page, self.began);
         let error = self.error.lock().take();
@@ -191,12 +194,13 @@ pub(crate) fn fill_directly(
         // SAFETY: the page is mapped and stays so until its fill event, recorded after these copies, has completed. The
         // registered page is dropped by the keeper alone, once nobody else has it, behind all copies.
         let copied = unsafe { registered.copy_to(&*shared.device, vbar.page_addr(page), stream.handle()) };
-        let marked = mark_filled(filled, &stream);
+        let completed = match &copied {
+            Ok(()) => shared.complete(vbar, page, filled, &stream),
+            Err(_) => mark_filled(filled, &stream),
+        };
         drop(stream);
-        if let Err(error) = &marked {
-            shared.state.lock().books.lost(error.clone());
-        }
-        copied.and(marked)
+        let completed = completed.map_err(|error| incomplete(shared, error));
+        copied.and(completed)
     });
     if result.is_ok() {
         vbar.counters.filled_bytes.fetch_add(registered.bytes().get(), Ordering::Relaxed);
@@ -220,13 +224,15 @@ fn verify_sources(vbar: &Vbar, page: u32) -> Result<()> {
     Ok(())
 }
 
-/// Records a page's fill event behind its copies. Without the mark nobody could know any more when they end, and the page
-/// would have to stay mapped for ever: the engine is lost then.
-fn mark_filled(filled: &Event, stream: &Stream) -> Result<()> {
-    // SAFETY: the copy stream lives as long as the engine's shared part.
-    let recorded = unsafe { filled.record(stream.handle()) };
-    // SAFETY: as before. A driver that refused once is asked once more.
-    recorded.or_else(|_| unsafe { filled.record(stream.handle()) }).map_err(Into::into)
+/// The error of a page that was not completed. Without the mark behind its copies the engine is lost.
+fn incomplete(shared: &Shared, error: Incomplete) -> EngineError {
+    match error {
+        Incomplete::Unpatched(error) => error,
+        Incomplete::Unmarked(error) => {
+            shared.state.lock().books.lost(error.clone());
+            error
+        }
+    }
 }
 
 fn source_error(vbar: &Vbar, layout: &Layout, weight: u32, error: StoreError) -> EngineError {
