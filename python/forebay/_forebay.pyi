@@ -87,6 +87,16 @@ class Model:
     def deprioritize(self) -> None: ...
     def page_map(self) -> str: ...
     def stats(self) -> dict[str, Any]: ...
+    def change_patches(
+        self,
+        changes: Sequence[
+            tuple[
+                int,
+                tuple[str, int, Sequence[tuple[int, int, int, int, int, str, int]], object] | None,
+            ]
+        ],
+        stream: int,
+    ) -> None: ...
 
 @final
 class Weight:

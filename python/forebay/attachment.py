@@ -14,12 +14,14 @@ import torch
 from torch import nn
 
 from forebay._forebay import Engine, Model, Weight
+from forebay.adapters import Source
 from forebay.conversions import refusing_conversions, refusing_loads
 from forebay.engines import engine as engine_of
 from forebay.engines import torch_device
 from forebay.instance_methods import InstanceMethod
 from forebay.lending import lend_in_forward, plain_tensor, restore, takes_loans
 from forebay.parameter import ForebayParameter, ForebayTensor
+from forebay.patching import Patches, Rename, Target
 from forebay.places import Place
 from forebay.shadows import shadow_in_forward
 from forebay.small import small_of, small_parameter
@@ -114,6 +116,7 @@ class Attachment:
         self._undo: list[Callable[[], None]] = []
         self._small: list[tuple[str, nn.Parameter]] = []
         self._stand_ins: set[int] = set()
+        self._patches = Patches(self.device)
 
     @property
     def engine(self) -> Engine:
@@ -147,6 +150,7 @@ class Attachment:
                 "small weights were written to while attached, and are what they were: %s", ", ".join(written)
             )
         self._small.clear()
+        self._patches.clear()
         while self._undo:
             self._undo.pop()()
         for model in self._models:
@@ -155,6 +159,38 @@ class Attachment:
             else:
                 model.detach()
         self._models.clear()
+
+    def set_loras(
+        self,
+        loras: Iterable[tuple[Source, float]],
+        *,
+        strict: bool = True,
+        rename: Rename | None = None,
+    ) -> None:
+        """Adds adapters (LoRA) to the weights, in place of those that were set before.
+
+        They are added on the device whenever a page is filled, in float32 and rounded once to the weight's dtype, so the
+        weights are what merging on the CPU gives, whatever is resident. Only weights whose adapters change are filled
+        again. Stored weights stay as they are: ``state_dict()`` does not see adapters. Uses that begin after this
+        returned see all of it; do not run the model meanwhile on other threads if that matters. A table with an adapter
+        (an embedding) is used as a whole, and a model with adapters is not kept by ``detach(keep=True)``.
+
+        Args:
+            loras: Pairs of a file (``.safetensors``, or what ``torch.load`` reads) or state dict, and a strength. The
+                formats of diffusers and peft (``lora_A``, ``lora_B``), kohya (``lora_unet_..._lora_down``, ``alpha``) and
+                ComfyUI (``diffusion_model.``). None: an empty sequence.
+            strict: Whether an adapter for no attached weight is an error; otherwise it is logged.
+            rename: Gives a file's name of a module (without ``.lora_A.weight``) the model's, or a pair of that and the
+                rows where it is a part of a fused weight: a mapping or a callable. What it does not know is found by name.
+
+        Raises:
+            ValueError: For formats that are no products of low rank (DoRA, LoHa, LoKr: see :meth:`set_patch`), adapters
+                that do not fit, and adapters for no weight. Nothing has changed then.
+            SourceError: Where a file cannot be read. Nothing has changed then.
+            ForebayError: Where a view of a weight holds it as it was for longer than a second. The adapters are set then;
+                the weights named change when their views go, and cannot be used before.
+        """
+        self._patches.set_loras(loras, strict=strict, rename=rename)
 
     def prioritize(self) -> None:
         """To the top of the priorities, as using the model does."""
@@ -204,7 +240,9 @@ class Attachment:
         if self.device.type == "cuda":
             model.set_stream_source(functools.partial(torch._C._cuda_getCurrentRawStream, self.device.index))
         for index, weight in enumerate(weights.managed):
-            self._replace(model.weight(index), weight)
+            always_there = self._replace(model.weight(index), weight)
+            source = weight.source
+            self._patches.add(Target(label, weight.names, model, index, source, source.dtype, always_there))
         moved = _Moved(self.device)
         for place, parameter in weights.others:
             self._set(place, moved.parameter(parameter))
@@ -220,15 +258,17 @@ class Attachment:
         self._undo[:0] = after
         self._undo.extend(reversed(before))
 
-    def _replace(self, weight: Weight, found: _Weight) -> None:
+    def _replace(self, weight: Weight, found: _Weight) -> nn.Parameter | None:
+        """Puts a stand-in in a weight's places. A small weight's parameter."""
         source = found.source
         weight.set_viewer(
             functools.partial(plain_tensor, dtype=source.dtype, size=source.size(), stride=source.stride())
         )
         stand_in: torch.Tensor
+        small = None
         if weight.is_small:
-            stand_in = small_parameter(weight, source)
-            self._small.append((weight.name, stand_in))
+            stand_in = small = small_parameter(weight, source)
+            self._small.append((weight.name, small))
         else:
             stand_in = ForebayParameter(weight, source, self.device, found.is_table)
         # What applications have noted on the parameter.
@@ -236,6 +276,7 @@ class Attachment:
         self._stand_ins.add(id(stand_in))
         for place in found.places:
             self._set(place, stand_in)
+        return small
 
     def _set(self, place: Place, stand_in: torch.Tensor) -> None:
         original = place.get()
@@ -268,6 +309,7 @@ class _Weight:
 
     def __init__(self, name: str, parameter: torch.Tensor) -> None:
         self.name = name
+        self.names: list[str] = []
         self.parameter = parameter
         self.source = parameter.detach()
         self.places: list[Place] = []
@@ -308,6 +350,7 @@ class _Weights:
                     weight = known[_identity(parameter)] = _Weight(path, parameter)
                     self.managed.append(weight)
                 weight.places.append(place)
+                weight.names.append(path)
 
     def specs(self) -> list[tuple[str, int, int, object, bool]]:
         """As the engine takes them."""

@@ -11,6 +11,7 @@ use pyo3::types::PyDict;
 use crate::dlpack::capsule;
 use crate::engine::vbar_stats;
 use crate::errors::raised;
+use crate::patches::{self, PyPatch};
 use crate::run::with_interrupts;
 
 /// What all weights of a model share.
@@ -99,6 +100,18 @@ impl Model {
             PageState::Absent => '.',
         };
         states.iter().map(letter).collect()
+    }
+
+    /// Gives weights, by number, new patches or none, of factors that are written by what is in the stream by now.
+    fn change_patches(
+        &self,
+        py: Python<'_>,
+        changes: Vec<(usize, Option<PyPatch>)>,
+        stream: u64,
+    ) -> PyResult<()> {
+        // SAFETY: the package passes a stream of torch's on the model's device; torch destroys none of its streams.
+        let stream = unsafe { StreamHandle::from_raw(stream) };
+        patches::change(py, &self.shared, changes, stream)
     }
 
     /// What was moved and who waited.

@@ -1,5 +1,6 @@
 //! What a device does to bytes that are there: results are the same bit for bit on every device, and those of exact
 //! arithmetic but for their rounding.
+#![allow(clippy::unwrap_used, reason = "tests end where their setting fails")]
 
 mod common;
 

@@ -1,5 +1,6 @@
 //! Patches of weights: what is read is the weight with its products of low rank added, whatever was resident, and a change
 //! refills the weights that it touches and no others.
+#![allow(clippy::unwrap_used, reason = "tests end where their setting fails")]
 
 mod common;
 

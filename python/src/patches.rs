@@ -1,0 +1,50 @@
+//! Patches of weights as Python gives them.
+
+use std::sync::Arc;
+
+use forebay::device::{DeviceAddr, Element, Factors, StreamHandle};
+use forebay::{Patch, Product};
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+
+use crate::model::Shared;
+use crate::run::with_interrupts;
+
+/// A product: the rows it is added to, the addresses of up, down and scale, the factors' elements, their rank.
+pub(crate) type PyProduct = (u32, u32, u64, u64, u64, String, u32);
+/// A patch: the weight's elements, elements a row, the products, what keeps their memory.
+pub(crate) type PyPatch = (String, u32, Vec<PyProduct>, Py<PyAny>);
+
+/// The type of an element by its name in torch.
+pub(crate) fn element(name: &str) -> PyResult<Element> {
+    match name {
+        "float32" => Ok(Element::F32),
+        "float16" => Ok(Element::F16),
+        "bfloat16" => Ok(Element::Bf16),
+        "float8_e4m3fn" => Ok(Element::F8E4m3),
+        "float8_e5m2" => Ok(Element::F8E5m2),
+        name => Err(PyValueError::new_err(format!("is no element that a device computes with: {name}"))),
+    }
+}
+
+fn patch((name, columns, products, keep): PyPatch) -> PyResult<Patch> {
+    let product = |(first, last, up, down, scale, of, rank): PyProduct| {
+        let [up, down, scale] = [up, down, scale].map(DeviceAddr::new);
+        let factors = Factors { up, down, scale, element: element(&of)?, rank, columns, row_base: first };
+        Ok(Product { rows: first..last, factors })
+    };
+    let products = products.into_iter().map(product).collect::<PyResult<_>>()?;
+    Ok(Patch { element: element(&name)?, products, keep: Arc::new(keep) })
+}
+
+/// Gives weights, by number, new patches or none.
+pub(crate) fn change(
+    py: Python<'_>,
+    model: &Shared,
+    changes: Vec<(usize, Option<PyPatch>)>,
+    stream: StreamHandle,
+) -> PyResult<()> {
+    let one = |(weight, given): (usize, Option<PyPatch>)| Ok((weight, given.map(patch).transpose()?));
+    let changes = changes.into_iter().map(one).collect::<PyResult<Vec<_>>>()?;
+    with_interrupts(py, stream, |how| model.attachment.change_patches(changes, how))
+}
