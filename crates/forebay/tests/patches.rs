@@ -1,6 +1,10 @@
 //! Patches of weights: what is read is the weight with its products of low rank added, whatever was resident, and a change
 //! refills the weights that it touches and no others.
-#![allow(clippy::unwrap_used, reason = "tests end where their setting fails")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::single_range_in_vec_init,
+    reason = "tests end where their setting fails; some lists are of one range"
+)]
 
 mod common;
 
