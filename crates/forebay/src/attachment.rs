@@ -181,6 +181,14 @@ impl Attachment {
         Ok(&self.layout().sources[weight])
     }
 
+    /// The weight's length on the device.
+    ///
+    /// # Errors
+    /// [`EngineError::Invalid`] for a weight that does not exist.
+    pub fn bytes(&self, weight: usize) -> Result<Bytes> {
+        Ok(self.placed(weight)?.bytes)
+    }
+
     /// The weight's address, the same until the model goes. There is memory behind it while the weight is pinned.
     ///
     /// # Errors

@@ -205,7 +205,7 @@ impl Shared {
     }
 
     /// A driver may take a while at the first transform: not under a lock.
-    fn load_kernels(&self) -> Result<()> {
+    pub(crate) fn load_kernels(&self) -> Result<()> {
         let (to, from) = (DeviceAddr::new(0), DeviceAddr::new(0));
         let nothing = Transform::Copy { to, from, len: Bytes::ZERO };
         // SAFETY: nothing is read or written.
@@ -224,7 +224,9 @@ impl Shared {
         let set = Arc::clone(&vbar.patches.set.lock());
         let transforms = vbar.layout.as_ref().map(|layout| transforms(&set, layout, vbar, page));
         let transforms = transforms.unwrap_or_default();
-        if transforms.is_empty() {
+        let is_converted =
+            vbar.layout.as_ref().is_some_and(|layout| !layout.converted[page as usize].is_empty());
+        if transforms.is_empty() && !is_converted {
             return mark_filled(filled, copies);
         }
         // Behind the copies, in the other stream; marked again behind what is done there.
@@ -249,12 +251,14 @@ fn transforms(set: &PatchSet, layout: &Layout, vbar: &Vbar, page: u32) -> Vec<Tr
     }
     let mut transforms = Vec::new();
     let page_start = vbar.page_size * u64::from(page);
-    for (segment, weight) in layout.segments[page as usize].iter().zip(&layout.weight_of[page as usize]) {
-        let Some(patch) = set.get(weight) else { continue };
-        let size = patch.element.size().get();
-        let start = page_start + Bytes::new(segment.dst_offset);
-        let first = (start - layout.weights[*weight as usize].offset).get() / size;
-        let end = first + segment.len / size;
+    let page_end = page_start + vbar.page_size;
+    let as_stored = layout.weight_of[page as usize].iter().copied();
+    for weight in as_stored.chain(layout.converted[page as usize].iter().map(|part| part.weight)) {
+        let Some(patch) = set.get(&weight) else { continue };
+        let (size, placed) = (patch.element.size().get(), layout.weights[weight as usize]);
+        let start = page_start.max(placed.offset);
+        let first = (start - placed.offset).get() / size;
+        let end = (page_end.min(placed.offset + placed.bytes) - placed.offset).get() / size;
         for Product { rows, factors } in &patch.products {
             let columns = u64::from(factors.columns);
             let from = first.max(u64::from(rows.start) * columns);

@@ -14,59 +14,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use common::gate::Gate;
+use common::on_device::OnDevice;
 use common::{Consumer, Random, Rig, Weights};
-use forebay::device::{
-    Device, DeviceAddr, Element, Event, Factors, Frame, PinnedBuffer, Reservation, Stream,
-};
+use forebay::device::{Device, Element, Event, Factors, PinnedBuffer};
 use forebay::{Attachment, Bytes, EngineError, Patch, Product, Use};
 
 /// Bytes of the weights: of bf16, 512 columns, so that pages end within rows, and one that is always resident.
 const SIZES: [usize; 6] = [3 << 20, 2048, (5 << 20) + 1024, 2 << 20, (6 << 20) - 1024, 1 << 20];
 const COLUMNS: u32 = 512;
 const SMALL: usize = 1;
-
-/// Memory of the device that nobody manages.
-#[derive(Debug)]
-struct OnDevice {
-    device: Arc<dyn Device>,
-    range: Option<(Reservation, Frame)>,
-    addr: DeviceAddr,
-    size: Bytes,
-}
-
-impl OnDevice {
-    fn new(device: &Arc<dyn Device>, bytes: &[u8]) -> Self {
-        let len = Bytes::new(bytes.len() as u64);
-        let size = len.checked_align_up(device.granularity()).unwrap();
-        let reservation = Reservation::new(Arc::clone(device), size, device.granularity()).unwrap();
-        let frame = Frame::new(Arc::clone(device), size).unwrap();
-        let addr = reservation.addr();
-        // SAFETY: both are new.
-        unsafe { device.map(addr, size, frame.handle()) }.unwrap();
-        // SAFETY: mapped just now.
-        unsafe { device.allow_access(addr, size) }.unwrap();
-        let buffer = PinnedBuffer::new(Arc::clone(device), len).unwrap();
-        // SAFETY: the buffer is new.
-        unsafe { buffer.slice_mut(Bytes::ZERO, len) }.copy_from_slice(bytes);
-        let (stream, done) =
-            (Stream::new(Arc::clone(device)).unwrap(), Event::new(Arc::clone(device)).unwrap());
-        // SAFETY: both sides live until the copy has completed, below.
-        unsafe { device.copy_to_device(addr, buffer.as_ptr(), len, stream.handle()) }.unwrap();
-        // SAFETY: the stream lives.
-        unsafe { done.record(stream.handle()) }.unwrap();
-        done.synchronize().unwrap();
-        OnDevice { device: Arc::clone(device), range: Some((reservation, frame)), addr, size }
-    }
-}
-
-impl Drop for OnDevice {
-    fn drop(&mut self) {
-        // SAFETY: mapped in `new`; the engine drops factors when nothing reads them any more, which is what a fault here
-        // would tell.
-        unsafe { self.device.unmap(self.addr, self.size) }.unwrap();
-        drop(self.range.take());
-    }
-}
 
 fn bf16(value: f32) -> [u8; 2] {
     let bits = value.to_bits();

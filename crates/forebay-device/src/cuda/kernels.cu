@@ -32,7 +32,7 @@ __device__ __forceinline__ float load(F8E4m3, u8 raw) {
   return __fmul_rn(__uint_as_float(sign | rest << 20), 0x1p120f);
 }
 
-__device__ __forceinline__ float store(F32, float value) { return value; }
+__device__ __forceinline__ float store(F32, float value) { return value != value ? __uint_as_float(0x7fc00000u) : value; }
 __device__ __forceinline__ u16 store(F16, float value) {
   if (value != value) return 0x7e00;
   u16 raw;
@@ -164,25 +164,45 @@ ADD_LOW_RANK(add_low_rank_bf16_x8, Bf16, 8)
 ADD_LOW_RANK(add_low_rank_bf16_x1, Bf16, 1)
 
 // to[n] = round(from[n] * scale) for n < count. `scaled`: 0 without, 1 with scale[0], 2 with scale[row], where the first
-// element is number `first` of a row-major tensor of `columns` columns.
+// element is number `first` of a row-major tensor of `columns` columns. `from` may be pinned memory of the host, so a thread
+// loads 16 bytes at once; `packed` says that both ends are aligned for that, and that no row ends within such a load.
 template <typename From, typename To>
 __device__ __forceinline__ void convert(
     typename To::Raw* to, const typename From::Raw* from, u64 first, u64 count, u64 columns, const float* scale,
-    u32 scaled) {
-  u64 step = (u64)gridDim.x * blockDim.x;
+    u32 scaled, u32 packed) {
+  constexpr u32 N = 16 / sizeof(typename From::Raw);
+  constexpr u32 ALIGN = N * sizeof(typename To::Raw) < 16 ? N * sizeof(typename To::Raw) : 16;
+  struct alignas(16) Read { typename From::Raw of[N]; };
+  struct alignas(ALIGN) Written { typename To::Raw of[N]; };
+  u64 step = (u64)gridDim.x * blockDim.x, thread = (u64)blockIdx.x * blockDim.x + threadIdx.x;
+  // Without a scale the product is the element itself.
+  float by = scaled == 1 ? scale[0] : 1.0f;
+  u64 packs = packed ? count / N : 0;
 #pragma unroll 1
-  for (u64 n = (u64)blockIdx.x * blockDim.x + threadIdx.x; n < count; n += step) {
+  for (u64 pack = thread; pack < packs; pack += step) {
+    Read read = ((const Read*)from)[pack];
+    Written written;
+    if (scaled == 2) by = scale[(first + pack * N) / columns];
+#pragma unroll
+    for (u32 n = 0; n < N; n++) {
+      float value = load(From(), read.of[n]);
+      written.of[n] = store(To(), __fmul_rn(value, by));
+    }
+    ((Written*)to)[pack] = written;
+  }
+#pragma unroll 1
+  for (u64 n = packs * N + thread; n < count; n += step) {
     float value = load(From(), from[n]);
-    if (scaled == 1) value = __fmul_rn(value, scale[0]);
-    if (scaled == 2) value = __fmul_rn(value, scale[(first + n) / columns]);
-    to[n] = store(To(), value);
+    if (scaled == 2) by = scale[(first + n) / columns];
+    to[n] = store(To(), __fmul_rn(value, by));
   }
 }
 
-#define CONVERT(name, From, To)                                                                                      \
-  extern "C" __global__ void name(                                                                                   \
-      To::Raw* to, const From::Raw* from, u64 first, u64 count, u64 columns, const float* scale, u32 scaled) {       \
-    convert<From, To>(to, from, first, count, columns, scale, scaled);                                               \
+#define CONVERT(name, From, To)                                                                                       \
+  extern "C" __global__ void __launch_bounds__(THREADS) name(                                                         \
+      To::Raw* to, const From::Raw* from, u64 first, u64 count, u64 columns, const float* scale, u32 scaled,          \
+      u32 packed) {                                                                                                   \
+    convert<From, To>(to, from, first, count, columns, scale, scaled, packed);                                        \
   }
 
 #define CONVERT_FROM(name, From)            \

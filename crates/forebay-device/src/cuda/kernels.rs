@@ -16,8 +16,10 @@ const THREADS: u32 = 256;
 const TILE_ROWS: u64 = 32;
 /// Packs of neighbouring elements in a row of such a tile.
 const TILE_PACKS: u32 = 32;
-/// Elements that a thread converts.
-const CONVERTED_EACH: u64 = 8;
+/// Bytes that a thread of `convert` loads at once, as in kernels.cu.
+const LOADED_AT_ONCE: u64 = 16;
+/// Blocks of `convert` at most. So many loads keep a link busy, and leave the processors to others.
+const MOST_CONVERTING: u64 = 64;
 
 const FROM: [Element; 5] = Element::ALL;
 const TO: [Element; 3] = [Element::F32, Element::F16, Element::Bf16];
@@ -119,6 +121,9 @@ impl Kernels {
             Scale::Rows { at, first, columns } => (at.get(), first, columns, 2_u32),
         };
         let (mut to, mut from, mut count) = (convert.to.get(), convert.from.get(), convert.count);
+        let at_once = LOADED_AT_ONCE / convert.from_element.size().get();
+        let in_a_row = scaled != 2 || (first | columns).is_multiple_of(at_once);
+        let mut packed = u32::from((to | from).is_multiple_of(LOADED_AT_ONCE) && in_a_row);
         let mut parameters = [
             pointer(&mut to),
             pointer(&mut from),
@@ -127,9 +132,11 @@ impl Kernels {
             pointer(&mut columns),
             pointer(&mut scale),
             pointer(&mut scaled),
+            pointer(&mut packed),
         ];
         let kernel = self.convert[convert.from_element as usize][target(convert.to_element)];
-        let grid = (convert.count.div_ceil(u64::from(THREADS) * CONVERTED_EACH), 1);
+        let loads = (convert.count * convert.from_element.size().get()).div_ceil(LOADED_AT_ONCE);
+        let grid = (loads.div_ceil(THREADS.into()).min(MOST_CONVERTING), 1);
         // SAFETY: the parameters are the kernel's, and the memory is the caller's promise.
         unsafe { launch(driver, kernel, grid, &mut parameters, stream) }
     }

@@ -164,7 +164,10 @@ fn load(element: Element, raw: &[u8]) -> f32 {
 /// Rounds a value to an element's bytes; only for targets.
 fn store(element: Element, value: f32, raw: &mut [u8]) {
     match element {
-        Element::F32 => raw.copy_from_slice(&value.to_ne_bytes()),
+        Element::F32 => {
+            let value = if value.is_nan() { f32::from_bits(0x7fc0_0000) } else { value };
+            raw.copy_from_slice(&value.to_ne_bytes());
+        }
         Element::F16 => raw.copy_from_slice(&float_to_half(value).to_ne_bytes()),
         Element::Bf16 => {
             let bits = value.to_bits();
