@@ -16,6 +16,7 @@ from torch import nn
 from forebay._forebay import Engine, Model, Weight
 from forebay.adapters import Source
 from forebay.conversions import refusing_conversions, refusing_loads
+from forebay.converting import Dtypes
 from forebay.engines import engine as engine_of
 from forebay.engines import torch_device
 from forebay.instance_methods import InstanceMethod
@@ -25,6 +26,7 @@ from forebay.patching import Patches, Rename, Target
 from forebay.places import Place
 from forebay.shadows import shadow_in_forward
 from forebay.small import small_of, small_parameter
+from forebay.weights import ManagedWeight, Weights
 
 _log = logging.getLogger("forebay")
 
@@ -42,6 +44,8 @@ def attach(
     page_size: int | None = None,
     small: int | None = None,
     lend: Sequence[type[nn.Module]] = (),
+    dtype: Dtypes | None = None,
+    scales: Mapping[str, torch.Tensor] | None = None,
     name: str | None = None,
 ) -> Attachment:
     """Runs a model on a device whose memory may be far smaller than its weights.
@@ -62,6 +66,13 @@ def attach(
         small: Weights below this many bytes (default 64 KiB) stay on the device as ordinary tensors.
         lend: Module classes whose weights are to be lent as plain tensors for the length of their ``forward``, as
             ``nn.MultiheadAttention``'s are: for kernels that take raw pointers.
+        dtype: The dtype to use weights in: float32, float16 or bfloat16. Those stored in another one of these, or in
+            float8 (``e4m3fn``, ``e5m2``), are converted on the device while they are filled, as
+            ``weight.to(torch.float32).to(dtype)`` does. Or a mapping with the names of weights or of modules above them.
+            Buffers stay as they are, and so does ``state_dict()``. Default: as stored.
+        scales: What converted weights are multiplied with, in float32: one number, or one for each row, under the name of
+            the weight with ``_scale`` behind it, or with ``scale_weight`` in place of ``weight``. The state dict of a
+            checkpoint that has such tensors will do.
         name: The model's name in reports. Default: its class.
 
     Returns:
@@ -70,7 +81,7 @@ def attach(
     Raises:
         TypeError: Where there is no module.
         ValueError: For a weight that has no bytes (meta), is on another device already, or is attached already; for
-            a budget that is no number of bytes or below one page.
+            a budget that is no number of bytes or below one page; for a conversion or scale that cannot be.
         OutOfMemoryError: Where not even the small weights fit.
         DeviceError: Where the device is missing.
     """
@@ -80,7 +91,8 @@ def attach(
     try:
         with torch.inference_mode(False):
             for label, root in modules:
-                attachment._add(label, root, page_size, small, tuple(lend))
+                weights = Weights(label, root, attachment._stand_ins, dtype, scales)
+                attachment._add(label, root, weights, page_size, small, tuple(lend))
     except BaseException:
         attachment.detach()
         raise
@@ -230,19 +242,22 @@ class Attachment:
         self,
         label: str,
         root: nn.Module,
+        weights: Weights,
         page_size: int | None,
         small: int | None,
         lend: tuple[type[nn.Module], ...],
     ) -> None:
-        weights = _Weights(label, root, self._stand_ins)
-        model = self._engine.attach(label, weights.specs(), page_size=page_size, small=small)
+        conversions = weights.conversions(self.device)
+        model = self._engine.attach(
+            label, weights.specs(), page_size=page_size, small=small, conversions=conversions
+        )
         self._models.append(model)
         if self.device.type == "cuda":
             model.set_stream_source(functools.partial(torch._C._cuda_getCurrentRawStream, self.device.index))
         for index, weight in enumerate(weights.managed):
             always_there = self._replace(model.weight(index), weight)
-            source = weight.source
-            self._patches.add(Target(label, weight.names, model, index, source, source.dtype, always_there))
+            target = Target(label, weight.names, model, index, weight.source, weight.conversion, always_there)
+            self._patches.add(target)
         moved = _Moved(self.device)
         for place, parameter in weights.others:
             self._set(place, moved.parameter(parameter))
@@ -258,19 +273,19 @@ class Attachment:
         self._undo[:0] = after
         self._undo.extend(reversed(before))
 
-    def _replace(self, weight: Weight, found: _Weight) -> nn.Parameter | None:
+    def _replace(self, weight: Weight, found: ManagedWeight) -> nn.Parameter | None:
         """Puts a stand-in in a weight's places. A small weight's parameter."""
         source = found.source
         weight.set_viewer(
-            functools.partial(plain_tensor, dtype=source.dtype, size=source.size(), stride=source.stride())
+            functools.partial(plain_tensor, dtype=found.dtype, size=source.size(), stride=source.stride())
         )
         stand_in: torch.Tensor
         small = None
         if weight.is_small:
-            stand_in = small = small_parameter(weight, source)
+            stand_in = small = small_parameter(weight, source, found.conversion)
             self._small.append((weight.name, small))
         else:
-            stand_in = ForebayParameter(weight, source, self.device, found.is_table)
+            stand_in = ForebayParameter(weight, source, self.device, found.is_table, found.conversion)
         # What applications have noted on the parameter.
         stand_in.__dict__.update({**found.parameter.__dict__, **stand_in.__dict__})
         self._stand_ins.add(id(stand_in))
@@ -304,62 +319,6 @@ class Attachment:
         return refusing_loads(original, *args, **kwargs)
 
 
-class _Weight:
-    """A parameter to be managed and the places that hold it."""
-
-    def __init__(self, name: str, parameter: torch.Tensor) -> None:
-        self.name = name
-        self.names: list[str] = []
-        self.parameter = parameter
-        self.source = parameter.detach()
-        self.places: list[Place] = []
-
-    @property
-    def is_table(self) -> bool:
-        """Whether only embeddings use it, so that rows can be looked up."""
-        owners = [place.owner for place in self.places]
-        embeddings = all(isinstance(owner, nn.Embedding) and owner.max_norm is None for owner in owners)
-        return embeddings and self.source.ndim == 2 and self.source.is_contiguous()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes from the first element to the last, by the strides."""
-        spans = zip(self.source.size(), self.source.stride(), strict=True)
-        return (1 + sum((size - 1) * stride for size, stride in spans)) * self.source.element_size()
-
-
-class _Weights:
-    """The parameters of a module: those to be managed, and the others, which move to the device as they are."""
-
-    def __init__(self, label: str, root: nn.Module, known_stand_ins: set[int]) -> None:
-        self.managed: list[_Weight] = []
-        self.others: list[tuple[Place, torch.Tensor]] = []
-        known: dict[tuple[Any, ...], _Weight] = {}
-        for prefix, owner in root.named_modules():
-            for name, parameter in owner._parameters.items():
-                # Parts of a pipeline may share modules.
-                if parameter is None or id(parameter) in known_stand_ins:
-                    continue
-                place, path = Place(owner, name), f"{prefix}.{name}" if prefix else name
-                _check(label, path, parameter)
-                if not _is_plain(parameter):
-                    self.others.append((place, parameter))
-                    continue
-                weight = known.get(_identity(parameter))
-                if weight is None:
-                    weight = known[_identity(parameter)] = _Weight(path, parameter)
-                    self.managed.append(weight)
-                weight.places.append(place)
-                weight.names.append(path)
-
-    def specs(self) -> list[tuple[str, int, int, object, bool]]:
-        """As the engine takes them."""
-        return [
-            (weight.name, weight.source.data_ptr(), weight.nbytes, weight.source, weight.is_table)
-            for weight in self.managed
-        ]
-
-
 def _modules_of(target: Any, name: str | None) -> list[tuple[str, nn.Module]]:
     if isinstance(target, nn.Module):
         return [(name or type(target).__name__, target)]
@@ -380,38 +339,6 @@ def _modules_of(target: Any, name: str | None) -> list[tuple[str, nn.Module]]:
             f"{type(target).__name__}"
         )
     return modules
-
-
-def _check(label: str, path: str, parameter: torch.Tensor) -> None:
-    if isinstance(parameter, ForebayTensor) or small_of(parameter):
-        raise ValueError(f"is attached already; detach() it first: {path} of {label}")
-    if torch.nn.parameter.is_lazy(parameter):
-        raise ValueError(f"is not initialized; run the module once before attach: {path} of {label}")
-    if parameter.is_meta:
-        raise ValueError(f"has no bytes (meta device); load the weights before attach: {path} of {label}")
-    if parameter.device.type != "cpu":
-        raise ValueError(
-            f"is on {parameter.device} already; attach takes models whose weights are on the CPU, where their bytes "
-            f"can stay: {path} of {label}"
-        )
-
-
-def _is_plain(parameter: torch.Tensor) -> bool:
-    """Whether the parameter is a strided tensor of its own storage, without a subclass's meaning in it."""
-    return (
-        type(parameter) is nn.Parameter
-        and type(parameter.data) is torch.Tensor
-        and parameter.layout is torch.strided
-        and parameter.numel() > 0
-        and not parameter.is_conj()
-        and not parameter.is_neg()
-        and not parameter.is_quantized
-    )
-
-
-def _identity(parameter: torch.Tensor) -> tuple[Any, ...]:
-    """Equal for tied parameters."""
-    return (parameter.data_ptr(), parameter.dtype, parameter.size(), parameter.stride())
 
 
 class _Moved:

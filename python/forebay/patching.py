@@ -16,11 +16,9 @@ import torch
 
 from forebay._forebay import ForebayError, Model
 from forebay.adapters import COMPONENTS, Adapter, Source, file_identity, names_of, read_adapters
+from forebay.converting import USED, Conversion, dtype_name
 
 _log = logging.getLogger("forebay")
-
-_STORED = (torch.float32, torch.float16, torch.bfloat16)
-"""What products can be added to, and what their factors stay."""
 
 _FUSED = {
     "to_q": 0, "to_k": 1, "to_v": 2, "q_proj": 0, "k_proj": 1, "v_proj": 2, "query": 0, "key": 1, "value": 2,
@@ -42,7 +40,7 @@ class Target:
         model: The model in the engine.
         index: Its number there.
         source: Its bytes as they are stored.
-        dtype: Its elements on the device.
+        conversion: What its elements on the device are made of them by.
         small: Its parameter, where it is always resident.
         terms: What is added to it at this moment.
     """
@@ -52,7 +50,7 @@ class Target:
     model: Model
     index: int
     source: torch.Tensor
-    dtype: torch.dtype
+    conversion: Conversion | None
     small: torch.Tensor | None
     terms: list[Term] = field(default_factory=list)
 
@@ -60,6 +58,16 @@ class Target:
     def name(self) -> str:
         """For messages."""
         return f"{self.names[0]} of {self.label}"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its elements on the device."""
+        return self.source.dtype if self.conversion is None else self.conversion.dtype
+
+    @property
+    def value(self) -> torch.Tensor:
+        """What it is without adapters, on the CPU."""
+        return self.source if self.conversion is None else self.conversion.value(self.source)
 
     @property
     def columns(self) -> int:
@@ -178,7 +186,7 @@ class Patches:
         for first, last, of in _runs(terms):
             dtypes = {tensor.dtype for term in of for tensor in (term.adapter.up, term.adapter.down)}
             dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-            dtype = dtype if dtype in _STORED else torch.float32
+            dtype = dtype if dtype in USED else torch.float32
             up = [term.adapter.up[first - term.first : last - term.first].to(dtype) for term in of]
             down = [term.adapter.down.to(dtype) for term in of]
             scale = [torch.full((term.adapter.rank,), term.scale, dtype=torch.float32) for term in of]
@@ -188,8 +196,8 @@ class Patches:
             ]
             kept += factors
             addresses = [factor.data_ptr() for factor in factors]
-            products.append((first, last, *addresses, _name(dtype), factors[1].shape[0]))
-        return _name(target.dtype), target.columns, products, kept
+            products.append((first, last, *addresses, dtype_name(dtype), factors[1].shape[0]))
+        return dtype_name(target.dtype), target.columns, products, kept
 
     def _upload_stream(self) -> _Uploading:
         if self._device.type != "cuda":
@@ -307,9 +315,9 @@ def _term(target: Target, adapter: Adapter, strength: float, rows: slice) -> Ter
             f"rows {first}:{last} of a weight of shape {shape} take no product of {tuple(adapter.up.shape)} and "
             f"{tuple(adapter.down.shape)}: {what} for {target.name}"
         )
-    if target.dtype not in _STORED:
+    if target.dtype not in USED:
         raise ValueError(
-            f"a weight of {_name(target.dtype)} takes no adapter; attach with dtype=torch.bfloat16, say, and it is "
+            f"a weight of {dtype_name(target.dtype)} takes no adapter; attach with dtype=torch.bfloat16, say, and it is "
             f"converted first: {what} for {target.name}"
         )
     if not target.source.is_contiguous():
@@ -331,8 +339,8 @@ def _runs(terms: Sequence[Term]) -> Iterable[tuple[int, int, list[Term]]]:
 def _merged(target: Target, terms: Sequence[Term]) -> torch.Tensor:
     """A weight with its terms, in float32 on the CPU, rounded once."""
     if not terms:
-        return target.source.to(target.dtype)
-    merged = target.source.float()
+        return target.value
+    merged = target.value.float()
     flat = torch.zeros_like(merged).flatten(1)
     for term in terms:
         flat[term.first : term.last] += (term.scale * term.adapter.up.float()) @ term.adapter.down.float()
@@ -347,7 +355,3 @@ def _report(unmatched: Sequence[str], adapters: Sequence[Adapter], strict: bool)
     if strict:
         raise ValueError(f"{text}; strict=False leaves them out, rename= says whose they are: {some}")
     _log.warning("%s of %s: %s", text, adapters[0].origin, some)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -157,7 +157,7 @@ impl Weight {
     ) -> PyResult<Bound<'py, PyAny>> {
         let attachment = &self.shared.attachment;
         let address = attachment.address(self.index).map_err(raised)?;
-        let bytes = attachment.source(self.index).map_err(raised)?.len();
+        let bytes = attachment.bytes(self.index).map_err(raised)?;
         capsule(py, attachment.engine().device(), address, bytes, Box::new(keep))
     }
 

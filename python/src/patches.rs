@@ -1,9 +1,9 @@
-//! Patches of weights as Python gives them.
+//! Patches and conversions of weights as Python gives them.
 
 use std::sync::Arc;
 
 use forebay::device::{DeviceAddr, Element, Factors, StreamHandle};
-use forebay::{Patch, Product};
+use forebay::{Conversion, Patch, Product, StoredScale};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
@@ -25,6 +25,20 @@ pub(crate) fn element(name: &str) -> PyResult<Element> {
         "float8_e5m2" => Ok(Element::F8E5m2),
         name => Err(PyValueError::new_err(format!("is no element that a device computes with: {name}"))),
     }
+}
+
+/// A conversion: the stored and the used elements, the scale's address, elements a row or 0 for one scale of all, and what
+/// keeps the scale; `None` without.
+pub(crate) type PyConversion = (String, String, u64, u64, Option<Py<PyAny>>);
+
+pub(crate) fn conversion((from, to, scale, columns, keep): PyConversion) -> PyResult<Conversion> {
+    let at = DeviceAddr::new(scale);
+    let scale = match (&keep, columns) {
+        (None, _) => StoredScale::None,
+        (Some(_), 0) => StoredScale::One(at),
+        (Some(_), columns) => StoredScale::Rows { at, columns },
+    };
+    Ok(Conversion { from: element(&from)?, to: element(&to)?, scale, keep: Arc::new(keep) })
 }
 
 fn patch((name, columns, products, keep): PyPatch) -> PyResult<Patch> {
