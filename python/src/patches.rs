@@ -48,7 +48,7 @@ fn patch((name, columns, products, keep): PyPatch) -> PyResult<Patch> {
         Ok(Product { rows: first..last, factors })
     };
     let products = products.into_iter().map(product).collect::<PyResult<_>>()?;
-    Ok(Patch { element: element(&name)?, products, keep: Arc::new(keep) })
+    Ok(Patch { element: element(&name)?, computed: None, products, keep: Arc::new(keep) })
 }
 
 /// Gives weights, by number, new patches or none.

@@ -395,6 +395,7 @@ impl Engine {
         let gone = state.forget_if_gone(vbar.id);
         drop(state);
         drop(gone);
+        self.shared.abandon_computing(Some(vbar.id));
         self.shared.work.notify_one();
         self.shared.register.notify_one();
         self.shared.changed.notify_all();
@@ -402,6 +403,7 @@ impl Engine {
 
     fn end_threads(&self) {
         self.shared.state.lock().stop = true;
+        self.shared.abandon_computing(None);
         self.shared.work.notify_one();
         self.shared.register.notify_one();
         let threads = std::mem::take(&mut *self.threads.lock());

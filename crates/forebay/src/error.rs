@@ -86,6 +86,17 @@ pub enum EngineError {
         waited_s: f64,
     },
 
+    /// The application could not compute a weight.
+    #[error("weight {weight:?} of {model:?} could not be computed: {reason}")]
+    Computed {
+        /// The model's name.
+        model: String,
+        /// The weight.
+        weight: String,
+        /// What the application said.
+        reason: String,
+    },
+
     /// The caller asked to stop waiting.
     #[error("interrupted while waiting for weights on {device}")]
     Interrupted {

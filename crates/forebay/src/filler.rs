@@ -210,17 +210,21 @@ impl Fill {
         }
         let stream = self.shared.copy.lock();
         let completed = match self.has_failed.load(Ordering::Acquire) {
-            true => mark_filled(&self.filled, &stream),
+            true => mark_filled(&self.filled, &stream).map(|()| true),
             false => self.shared.complete(&self.vbar, self.page, &self.filled, &stream),
         };
         drop(stream);
-        if let Err(error) = completed {
+        let is_complete = completed.unwrap_or_else(|error| {
             self.fail(incomplete(&self.shared, error));
-        }
+            true
+        });
         self.shared.timeline.note(Activity::Fill, self.page, self.began);
         let error = self.error.lock().take();
         if error.is_none() {
             self.vbar.counters.filled_pages.fetch_add(1, Ordering::Relaxed);
+        }
+        if !is_complete {
+            return self.shared.complete_later(&self.vbar, self.page, &self.filled);
         }
         finished(&self.shared, &self.vbar, self.page, error.map_or(Ok(()), |error| Err(Some(error))));
     }
@@ -255,11 +259,11 @@ fn jobs_of(vbar: &Vbar, page: u32, chunk: Bytes) -> Vec<Job> {
 
 /// Has the copy engine read a page's bytes from the registered page cache.
 pub(crate) fn fill_directly(
-    shared: &Shared,
-    vbar: &Vbar,
+    shared: &Arc<Shared>,
+    vbar: &Arc<Vbar>,
     page: u32,
     registered: &RegisteredPage,
-    filled: &Event,
+    filled: &Arc<Event>,
 ) {
     let began = shared.timeline.begin();
     let result = verify_sources(vbar, page).and_then(|()| {
@@ -269,11 +273,12 @@ pub(crate) fn fill_directly(
         let copied = unsafe { registered.copy_to(&*shared.device, vbar.page_addr(page), stream.handle()) };
         let completed = match &copied {
             Ok(()) => shared.complete(vbar, page, filled, &stream),
-            Err(_) => mark_filled(filled, &stream),
+            Err(_) => mark_filled(filled, &stream).map(|()| true),
         };
         drop(stream);
-        let completed = completed.map_err(|error| incomplete(shared, error));
-        copied.and(completed)
+        let completed = completed.map_err(|error| incomplete(shared, error))?;
+        copied?;
+        Ok(completed)
     });
     if result.is_ok() {
         vbar.counters.filled_bytes.fetch_add(registered.bytes().get(), Ordering::Relaxed);
@@ -281,7 +286,10 @@ pub(crate) fn fill_directly(
         vbar.counters.filled_pages.fetch_add(1, Ordering::Relaxed);
     }
     shared.timeline.note(Activity::Fill, page, began);
-    finished(shared, vbar, page, result.map_err(Some));
+    match result {
+        Ok(false) => shared.complete_later(vbar, page, filled),
+        result => finished(shared, vbar, page, result.map(drop).map_err(Some)),
+    }
 }
 
 /// Asks every file of a page once whether it is still what it was.
@@ -298,7 +306,7 @@ fn verify_sources(vbar: &Vbar, page: u32) -> Result<()> {
 }
 
 /// The error of a page that was not completed. Without the mark behind its copies the engine is lost.
-fn incomplete(shared: &Shared, error: Incomplete) -> EngineError {
+pub(crate) fn incomplete(shared: &Shared, error: Incomplete) -> EngineError {
     match error {
         Incomplete::Unpatched(error) => error,
         Incomplete::Unmarked(error) => {

@@ -43,6 +43,7 @@ mod attachment;
 mod books;
 mod cache;
 mod cell;
+mod computed;
 mod config;
 mod converting;
 mod engine;
@@ -68,6 +69,7 @@ pub mod plan;
 
 pub use acquire::{Operation, Use};
 pub use attachment::{Attachment, Begun, Pinned, View, Waiting};
+pub use computed::{Compute, Computed};
 pub use config::{EngineConfig, RingConfig};
 pub use converting::{Conversion, StoredScale};
 pub use engine::Engine;

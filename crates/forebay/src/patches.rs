@@ -16,6 +16,7 @@ use parking_lot::Mutex;
 
 use crate::acquire::Use;
 use crate::attachment::Attachment;
+use crate::computed::{Compute, is_computed};
 use crate::layout::{Class, Layout};
 use crate::state::Shared;
 use crate::vbar::Vbar;
@@ -26,6 +27,8 @@ use crate::{EngineError, Result};
 pub struct Patch {
     /// The weight's elements; [`Element::is_target`].
     pub element: Element,
+    /// What computes the weight, before anything is added, in place of its source.
+    pub computed: Option<Arc<dyn Compute>>,
     /// What is added to which rows. No two share a row: each element is rounded once.
     pub products: Vec<Product>,
     /// Keeps the factors' memory. Dropped when nothing reads them any more.
@@ -49,7 +52,27 @@ pub(crate) struct Patches {
 }
 
 /// By the weight's number.
-type PatchSet = HashMap<u32, Patch>;
+pub(crate) type PatchSet = HashMap<u32, Patch>;
+
+impl Patches {
+    /// What is in force.
+    pub(crate) fn current(&self) -> Arc<PatchSet> {
+        Arc::clone(&self.set.lock())
+    }
+
+    /// Whether this is what is in force.
+    pub(crate) fn is(&self, set: &Arc<PatchSet>) -> bool {
+        Arc::ptr_eq(&self.set.lock(), set)
+    }
+}
+
+/// A part of a weight on a page, by its place in the VBAR.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Part {
+    pub(crate) weight: u32,
+    pub(crate) start: Bytes,
+    pub(crate) end: Bytes,
+}
 
 /// Why a page was not completed.
 pub(crate) enum Incomplete {
@@ -213,20 +236,37 @@ impl Shared {
     }
 
     /// What comes between the last copy of a page and its fill event: everything that is to be done to its bytes. Under the
-    /// copy lock.
+    /// copy lock. `false` where it is to be [completed later](Shared::complete_later).
     pub(crate) fn complete(
         &self,
         vbar: &Vbar,
         page: u32,
         filled: &Event,
         copies: &Stream,
+    ) -> std::result::Result<bool, Incomplete> {
+        let set = vbar.patches.current();
+        let is_computed = vbar.layout.as_ref().is_some_and(|layout| is_computed(&set, layout, vbar, page));
+        match is_computed {
+            true => mark_filled(filled, copies)?,
+            false => self.complete_now(vbar, &set, page, filled, copies)?,
+        }
+        Ok(!is_computed)
+    }
+
+    /// Adds what is to be added to a page that is there otherwise, and marks it filled. Under the copy lock.
+    pub(crate) fn complete_now(
+        &self,
+        vbar: &Vbar,
+        set: &PatchSet,
+        page: u32,
+        filled: &Event,
+        copies: &Stream,
     ) -> std::result::Result<(), Incomplete> {
-        let set = Arc::clone(&vbar.patches.set.lock());
-        let transforms = vbar.layout.as_ref().map(|layout| transforms(&set, layout, vbar, page));
-        let transforms = transforms.unwrap_or_default();
-        let is_converted =
-            vbar.layout.as_ref().is_some_and(|layout| !layout.converted[page as usize].is_empty());
-        if transforms.is_empty() && !is_converted {
+        let Some(layout) = &vbar.layout else { return mark_filled(filled, copies) };
+        let transforms = transforms(set, layout, vbar, page);
+        let is_copied_alone =
+            layout.converted[page as usize].is_empty() && !is_computed(set, layout, vbar, page);
+        if transforms.is_empty() && is_copied_alone {
             return mark_filled(filled, copies);
         }
         // Behind the copies, in the other stream; marked again behind what is done there.
@@ -244,27 +284,34 @@ impl Shared {
     }
 }
 
-/// What is to be done to a page, in this order.
-fn transforms(set: &PatchSet, layout: &Layout, vbar: &Vbar, page: u32) -> Vec<Transform> {
-    if set.is_empty() {
-        return Vec::new();
-    }
-    let mut transforms = Vec::new();
-    let page_start = vbar.page_size * u64::from(page);
-    let page_end = page_start + vbar.page_size;
+/// The parts of weights on a page.
+pub(crate) fn parts_of(layout: &Layout, vbar: &Vbar, page: u32) -> impl Iterator<Item = Part> {
+    let start = vbar.page_size * u64::from(page);
+    let end = start + vbar.page_size;
     let as_stored = layout.weight_of[page as usize].iter().copied();
-    for weight in as_stored.chain(layout.converted[page as usize].iter().map(|part| part.weight)) {
-        let Some(patch) = set.get(&weight) else { continue };
-        let (size, placed) = (patch.element.size().get(), layout.weights[weight as usize]);
-        let start = page_start.max(placed.offset);
-        let first = (start - placed.offset).get() / size;
-        let end = (page_end.min(placed.offset + placed.bytes) - placed.offset).get() / size;
+    let converted = layout.converted[page as usize].iter().map(|part| part.weight);
+    as_stored.chain(converted).map(move |weight| {
+        let placed = layout.weights[weight as usize];
+        Part { weight, start: start.max(placed.offset), end: end.min(placed.offset + placed.bytes) }
+    })
+}
+
+/// What is to be added to a page.
+fn transforms(set: &PatchSet, layout: &Layout, vbar: &Vbar, page: u32) -> Vec<Transform> {
+    let mut transforms = Vec::new();
+    if set.is_empty() {
+        return transforms;
+    }
+    for part in parts_of(layout, vbar, page) {
+        let Some(patch) = set.get(&part.weight) else { continue };
+        let (size, offset) = (patch.element.size().get(), layout.weights[part.weight as usize].offset);
+        let (first, end) = ((part.start - offset).get() / size, (part.end - offset).get() / size);
         for Product { rows, factors } in &patch.products {
             let columns = u64::from(factors.columns);
             let from = first.max(u64::from(rows.start) * columns);
             let to = end.min(u64::from(rows.end) * columns);
             if from < to {
-                let at = vbar.base().offset(start + Bytes::new((from - first) * size));
+                let at = vbar.base().offset(part.start + Bytes::new((from - first) * size));
                 let (count, element, factors) = (to - from, patch.element, *factors);
                 transforms.push(Transform::AddLowRank(AddLowRank {
                     at,
@@ -291,7 +338,11 @@ pub(crate) fn mark_filled(filled: &Event, stream: &Stream) -> std::result::Resul
 
 impl fmt::Debug for Patch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Patch { element, products, .. } = self;
-        f.debug_struct("Patch").field("element", element).field("products", products).finish_non_exhaustive()
+        let Patch { element, products, computed, .. } = self;
+        f.debug_struct("Patch")
+            .field("computed", &computed.is_some())
+            .field("element", element)
+            .field("products", products)
+            .finish_non_exhaustive()
     }
 }

@@ -15,6 +15,7 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use crate::books::{Books, VbarBook};
 use crate::cache::registering::Registering;
+use crate::computed::Computing;
 use crate::config::{EngineConfig, RingConfig};
 use crate::timeline::Timeline;
 use crate::vbar::Vbar;
@@ -49,6 +50,7 @@ pub(crate) struct Shared {
     pub(crate) copy: Mutex<Stream>,
     /// What is done to pages behind their copies. Enqueued under the copy lock, too.
     pub(crate) patching: Stream,
+    pub(crate) computing: Computing,
     /// Bytes of pages that are pinned as long as their model is attached.
     pub(crate) reserved: AtomicU64,
     /// Operations that hold weights.
@@ -124,6 +126,7 @@ impl Shared {
             register: Condvar::new(),
             copy: Mutex::new(copy),
             patching,
+            computing: Computing::default(),
             reserved: AtomicU64::new(0),
             operations: AtomicUsize::new(0),
             views: AtomicUsize::new(0),

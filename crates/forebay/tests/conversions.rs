@@ -207,7 +207,8 @@ fn patches_come_after_the_conversion() {
         row_base: 7,
     };
     let product = Product { rows: 7..2500, factors };
-    let patch = Patch { element: Element::Bf16, products: vec![product], keep: Arc::new(one) };
+    let patch =
+        Patch { element: Element::Bf16, computed: None, products: vec![product], keep: Arc::new(one) };
     model.change_patches(vec![(0, Some(patch))], Use::on(consumer.stream())).unwrap();
     let mut patched = weights.contents[0].to_vec();
     for raw in patched.chunks_exact_mut(2).skip(7 * COLUMNS as usize).take(2493 * COLUMNS as usize) {

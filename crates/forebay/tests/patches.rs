@@ -96,7 +96,7 @@ fn patched(
         products.push(Product { rows: rows.clone(), factors });
         keep.push((up, down, scale));
     }
-    (Patch { element: Element::Bf16, products, keep: Arc::new(keep) }, Arc::new(result))
+    (Patch { element: Element::Bf16, computed: None, products, keep: Arc::new(keep) }, Arc::new(result))
 }
 
 /// Some rows of a weight, as one range or two.
