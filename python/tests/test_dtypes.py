@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from support import MIB, TORCH_DEVICE, linears, move, press, randomize, same
 from torch import nn
 
@@ -125,6 +127,42 @@ def test_what_is_moved_is_what_is_stored(engine: EngineMaker) -> None:
         stats = attachment.stats()[0]
         assert 4 * MIB <= stats["filled"] < 4.1 * MIB
         assert 8 * MIB <= stats["bytes"] < 8.1 * MIB
+
+
+def test_sizes_that_no_page_or_piece_ends_with(engine: EngineMaker) -> None:
+    module = randomize(nn.Sequential(nn.Linear(1031, 4099), nn.Linear(4099, 257), nn.Linear(257, 1031)))
+    plain = used_as(module, torch.bfloat16)
+    x = move(torch.randn(3, 1031, dtype=torch.bfloat16))
+    for budget in (64, 12):
+        with forebay.attach(module, engine(budget), dtype=torch.bfloat16, page_size=2 * MIB) as attachment:
+            for _ in range(2):
+                for mine, theirs in zip(module.parameters(), plain.parameters(), strict=True):
+                    assert same(mine.clone(), theirs.clone())
+                assert same(module(x), plain(x))
+                press(attachment.engine)
+
+
+def test_a_scale_without_another_dtype(engine: EngineMaker) -> None:
+    module = randomize(linears(2)).to(torch.bfloat16)
+    by_row, by_one = torch.rand(1024) + 0.5, torch.tensor(0.3)
+    scales = {"0.weight_scale": by_row, "1.weight_scale": by_one}
+    with forebay.attach(module, engine(), dtype=torch.bfloat16, scales=scales):
+        for layer, scale in zip(module, (by_row[:, None], by_one), strict=True):
+            expected = (layer.weight._source.float() * scale).to(torch.bfloat16)
+            assert same(layer.weight.clone().cpu(), expected)
+
+
+def test_a_model_that_comes_again_is_converted_as_it_is_attached(engine: EngineMaker, tmp_path: Path) -> None:
+    stored = randomize(linears(3)).state_dict()
+    save_file({key: tensor.clone() for key, tensor in stored.items()}, tmp_path / "model.safetensors")
+    chosen = engine()
+    for used in (None, torch.float16, torch.bfloat16, None):
+        module = linears(3).requires_grad_(False)
+        module.load_state_dict(forebay.load(tmp_path / "model.safetensors"), assign=True)
+        with forebay.attach(module, chosen, dtype=used) as attachment:
+            expected = stored["1.weight"].to(used or torch.float32)
+            assert same(module[1].weight.clone().cpu(), expected)
+            attachment.detach(keep=True)
 
 
 def test_weights_that_are_not_contiguous_keep_their_strides(engine: EngineMaker) -> None:
