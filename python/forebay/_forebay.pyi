@@ -93,7 +93,14 @@ class Model:
         changes: Sequence[
             tuple[
                 int,
-                tuple[str, int, Sequence[tuple[int, int, int, int, int, str, int]], object] | None,
+                tuple[
+                    str,
+                    int,
+                    Sequence[tuple[int, int, int, int, int, str, int]],
+                    object,
+                    Callable[[], tuple[int, int, object]] | None,
+                ]
+                | None,
             ]
         ],
         stream: int,

@@ -22,7 +22,7 @@ from forebay.engines import torch_device
 from forebay.instance_methods import InstanceMethod
 from forebay.lending import lend_in_forward, plain_tensor, restore, takes_loans
 from forebay.parameter import ForebayParameter, ForebayTensor
-from forebay.patching import Patches, Rename, Target
+from forebay.patching import Function, Patches, Rename, Target
 from forebay.places import Place
 from forebay.shadows import shadow_in_forward
 from forebay.small import small_of, small_parameter
@@ -203,6 +203,26 @@ class Attachment:
                 the weights named change when their views go, and cannot be used before.
         """
         self._patches.set_loras(loras, strict=strict, rename=rename)
+
+    def set_patch(self, name: str | Mapping[str, Function | None], patch: Function | None = None) -> None:
+        """Has a weight computed from what is stored, whatever the computation: for adapters that are no products of low rank.
+
+        The callable gets the whole weight as a tensor on the device, which it may write to, and gives one of the same
+        shape and dtype. It is called on a thread of its own, without gradients, whenever pages of the weight are filled,
+        once for those that are filled around the same time: it should give the same every time, and must not use the
+        weights of this attachment. Adapters of :meth:`set_loras` are added to what it gives. The memory that it takes is
+        not part of the budget.
+
+        Args:
+            name: The weight's name in its module (``blocks.0.attn.weight``), in a pipeline with the part before it where
+                several have such a weight; or a mapping of names to callables.
+            patch: The callable, or ``None`` for the weight as it is stored.
+
+        Raises:
+            ValueError: Where there is no such weight, or several.
+            ForebayError: As for :meth:`set_loras`. An exception in the callable becomes one of the weight's use.
+        """
+        self._patches.set_functions(name if isinstance(name, Mapping) else {name: patch})
 
     def prioritize(self) -> None:
         """To the top of the priorities, as using the model does."""

@@ -5,6 +5,7 @@ The engine adds them on the device as a page is filled; small weights, which are
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import threading
@@ -26,6 +27,9 @@ _FUSED = {
 """Parts of a weight that models may have fused, by their places in it."""
 _FUSED_NAMES = ("to_qkv", "qkv", "qkv_proj", "in_proj", "c_attn")
 
+Function = Callable[[torch.Tensor], torch.Tensor]
+"""Computes a weight, on its device, from what is stored."""
+
 Rename = Mapping[str, str | tuple[str, slice]] | Callable[[str], str | tuple[str, slice] | None]
 """Gives a file's name of a module the model's, and the rows of its weight where it is only a part."""
 
@@ -42,6 +46,7 @@ class Target:
         source: Its bytes as they are stored.
         conversion: What its elements on the device are made of them by.
         small: Its parameter, where it is always resident.
+        function: What computes it from what is stored, at this moment.
         terms: What is added to it at this moment.
     """
 
@@ -52,6 +57,7 @@ class Target:
     source: torch.Tensor
     conversion: Conversion | None
     small: torch.Tensor | None
+    function: Function | None = None
     terms: list[Term] = field(default_factory=list)
 
     @property
@@ -135,8 +141,22 @@ class Patches:
                     if term.scale != 0.0:
                         terms.setdefault(id(target), []).append(term)
                 _report(unmatched, adapters, strict)
-            self._change(terms)
+            self._change((target, target.function, terms.get(id(target), [])) for target in self._targets)
             self._files = files
+
+    def set_functions(self, functions: Mapping[str, Function | None]) -> None:
+        """See :meth:`forebay.Attachment.set_patch`."""
+        with self._lock:
+            wanted = []
+            for name, function in functions.items():
+                found = [target for target in self._targets if _is_called(target, name)]
+                if len(found) != 1:
+                    names = ", ".join(target.name for target in found) or "no weight that is attached"
+                    raise ValueError(f"is the name of {names}: {name!r}")
+                if function is not None and not callable(function):
+                    raise TypeError(f"a patch is a callable, or None: {function!r}")
+                wanted.append((found[0], function, found[0].terms))
+            self._change(wanted)
 
     def _read(self, source: Source, files: dict[tuple[str, int, int], list[Adapter]]) -> list[Adapter]:
         """A file that is in force already is not read again: what it adds is known to be the same."""
@@ -148,38 +168,35 @@ class Patches:
             files[identity] = adapters
         return adapters
 
-    def _change(self, terms: dict[int, list[Term]]) -> None:
-        """Gives every weight its terms. Those that have them already are left alone."""
-        changed = []
-        for target in self._targets:
-            wanted = terms.get(id(target), [])
-            if [term.identity for term in wanted] != [term.identity for term in target.terms]:
-                changed.append((target, wanted))
-        with torch.inference_mode(False), torch.no_grad():
-            by_model: dict[Model, list[tuple[Target, list[Term], Any]]] = {}
-            with self._upload_stream() as stream:
-                for target, wanted in changed:
-                    given = None
-                    if target.small is None and wanted:
-                        given = (*self._patch(target, wanted),)
-                    by_model.setdefault(target.model, []).append((target, wanted, given))
-            failed: Exception | None = None
-            for model, changes in by_model.items():
-                large = [(target.index, given) for target, _, given in changes if target.small is None]
-                try:
-                    if large:
-                        model.change_patches(large, stream)
-                except ForebayError as error:
-                    # In force all the same; the other models' go on.
-                    failed = failed or error
-                for target, wanted, _ in changes:
-                    target.terms = wanted
-                    if target.small is not None:
-                        target.small.data.copy_(_merged(target, wanted))
+    def _change(self, wanted: Iterable[tuple[Target, Function | None, list[Term]]]) -> None:
+        """Gives weights their functions and terms. Those that have them already are left alone."""
+        by_model: dict[Model, list[_Change]] = {}
+        with torch.inference_mode(False), torch.no_grad(), self._upload_stream() as stream:
+            for target, function, terms in wanted:
+                is_same = [term.identity for term in terms] == [term.identity for term in target.terms]
+                if is_same and function is target.function:
+                    continue
+                change = _Change(target, function, terms)
+                if target.small is not None:
+                    change.merged = _merged(target, function, terms, self._device)
+                elif function is not None or terms:
+                    change.patch = self._patch(target, function, terms)
+                by_model.setdefault(target.model, []).append(change)
+        failed: ForebayError | None = None
+        for model, changes in by_model.items():
+            large = [(change.target.index, change.patch) for change in changes if change.target.small is None]
+            try:
+                if large:
+                    model.change_patches(large, stream)
+            except ForebayError as error:
+                # In force all the same; the other models' go on.
+                failed = failed or error
+            for change in changes:
+                change.note()
         if failed is not None:
             raise failed
 
-    def _patch(self, target: Target, terms: Sequence[Term]) -> tuple[str, int, list[Any], object]:
+    def _patch(self, target: Target, function: Function | None, terms: Sequence[Term]) -> _Patch:
         """What the engine is given: for each run of rows with the same terms one product of their joined factors."""
         kept: list[torch.Tensor] = []
         products = []
@@ -197,7 +214,16 @@ class Patches:
             kept += factors
             addresses = [factor.data_ptr() for factor in factors]
             products.append((first, last, *addresses, dtype_name(dtype), factors[1].shape[0]))
-        return dtype_name(target.dtype), target.columns, products, kept
+        compute = None if function is None else functools.partial(self._computed, target, function)
+        # Without terms nobody computes with the elements.
+        name = dtype_name(target.dtype if terms else torch.float32)
+        return name, target.columns if terms else 1, products, kept, compute
+
+    def _computed(self, target: Target, function: Function) -> tuple[int, int, object]:
+        """Computes a weight, on a thread of the engine. Its address, the stream's handle, and what keeps it."""
+        with torch.inference_mode(False), torch.no_grad(), self._upload_stream() as stream:
+            result = _called(target, function, self._device)
+            return result.data_ptr(), stream, result
 
     def _upload_stream(self) -> _Uploading:
         if self._device.type != "cuda":
@@ -206,6 +232,27 @@ class Patches:
             # Not the caller's: its work may wait for pages that wait for this.
             self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         return _Uploading(self._stream)
+
+
+_Patch = tuple[str, int, list[Any], object, Callable[[], tuple[int, int, object]] | None]
+"""A patch as the engine takes it."""
+
+
+@dataclass(eq=False)
+class _Change:
+    """What one weight is to be, and what gets it there."""
+
+    target: Target
+    function: Function | None
+    terms: list[Term]
+    patch: _Patch | None = None
+    merged: torch.Tensor | None = None
+
+    def note(self) -> None:
+        """It is in force. A small weight is written to: it is an ordinary tensor."""
+        self.target.function, self.target.terms = self.function, self.terms
+        if self.target.small is not None and self.merged is not None:
+            self.target.small.data.copy_(self.merged)
 
 
 class _Uploading:
@@ -336,11 +383,34 @@ def _runs(terms: Sequence[Term]) -> Iterable[tuple[int, int, list[Term]]]:
             yield first, last, of
 
 
-def _merged(target: Target, terms: Sequence[Term]) -> torch.Tensor:
-    """A weight with its terms, in float32 on the CPU, rounded once."""
+def _called(target: Target, function: Function, device: torch.device) -> torch.Tensor:
+    """What a function makes of a weight, laid out as the weight is."""
+    # A copy of its own, also on the CPU: a function may write to it.
+    value = target.value.to(device, copy=True)
+    result = function(value)
+    if not isinstance(result, torch.Tensor) or (result.shape, result.dtype) != (value.shape, value.dtype):
+        got = (
+            (result.dtype, tuple(result.shape)) if isinstance(result, torch.Tensor) else type(result).__name__
+        )
+        raise ValueError(f"a patch gives a tensor of {value.dtype} and shape {tuple(value.shape)}: {got}")
+    placed = torch.empty_strided(
+        target.source.size(), target.source.stride(), dtype=value.dtype, device=device
+    )
+    return placed.copy_(result.detach())
+
+
+def _is_called(target: Target, name: str) -> bool:
+    return name in target.names or name in (f"{target.label}.{own}" for own in target.names)
+
+
+def _merged(
+    target: Target, function: Function | None, terms: Sequence[Term], device: torch.device
+) -> torch.Tensor:
+    """A weight with its function and terms: sums in float32 on the CPU, rounded once."""
+    value = target.value if function is None else _called(target, function, device).cpu()
     if not terms:
-        return target.value
-    merged = target.value.float()
+        return value
+    merged = value.float()
     flat = torch.zeros_like(merged).flatten(1)
     for term in terms:
         flat[term.first : term.last] += (term.scale * term.adapter.up.float()) @ term.adapter.down.float()

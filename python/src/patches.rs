@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use forebay::device::{DeviceAddr, Element, Factors, StreamHandle};
-use forebay::{Conversion, Patch, Product, StoredScale};
+use forebay::{Compute, Computed, Conversion, Patch, Product, StoredScale};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
@@ -12,8 +12,24 @@ use crate::run::with_interrupts;
 
 /// A product: the rows it is added to, the addresses of up, down and scale, the factors' elements, their rank.
 pub(crate) type PyProduct = (u32, u32, u64, u64, u64, String, u32);
-/// A patch: the weight's elements, elements a row, the products, what keeps their memory.
-pub(crate) type PyPatch = (String, u32, Vec<PyProduct>, Py<PyAny>);
+/// A patch: the weight's elements, elements a row, the products, what keeps their memory, and what computes the weight.
+pub(crate) type PyPatch = (String, u32, Vec<PyProduct>, Py<PyAny>, Option<Py<PyAny>>);
+
+/// A callable that gives a weight's address, the handle of the stream that writes it, and what keeps it.
+struct PyCompute(Py<PyAny>);
+
+impl Compute for PyCompute {
+    fn compute(&self) -> Result<Computed, String> {
+        let called = Python::try_attach(|py| {
+            let call = || -> PyResult<(u64, u64, Py<PyAny>)> { self.0.bind(py).call0()?.extract() };
+            call().map_err(|error| error.to_string())
+        });
+        let (at, stream, keep) = called.unwrap_or_else(|| Err("the interpreter ends".to_owned()))?;
+        // SAFETY: the package passes a stream of torch's on the model's device; torch destroys none of its streams.
+        let written_on = unsafe { StreamHandle::from_raw(stream) };
+        Ok(Computed { at: DeviceAddr::new(at), written_on, keep: Box::new(keep) })
+    }
+}
 
 /// The type of an element by its name in torch.
 pub(crate) fn element(name: &str) -> PyResult<Element> {
@@ -41,14 +57,15 @@ pub(crate) fn conversion((from, to, scale, columns, keep): PyConversion) -> PyRe
     Ok(Conversion { from: element(&from)?, to: element(&to)?, scale, keep: Arc::new(keep) })
 }
 
-fn patch((name, columns, products, keep): PyPatch) -> PyResult<Patch> {
+fn patch((name, columns, products, keep, compute): PyPatch) -> PyResult<Patch> {
     let product = |(first, last, up, down, scale, of, rank): PyProduct| {
         let [up, down, scale] = [up, down, scale].map(DeviceAddr::new);
         let factors = Factors { up, down, scale, element: element(&of)?, rank, columns, row_base: first };
         Ok(Product { rows: first..last, factors })
     };
     let products = products.into_iter().map(product).collect::<PyResult<_>>()?;
-    Ok(Patch { element: element(&name)?, computed: None, products, keep: Arc::new(keep) })
+    let computed = compute.map(|compute| Arc::new(PyCompute(compute)) as Arc<dyn Compute>);
+    Ok(Patch { element: element(&name)?, computed, products, keep: Arc::new(keep) })
 }
 
 /// Gives weights, by number, new patches or none.
