@@ -12,6 +12,7 @@ mod errors;
 mod intercept;
 mod logs;
 mod model;
+mod patches;
 mod recalls;
 mod run;
 mod shadows;
