@@ -27,6 +27,12 @@ pub(crate) struct Engine {
     inner: Arc<forebay::Engine>,
 }
 
+impl Engine {
+    pub(crate) fn inner(&self) -> &Arc<forebay::Engine> {
+        &self.inner
+    }
+}
+
 /// The engines of this process, to be shut down at its end.
 static ENGINES: Mutex<Vec<Weak<forebay::Engine>>> = Mutex::new(Vec::new());
 

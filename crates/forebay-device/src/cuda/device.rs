@@ -1,7 +1,7 @@
 //! A GPU as a [`Device`].
 
 use std::collections::HashMap;
-use std::ffi::c_void;
+use std::ffi::{c_uint, c_void};
 use std::ptr;
 use std::sync::Arc;
 
@@ -107,6 +107,18 @@ impl CudaDevice {
         // SAFETY: the caller owns the memory and uses it no more.
         let code = unsafe { (self.table().mem_free_host)(first.cast()) };
         self.driver.check("cuMemFreeHost", code, || format!("pinned memory at {first:p}"))
+    }
+
+    /// # Safety
+    /// The range is mapped, and writable unless the flags say that it is only read; it stays mapped until unregistered.
+    unsafe fn host_register(&self, ptr: *mut u8, size: Bytes, flags: c_uint) -> Result<()> {
+        let _current = self.context.enter()?;
+        // SAFETY: as the caller promises.
+        let code = unsafe { (self.table().mem_host_register)(ptr.cast(), size.as_usize(), flags) };
+        if code == OUT_OF_MEMORY {
+            return Err(DeviceError::OutOfMemory { call: "cuMemHostRegister", wanted: size, free: None });
+        }
+        self.driver.check("cuMemHostRegister", code, || format!("{size} at {ptr:p}"))
     }
 
     /// `Ok` where a call that takes `size` bytes of something succeeded. Out of memory carries what is free now.
@@ -314,15 +326,13 @@ impl Device for CudaDevice {
             let why = format!("{} does not read memory that is mapped read-only", self.info.name);
             return Err(DeviceError::unsupported("cuMemHostRegister", why));
         }
-        let _current = self.context.enter()?;
         // SAFETY: mapped memory that stays mapped, by the contract of this call; the driver does not write to it.
-        let code = unsafe {
-            (self.table().mem_host_register)(ptr.cast_mut().cast(), size.as_usize(), HOST_REGISTER_READ_ONLY)
-        };
-        if code == OUT_OF_MEMORY {
-            return Err(DeviceError::OutOfMemory { call: "cuMemHostRegister", wanted: size, free: None });
-        }
-        self.driver.check("cuMemHostRegister", code, || format!("{size} at {ptr:p}"))
+        unsafe { self.host_register(ptr.cast_mut(), size, HOST_REGISTER_READ_ONLY) }
+    }
+
+    unsafe fn register_memory(&self, ptr: *mut u8, size: Bytes) -> Result<()> {
+        // SAFETY: mapped memory that stays mapped, by the contract of this call.
+        unsafe { self.host_register(ptr, size, HOST_PORTABLE) }
     }
 
     unsafe fn unregister_host(&self, ptr: *const u8, size: Bytes) -> Result<()> {
