@@ -52,12 +52,7 @@ impl HostBuffer {
     }
 
     /// Registers a part with the engine's device.
-    fn register(
-        &self,
-        py: Python<'_>,
-        offset: &Bound<'_, PyAny>,
-        nbytes: &Bound<'_, PyAny>,
-    ) -> PyResult<()> {
+    fn register(&self, py: Python<'_>, offset: &Bound<'_, PyAny>, nbytes: &Bound<'_, PyAny>) -> PyResult<()> {
         let (offset, bytes) = (size("offset", offset)?, size("nbytes", nbytes)?);
         py.detach(|| self.inner.register(offset, bytes)).map_err(raised)
     }

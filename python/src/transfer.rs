@@ -121,7 +121,9 @@ impl FileMapping {
 
 pub(crate) fn file_part(descriptor: i32, offset: u64, bytes: u64) -> PyResult<FilePart> {
     if descriptor < 0 {
-        return Err(PyValueError::new_err(format!("a descriptor of an open file is not negative: {descriptor}")));
+        return Err(PyValueError::new_err(format!(
+            "a descriptor of an open file is not negative: {descriptor}"
+        )));
     }
     // SAFETY: the caller passes a descriptor that stays open during the call; one that is not open is refused by the system.
     let borrowed = unsafe { BorrowedFd::borrow_raw(descriptor) };

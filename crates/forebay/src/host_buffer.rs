@@ -110,7 +110,9 @@ impl HostBuffer {
         let size = range.len();
         let limit = range.memory.limit();
         let Some(to) = size.checked_add(bytes).filter(|to| growth.may_move || *to <= limit) else {
-            return Err(EngineError::Invalid(format!("a buffer of {size} grows up to {limit}, not by {bytes}")));
+            return Err(EngineError::Invalid(format!(
+                "a buffer of {size} grows up to {limit}, not by {bytes}"
+            )));
         };
         if to > limit {
             *range = range.moved(to.checked_add(to).unwrap_or(to))?;
