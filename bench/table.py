@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import comfyui
 import loaders
 import peers
 import plot
@@ -35,6 +36,8 @@ should be read from disk a step: at most 1.10 x (streamed - 0.8 x the cgroup's m
 **What fits** (`bench/fits.py`) is timed in turn with plain torch. **Warm starts** (`bench/warm.py`) use three models in turn.
 **Growth** (`bench/scale.py`) has more and larger weights. **The ring's shape** (`bench/ring.py`) is what streamed pages go
 through where they are not registered.
+
+**ComfyUI** (`bench/comfyui.py`) samples random weights of the real shapes under its own offloading, comfy-aimdo and Forebay.
 
 **The peers** (`bench/peers.py`) run the stack's blocks from the same file, each in a process of its own, and
 `bench/loaders.py` loads the whole file to the GPU, where everything fits.
@@ -276,6 +279,11 @@ def side_by_side(
     return section
 
 
+def comfyui_cells(path: Path) -> str:
+    result = json.loads(path.read_text())
+    return "\n\n".join(["### ComfyUI", described(path, result), comfyui.markdown(result)])
+
+
 def checks(path: Path) -> str:
     return (
         f"### The whole suite on the GPU\n\n`bench/gpu_check.sh`\n\n```text\n{path.read_text().strip()}\n```"
@@ -294,6 +302,7 @@ SECTIONS: list[tuple[str, Callable[[Path], str]]] = [
     ("scale.json", growth),
     ("ring.json", ring),
     ("peers.json", side_by_side("Forebay and its peers", peers.markdown, peers.picture)),
+    ("comfyui*.json", comfyui_cells),
     ("loaders.json", side_by_side("Loading a file to the GPU", loaders.markdown, loaders.picture)),
     ("tests.txt", checks),
     ("summary.txt", summary),
