@@ -92,13 +92,7 @@ impl Model {
 
     /// One character a page: ``R`` resident, ``S`` streamed and backed now, ``.`` absent.
     fn page_map(&self, py: Python<'_>) -> String {
-        let states = py.detach(|| self.shared.attachment.page_states());
-        let letter = |state: &PageState| match state {
-            PageState::Resident => 'R',
-            PageState::Streamed => 'S',
-            PageState::Absent => '.',
-        };
-        states.iter().map(letter).collect()
+        letters(&py.detach(|| self.shared.attachment.page_states()))
     }
 
     /// What was moved and who waited.
@@ -106,6 +100,16 @@ impl Model {
         let stats = py.detach(|| self.shared.attachment.stats());
         vbar_stats(py, &stats)
     }
+}
+
+/// One character a page: `R` resident, `S` streamed and backed now, `.` absent.
+pub(crate) fn letters(states: &[PageState]) -> String {
+    let letter = |state: &PageState| match state {
+        PageState::Resident => 'R',
+        PageState::Streamed => 'S',
+        PageState::Absent => '.',
+    };
+    states.iter().map(letter).collect()
 }
 
 /// One weight, at one address until its model is detached.

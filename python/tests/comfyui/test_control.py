@@ -118,7 +118,7 @@ def test_usage_and_analysis(comfy, caplog: pytest.LogCaptureFixture) -> None:
     vbar_unpin(place)
     with caplog.at_level(logging.INFO, "forebay"):
         control.analyze()
-    assert "comfyui" in caplog.text
+    assert "ComfyUI model" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import operator
+import weakref
 from typing import Any
 
 from forebay import _forebay
 from forebay.comfyui.aimdo import devices
+
+_buffers: weakref.WeakSet[HostBuffer] = weakref.WeakSet()
+
+
+def total_size() -> int:
+    """Bytes of all host buffers."""
+    return sum(buffer.size for buffer in list(_buffers))
 
 
 class HostBuffer:
@@ -33,6 +41,7 @@ class HostBuffer:
         self._buffer = _forebay.HostBuffer(
             devices.any_engine(), limit=max(limit, size) if limit else 0, ahead=ahead
         )
+        _buffers.add(self)
         if size:
             self.extend(size)
 

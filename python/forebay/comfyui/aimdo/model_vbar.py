@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ Signature = Sequence[int]
 """The serials of an allocation's pages when it was faulted in. Equal serials mean equal contents."""
 
 _vbars: weakref.WeakSet[ModelVBAR] = weakref.WeakSet()
+_numbers = itertools.count(1)
 
 
 class ModelVBAR:
@@ -41,7 +43,8 @@ class ModelVBAR:
         self._context = devices.context(device)
         self.max_size = devices.count("size", size)
         self.device = device
-        self._vbar: ExplicitVbar | None = self._context.engine.vbar("comfyui", self.max_size)
+        self.name = f"ComfyUI model {next(_numbers)}"
+        self._vbar: ExplicitVbar | None = self._context.engine.vbar(self.name, self.max_size)
         self._context.tell_streams(self._vbar)
         self.base_addr = self._vbar.base
         _vbars.add(self)
@@ -180,6 +183,11 @@ def vbars_analyze(device: Any = None) -> int:
     """Bytes of the pages that have memory, on one device or on all."""
     wanted = None if device is None else devices.context(device)
     return sum(vbar.loaded_size() for vbar in list(_vbars) if wanted in (None, vbar._context))
+
+
+def allocated() -> dict[str, int]:
+    """Bytes that were handed out of each range that is not closed, by its name."""
+    return {vbar.name: vbar._vbar.allocated for vbar in list(_vbars) if vbar._vbar is not None}
 
 
 def vbars_reset_watermark_limits() -> None:

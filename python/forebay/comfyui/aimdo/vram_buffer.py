@@ -11,6 +11,8 @@ class VRAMBuffer:
     """A reserved address range of device memory that grows on demand, out of the memory that models have. What it has it
     keeps until it is dropped, with its last tensor."""
 
+    NAME = "ComfyUI cast buffer"
+    """What reports call one."""
     lent_bytes = 0
     """Bytes that all buffers of the process handed out so far."""
 
@@ -27,7 +29,7 @@ class VRAMBuffer:
         """
         self._context = devices.context(device)
         self._max_size = devices.count("max_size", max_size)
-        self._vbar = self._context.engine.vbar("cast buffer", self._max_size)
+        self._vbar = self._context.engine.vbar(self.NAME, self._max_size)
         self._context.tell_streams(self._vbar)
         self._backed = 0
 
