@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import comfyui
 import loaders
 import peers
 import plot
@@ -39,6 +40,8 @@ through where they are not registered.
 **Adapters** (`bench/lora.py`): steps of the stack without adapters and with one of rank 16 on each of its linear layers, in
 turn; "over" is the median of the one over the median of the other. What a change refills is counted by the engine, and holds
 the pages of the weights that it touches, which may begin and end in other weights.
+
+**ComfyUI** (`bench/comfyui.py`) samples random weights of the real shapes under its own offloading, comfy-aimdo and Forebay.
 
 **The peers** (`bench/peers.py`) run the stack's blocks from the same file, each in a process of its own, and
 `bench/loaders.py` loads the whole file to the GPU, where everything fits.
@@ -311,6 +314,11 @@ def side_by_side(
     return section
 
 
+def comfyui_cells(path: Path) -> str:
+    result = json.loads(path.read_text())
+    return "\n\n".join(["### ComfyUI", described(path, result), comfyui.markdown(result)])
+
+
 def checks(path: Path) -> str:
     return (
         f"### The whole suite on the GPU\n\n`bench/gpu_check.sh`\n\n```text\n{path.read_text().strip()}\n```"
@@ -330,6 +338,7 @@ SECTIONS: list[tuple[str, Callable[[Path], str]]] = [
     ("lora.json", lora),
     ("ring.json", ring),
     ("peers.json", side_by_side("Forebay and its peers", peers.markdown, peers.picture)),
+    ("comfyui*.json", comfyui_cells),
     ("loaders.json", side_by_side("Loading a file to the GPU", loaders.markdown, loaders.picture)),
     ("tests.txt", checks),
     ("summary.txt", summary),

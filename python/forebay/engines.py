@@ -53,6 +53,12 @@ def engine(
     return found
 
 
+def running() -> list[Engine]:
+    """The engines that were started so far."""
+    with _lock:
+        return list(_engines.values())
+
+
 def device_name(device: str | torch.device | None) -> str:
     """Forebay's name of a device, after a check that torch can use it."""
     if device is None:

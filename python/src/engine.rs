@@ -15,7 +15,7 @@ use pyo3::types::{PyDict, PyList};
 
 use crate::bytes::size;
 use crate::errors::{raised, source};
-use crate::model::Model;
+use crate::model::{Model, letters};
 use crate::patches::{PyConversion, conversion};
 use crate::vbar::ExplicitVbar;
 
@@ -26,6 +26,12 @@ const HOST_SHARE: u64 = 4;
 #[pyclass(frozen, module = "forebay._forebay")]
 pub(crate) struct Engine {
     inner: Arc<forebay::Engine>,
+}
+
+impl Engine {
+    pub(crate) fn inner(&self) -> &Arc<forebay::Engine> {
+        &self.inner
+    }
 }
 
 /// The engines of this process, to be shut down at its end.
@@ -100,6 +106,15 @@ impl Engine {
     #[getter]
     fn budget(&self) -> u64 {
         self.inner.budget().1.get()
+    }
+
+    /// Bytes that are kept free for everyone else; None where the budget is fixed.
+    #[getter]
+    fn headroom(&self) -> Option<u64> {
+        match self.inner.budget().0 {
+            Budget::Fixed(_) => None,
+            Budget::Headroom(bytes) => Some(bytes.get()),
+        }
     }
 
     /// Sets the budget: ``budget`` bytes, or everything free but for ``headroom`` bytes.
@@ -183,6 +198,12 @@ impl Engine {
         let models: Vec<_> = stats.vbars.iter().map(|vbar| vbar_stats(py, vbar)).collect::<PyResult<_>>()?;
         dict.set_item("models", PyList::new(py, models)?)?;
         Ok(dict)
+    }
+
+    /// (name, page map) of each model and range, most recently used first; the maps are as ``Model.page_map``'s.
+    fn page_maps(&self, py: Python<'_>) -> Vec<(String, String)> {
+        let stats = py.detach(|| self.inner.stats());
+        stats.vbars.into_iter().map(|vbar| (vbar.name, letters(&vbar.pages))).collect()
     }
 
     /// Begins to record what the engine does when.

@@ -28,7 +28,7 @@ pub(crate) fn raised(error: EngineError) -> PyErr {
         EngineError::TooLarge { .. } | EngineError::AllPinned { .. } => OutOfMemoryError::new_err(text),
         EngineError::Device(error) if error.is_out_of_memory() => OutOfMemoryError::new_err(text),
         EngineError::Device(_) => DeviceError::new_err(text),
-        EngineError::Source { .. } => SourceError::new_err(text),
+        EngineError::Source { .. } | EngineError::Transfer(_) => SourceError::new_err(text),
         EngineError::Detached { .. } => DetachedError::new_err(text),
         EngineError::Invalid(_) => PyValueError::new_err(text),
         _ => ForebayError::new_err(text),

@@ -9,6 +9,7 @@ mod dlpack;
 mod doctor;
 mod engine;
 mod errors;
+mod host_buffer;
 mod intercept;
 mod logs;
 mod model;
@@ -16,6 +17,7 @@ mod patches;
 mod recalls;
 mod run;
 mod shadows;
+mod transfer;
 mod vbar;
 
 use pyo3::prelude::*;
@@ -32,6 +34,12 @@ fn _forebay(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<shadows::Scope>()?;
     module.add_class::<vbar::ExplicitVbar>()?;
     module.add_class::<checkpoint::Checkpoint>()?;
+    module.add_class::<host_buffer::HostBuffer>()?;
+    module.add_class::<transfer::FileMapping>()?;
+    module.add_function(wrap_pyfunction!(transfer::read_to_device, module)?)?;
+    module.add_function(wrap_pyfunction!(transfer::write_from_device, module)?)?;
+    module.add_function(wrap_pyfunction!(transfer::write_from_host, module)?)?;
+    module.add_function(wrap_pyfunction!(transfer::foreign_capsule, module)?)?;
     module.add_function(wrap_pyfunction!(doctor::examine, module)?)?;
     module.add_function(wrap_pyfunction!(intercept::intercept, module)?)?;
     module.add_function(wrap_pyfunction!(intercept::set_interception, module)?)?;

@@ -93,13 +93,7 @@ impl Model {
 
     /// One character a page: ``R`` resident, ``S`` streamed and backed now, ``.`` absent.
     fn page_map(&self, py: Python<'_>) -> String {
-        let states = py.detach(|| self.shared.attachment.page_states());
-        let letter = |state: &PageState| match state {
-            PageState::Resident => 'R',
-            PageState::Streamed => 'S',
-            PageState::Absent => '.',
-        };
-        states.iter().map(letter).collect()
+        letters(&py.detach(|| self.shared.attachment.page_states()))
     }
 
     /// Gives weights, by number, new patches or none, of factors that are written by what is in the stream by now.
@@ -119,6 +113,16 @@ impl Model {
         let stats = py.detach(|| self.shared.attachment.stats());
         vbar_stats(py, &stats)
     }
+}
+
+/// One character a page: `R` resident, `S` streamed and backed now, `.` absent.
+pub(crate) fn letters(states: &[PageState]) -> String {
+    let letter = |state: &PageState| match state {
+        PageState::Resident => 'R',
+        PageState::Streamed => 'S',
+        PageState::Absent => '.',
+    };
+    states.iter().map(letter).collect()
 }
 
 /// One weight, at one address until its model is detached.

@@ -51,8 +51,26 @@ impl ExplicitVbar {
         py.detach(|| self.inner.unpin(address, bytes, torch_stream(stream))).map_err(raised)
     }
 
+    /// Takes the pins of one fault back, behind what is in every stream that the range was told of.
+    fn unpin_everywhere(&self, py: Python<'_>, address: u64, nbytes: u64) -> PyResult<()> {
+        let (address, bytes) = (DeviceAddr::new(address), forebay::Bytes::new(nbytes));
+        py.detach(|| self.inner.unpin_everywhere(address, bytes)).map_err(raised)
+    }
+
+    /// Tells of streams that may use the pages.
+    fn know(&self, streams: Vec<u64>) {
+        self.inner.know(streams.into_iter().map(torch_stream));
+    }
+
+    /// Bytes of the pages that have memory.
+    #[getter]
+    fn held(&self, py: Python<'_>) -> u64 {
+        py.detach(|| self.inner.held()).get()
+    }
+
     /// A DLPack capsule of the range as uint8. There is memory behind it only while it is faulted in.
     fn capsule<'py>(&self, py: Python<'py>, address: u64, nbytes: u64) -> PyResult<Bound<'py, PyAny>> {
+        self.inner.check(DeviceAddr::new(address), forebay::Bytes::new(nbytes)).map_err(raised)?;
         let device = self.inner.engine().device();
         let keep = Box::new(Arc::clone(&self.inner));
         capsule(py, device, DeviceAddr::new(address), forebay::Bytes::new(nbytes), keep)

@@ -219,10 +219,18 @@ pub trait Device: Send + Sync + fmt::Debug {
     /// The range is page-aligned, mapped readable and in no other registration, and stays mapped until unregistered.
     unsafe fn register_host(&self, ptr: *const u8, size: Bytes) -> Result<()>;
 
-    /// Undoes [`register_host`](Device::register_host). May block the caller until the device is idle.
+    /// As [`register_host`](Device::register_host), for memory that may be written as well, and for every device. The range
+    /// need not be aligned.
     ///
     /// # Safety
-    /// `ptr` and `size` are those of one `register_host`, and no copy that reads the range is pending.
+    /// The range is mapped readable and writable and in no other registration, and stays mapped until unregistered.
+    unsafe fn register_memory(&self, ptr: *mut u8, size: Bytes) -> Result<()>;
+
+    /// Undoes [`register_host`](Device::register_host) and [`register_memory`](Device::register_memory). May block the
+    /// caller until the device is idle.
+    ///
+    /// # Safety
+    /// `ptr` and `size` are those of one registration, and no copy that uses the range is pending.
     unsafe fn unregister_host(&self, ptr: *const u8, size: Bytes) -> Result<()>;
 
     /// Enqueues a copy from host memory (asynchronous where `src` is pinned or registered).

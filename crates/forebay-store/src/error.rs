@@ -123,6 +123,19 @@ pub enum StoreError {
         reason: IoReason,
     },
 
+    /// The operating system could not write a part of a file.
+    #[error("cannot write {len} bytes at offset {offset} of {}: {reason}", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// Where the part starts.
+        offset: u64,
+        /// Its length in bytes.
+        len: u64,
+        /// What the operating system said.
+        reason: IoReason,
+    },
+
     /// A file could not be mapped, or its mapping not populated.
     #[error("cannot map {len} bytes at offset {offset} of {}: {reason}", path.display())]
     Map {

@@ -124,6 +124,20 @@ impl SourceFile {
         Ok(())
     }
 
+    /// Writes all of `bytes` at `offset`. The file was opened for writing as well, and [`verify`](Self::verify) finds it
+    /// changed from then on.
+    ///
+    /// # Errors
+    /// [`StoreError::Write`], with a part of the bytes written.
+    pub fn write_all_at(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        self.file.write_all_at(bytes, offset).map_err(|error| StoreError::Write {
+            path: self.path.clone(),
+            offset,
+            len: bytes.len() as u64,
+            reason: error.into(),
+        })
+    }
+
     /// Asks whether the file is still as it was when it was opened: one `fstat`.
     ///
     /// The time of the last status change is not compared: deleting or renaming the file moves it, and neither

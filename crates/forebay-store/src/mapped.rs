@@ -5,7 +5,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use forebay_core::Bytes;
-use memmap2::{Advice, MmapOptions, MmapRaw};
+use memmap2::{Advice, MmapOptions, MmapRaw, UncheckedAdvice};
 use rustix::fs::Access;
 
 use crate::error::{Result, StoreError};
@@ -107,6 +107,17 @@ impl MappedFile {
         self.map
             .advise_range(Advice::PopulateRead, at.as_usize(), len.as_usize())
             .map_err(|error| map_error(&self.file, offset, len, error))
+    }
+
+    /// Takes the mapping's pages out of the process's memory. They stay in the page cache, and are found there when they are
+    /// touched again.
+    ///
+    /// # Errors
+    /// [`StoreError::Map`] where the kernel refuses, as for pages that a device was given.
+    pub fn drop_pages(&self) -> Result<()> {
+        // SAFETY: the mapping is shared and read-only, so a page that is touched again has the same bytes.
+        unsafe { self.map.unchecked_advise(UncheckedAdvice::DontNeed) }
+            .map_err(|error| map_error(&self.file, self.start, self.len(), error))
     }
 
     /// How much of the mapping is in the page cache, as far as the kernel tells: `None` where the file is neither this

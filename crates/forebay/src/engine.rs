@@ -1,7 +1,7 @@
 //! The engine of one device.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Once};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -18,6 +18,7 @@ use crate::config::EngineConfig;
 use crate::converting::Conversion;
 use crate::explicit::ExplicitVbar;
 use crate::filler::Reader;
+use crate::host_buffer::{self, Helper};
 use crate::layout::{Layout, LayoutOptions, WeightSpec};
 use crate::mover::Mover;
 use crate::state::{Budget, Shared, State};
@@ -36,8 +37,11 @@ const RECALL_PATIENCE: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub struct Engine {
     shared: Arc<Shared>,
-    /// The mover and the cache's keeper.
+    /// The mover, the cache's keeper and the buffers' helper.
     threads: Mutex<Vec<JoinHandle<()>>>,
+    readers: Mutex<Option<Arc<ReaderPool<Reader>>>>,
+    helper: Helper,
+    helper_starts: Once,
     /// Lock order: never together with the state lock.
     pub(crate) parked: Mutex<Vec<Arc<Vbar>>>,
 }
@@ -63,9 +67,16 @@ impl Engine {
         }
         let readers = Arc::new(readers);
         let mover = Mover::new(Arc::clone(&shared), Arc::clone(&readers));
-        let keeper = Keeper::new(Arc::clone(&shared), readers)?;
+        let keeper = Keeper::new(Arc::clone(&shared), Arc::clone(&readers))?;
         // Made first: where a thread cannot be started, the other ends with it.
-        let engine = Engine { shared, threads: Mutex::default(), parked: Mutex::default() };
+        let engine = Engine {
+            shared,
+            threads: Mutex::default(),
+            readers: Mutex::new(Some(readers)),
+            helper: Helper::default(),
+            helper_starts: Once::new(),
+            parked: Mutex::default(),
+        };
         engine.start("forebay-mover", move || mover.run())?;
         engine.start("forebay-cache", move || keeper.run())?;
         Ok(Arc::new(engine))
@@ -332,8 +343,27 @@ impl Engine {
         weights.iter().map(of).collect()
     }
 
-    pub(crate) fn shared(&self) -> &Shared {
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
         &self.shared
+    }
+
+    /// The threads that read; none once the engine was shut down.
+    pub(crate) fn readers(&self) -> Option<Arc<ReaderPool<Reader>>> {
+        self.readers.lock().clone()
+    }
+
+    /// Who gives memory of host buffers back. Its thread is started with the first.
+    pub(crate) fn helper(&self) -> &Helper {
+        self.helper_starts.call_once(|| {
+            if self.shared.state.lock().stop {
+                return;
+            }
+            let (jobs, device) = (self.helper.open(), Arc::clone(&self.shared.device));
+            if let Err(error) = self.start("forebay-host", move || host_buffer::run(&*device, &jobs)) {
+                tracing::warn!(%error, "memory of buffers is not given back");
+            }
+        });
+        &self.helper
     }
 
     pub(crate) fn vbar_stats(&self, state: &State, vbar: &Vbar) -> VbarStats {
@@ -406,6 +436,8 @@ impl Engine {
         self.shared.abandon_computing(None);
         self.shared.work.notify_one();
         self.shared.register.notify_one();
+        self.helper.close();
+        let readers = self.readers.lock().take();
         let threads = std::mem::take(&mut *self.threads.lock());
         for thread in threads {
             let name = thread.thread().name().unwrap_or_default().to_owned();
@@ -414,6 +446,7 @@ impl Engine {
                 tracing::error!(device = %self.shared.id, "the thread {name} had panicked");
             }
         }
+        drop(readers);
     }
 
     fn start(&self, name: &str, body: impl FnOnce() + Send + 'static) -> Result<()> {

@@ -26,6 +26,10 @@ pub enum EngineError {
         error: Box<StoreError>,
     },
 
+    /// A part of a file could not be read or written for the application.
+    #[error(transparent)]
+    Transfer(StoreError),
+
     /// The reader threads could not be started.
     #[error(transparent)]
     Readers(StoreError),

@@ -87,6 +87,35 @@ impl ExplicitVbar {
         Ok(())
     }
 
+    /// As [`unpin`](ExplicitVbar::unpin), for pages that work in any of the streams that the VBAR was told of may use.
+    ///
+    /// # Errors
+    /// As [`unpin`](ExplicitVbar::unpin).
+    pub fn unpin_everywhere(&self, addr: DeviceAddr, bytes: Bytes) -> Result<()> {
+        let span = self.span(addr, bytes)?;
+        self.engine.shared().unpin(std::slice::from_ref(&span), Used::Anywhere);
+        Ok(())
+    }
+
+    /// Tells of streams that may use the pages without a call that says so: they are waited for before a page leaves.
+    pub fn know(&self, streams: impl IntoIterator<Item = StreamHandle>) {
+        streams.into_iter().for_each(|stream| self.vbar.streams.know(stream));
+    }
+
+    /// Whether a range lies in the VBAR.
+    ///
+    /// # Errors
+    /// [`EngineError::Invalid`] where it does not.
+    pub fn check(&self, addr: DeviceAddr, bytes: Bytes) -> Result<()> {
+        self.span(addr, bytes).map(drop)
+    }
+
+    /// Bytes of the pages that have memory, or are about to.
+    pub fn held(&self) -> Bytes {
+        let held = self.engine.shared().state.lock().policy.held_pages(self.vbar.id);
+        self.vbar.page_size * u64::from(held)
+    }
+
     /// To the top of the priorities, with the watermark fully open.
     pub fn prioritize(&self) {
         self.engine.prioritize(&self.vbar);

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Instant;
 
 use forebay_core::{Bytes, PageRef};
-use forebay_device::{Event, PinnedBuffer};
+use forebay_device::{DeviceAddr, Event, PinnedBuffer, StreamHandle};
 use forebay_store::{
     DirectBuffer, ReaderPool, Segment, Source, StoreError, Urgency, read_segments, read_segments_past_cache,
 };
@@ -393,6 +393,65 @@ impl Reader {
         if let Err(error) = self.parts(shared) {
             tracing::debug!(device = %shared.id, %error, "a reader has no slots yet");
         }
+    }
+
+    /// Copies what `read` puts into a slot to a place on the device, in a stream.
+    ///
+    /// # Safety
+    /// The place is memory of this device until the copy has completed, and the stream lives as long.
+    pub(crate) unsafe fn copy_in(
+        &mut self,
+        shared: &Shared,
+        len: Bytes,
+        (addr, stream): (DeviceAddr, StreamHandle),
+        read: impl FnOnce(&mut [u8]) -> Result<()>,
+    ) -> Result<()> {
+        let (slots, _) = self.parts(shared)?;
+        let (slot, copied) = slots.next()?;
+        // SAFETY: the slot is this reader's own, and `next` waited for the copy that used it last.
+        let bytes = unsafe { slots.buffer.slice_mut(slot, len) };
+        read(bytes)?;
+        // SAFETY: the slot is not touched before its event has completed; the place is the caller's affair.
+        unsafe { shared.device.copy_to_device(addr, bytes.as_ptr(), len, stream) }?;
+        self.copied(copied, stream).map(drop)
+    }
+
+    /// Copies a place on the device to a slot, behind what is in the stream, and gives the bytes to `write`.
+    ///
+    /// # Safety
+    /// As for [`copy_in`](Reader::copy_in).
+    pub(crate) unsafe fn copy_out(
+        &mut self,
+        shared: &Shared,
+        len: Bytes,
+        (addr, stream): (DeviceAddr, StreamHandle),
+        write: impl FnOnce(&[u8]) -> Result<()>,
+    ) -> Result<()> {
+        let (slots, _) = self.parts(shared)?;
+        let (slot, copied) = slots.next()?;
+        // SAFETY: the slot is this reader's own, and `next` waited for the copy that used it last.
+        let bytes = unsafe { slots.buffer.slice_mut(slot, len) };
+        // SAFETY: the slot is not touched before its event has completed; the place is the caller's affair.
+        unsafe { shared.device.copy_to_host(bytes.as_mut_ptr(), addr, len, stream) }?;
+        self.copied(copied, stream)?.copied[copied].synchronize()?;
+        let (slots, _) = self.parts(shared)?;
+        // SAFETY: the copy has completed, and the next one has not begun.
+        write(unsafe { slots.buffer.slice(slot, len) })
+    }
+
+    /// Marks the end of a slot's copy.
+    fn copied(&mut self, copied: usize, stream: StreamHandle) -> Result<&Slots> {
+        let recorded = match &self.slots {
+            // SAFETY: the stream lives, as the caller of the copy promises.
+            Some(slots) => unsafe { slots.copied[copied].record(stream) },
+            None => Ok(()),
+        };
+        if recorded.is_err() {
+            // Nobody can know any more when the copy ends, so its slot stays for ever.
+            std::mem::forget(self.slots.take());
+        }
+        recorded?;
+        self.slots.as_ref().ok_or_else(|| EngineError::Invalid("a reader without slots".into()))
     }
 
     /// The slots, made now if they are not there yet, and the buffer.

@@ -83,7 +83,7 @@ impl CudaDevice {
     }
 
     /// # Safety
-    /// The memory is mapped, and stays so until it is unregistered.
+    /// The memory is mapped, and writable unless the flags say that it is only read; it stays mapped until unregistered.
     unsafe fn register(&self, first: *mut u8, size: Bytes, flags: c_uint) -> Result<()> {
         let _current = self.context.enter()?;
         // SAFETY: mapped memory, by the contract of this call.
@@ -304,6 +304,11 @@ impl Device for CudaDevice {
         }
         // SAFETY: mapped memory that stays mapped, by the contract of this call; the driver does not write to it.
         unsafe { self.register(ptr.cast_mut(), size, HOST_REGISTER_READ_ONLY) }
+    }
+
+    unsafe fn register_memory(&self, ptr: *mut u8, size: Bytes) -> Result<()> {
+        // SAFETY: mapped memory that stays mapped, by the contract of this call.
+        unsafe { self.register(ptr, size, HOST_PORTABLE) }
     }
 
     unsafe fn unregister_host(&self, ptr: *const u8, size: Bytes) -> Result<()> {

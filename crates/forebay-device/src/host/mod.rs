@@ -108,6 +108,24 @@ impl HostDevice {
         self.streams.submit("launch", stream, kernel)
     }
 
+    fn register(&self, call: &'static str, first: usize, size: Bytes) -> Result<()> {
+        if !self.config.registers {
+            let why = "copies read any memory of the host as it is".to_owned();
+            return Err(DeviceError::unsupported(call, why));
+        }
+        if size == Bytes::ZERO {
+            return Err(DeviceError::invalid(call, format!("at least a byte: {size} at {first:#x}")));
+        }
+        let mut registered = self.registered.lock();
+        let before = registered.range(..first + size.as_usize()).next_back();
+        if before.is_some_and(|(start, len)| start + len.as_usize() > first) {
+            let why = format!("registered already, in part: {size} at {first:#x}");
+            return Err(DeviceError::invalid(call, why));
+        }
+        registered.insert(first, size);
+        Ok(())
+    }
+
     fn copy(&self, call: &'static str, copy: HostCopy, stream: StreamHandle) -> Result<()> {
         let delay = self.config.copy_delay;
         let work = move || {
@@ -245,30 +263,16 @@ impl Device for HostDevice {
     }
 
     unsafe fn register_host(&self, ptr: *const u8, size: Bytes) -> Result<()> {
-        let call = "register_host";
-        if !self.config.registers {
-            return Err(DeviceError::unsupported(
-                call,
-                "copies read any memory of the host as it is".to_owned(),
-            ));
+        let page = rustix::param::page_size();
+        if !ptr.addr().is_multiple_of(page) || !size.as_usize().is_multiple_of(page) {
+            let pages = format!("whole pages of {page} bytes: {size} at {ptr:p}");
+            return Err(DeviceError::invalid("register_host", pages));
         }
-        let (first, page) = (ptr.addr(), rustix::param::page_size());
-        if size == Bytes::ZERO || !first.is_multiple_of(page) || !size.as_usize().is_multiple_of(page) {
-            return Err(DeviceError::invalid(
-                call,
-                format!("whole pages of {page} bytes: {size} at {ptr:p}"),
-            ));
-        }
-        let mut registered = self.registered.lock();
-        let before = registered.range(..first + size.as_usize()).next_back();
-        if before.is_some_and(|(start, len)| start + len.as_usize() > first) {
-            return Err(DeviceError::invalid(
-                call,
-                format!("registered already, in part: {size} at {ptr:p}"),
-            ));
-        }
-        registered.insert(first, size);
-        Ok(())
+        self.register("register_host", ptr.addr(), size)
+    }
+
+    unsafe fn register_memory(&self, ptr: *mut u8, size: Bytes) -> Result<()> {
+        self.register("register_memory", ptr.addr(), size)
     }
 
     unsafe fn unregister_host(&self, ptr: *const u8, size: Bytes) -> Result<()> {

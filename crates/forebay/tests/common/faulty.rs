@@ -283,6 +283,12 @@ impl Device for Faulty {
         unsafe { self.inner.register_host(ptr, size) }
     }
 
+    unsafe fn register_memory(&self, ptr: *mut u8, size: Bytes) -> Result<()> {
+        self.check(Call::RegisterHost)?;
+        // SAFETY: passed on as it came.
+        unsafe { self.inner.register_memory(ptr, size) }
+    }
+
     unsafe fn unregister_host(&self, ptr: *const u8, size: Bytes) -> Result<()> {
         self.check(Call::UnregisterHost)?;
         // SAFETY: passed on as it came.

@@ -1,0 +1,97 @@
+"""Starts ComfyUI on Forebay: ``python -m forebay.comfyui main.py [ComfyUI's arguments]``.
+
+What stands before ``main.py`` is for this launcher, what comes after it is ComfyUI's own; ``main.py --help`` prints that.
+ComfyUI is not changed, on disk or elsewhere: it imports Forebay's package where it asks for comfy_aimdo. Its
+``--disable-dynamic-vram`` switches that off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from forebay import __version__
+from forebay.comfyui import checkout, substitute
+
+_OFF = "--disable-dynamic-vram"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs ComfyUI in this process, as ``python main.py`` would.
+
+    Args:
+        arguments: The launcher's own, the path of ``main.py``, ComfyUI's.
+
+    Returns:
+        The exit status where ComfyUI was not started, or returned.
+
+    Raises:
+        SystemExit: With ComfyUI's own status.
+    """
+    own, script, rest = _split(arguments)
+    chosen = _parser().parse_args(own)
+    if script is None:
+        print(f"{_parser().format_usage()}which ComfyUI? give the path of its main.py", file=sys.stderr)
+        return 2
+    try:
+        found = checkout.examine(Path(script).resolve())
+    except checkout.NotComfyUI as error:
+        print(f"forebay: {error}", file=sys.stderr)
+        return 2
+    if found.is_newer:
+        print(
+            f"forebay: this ComfyUI asks for comfy-aimdo {found.aimdo}, known here is {substitute.LATEST}; going on",
+            file=sys.stderr,
+        )
+    substitute.install(found.aimdo)
+    if chosen.native and _OFF not in rest:
+        importlib.import_module("forebay.comfyui.native").install()
+    node = (
+        ["--extra-model-paths-config", str(Path(__file__).with_name("extra_paths.yaml"))]
+        if chosen.node
+        else []
+    )
+    sys.argv = [str(found.script), *node, *rest]
+    sys.path[0] = str(found.script.parent)
+    runpy.run_path(str(found.script), run_name="__main__")
+    return 0
+
+
+def _split(arguments: Sequence[str]) -> tuple[list[str], str | None, list[str]]:
+    """The launcher's own arguments, the script, and the script's."""
+    for place, argument in enumerate(arguments):
+        if not argument.startswith("-"):
+            return list(arguments[:place]), argument, list(arguments[place + 1 :])
+    return list(arguments), None, []
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m forebay.comfyui",
+        usage="%(prog)s [options] MAIN.PY [ComfyUI's arguments]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"forebay {__version__}")
+    parser.add_argument(
+        "--native",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="run diffusion models on Forebay's own weights instead of ComfyUI's casting (default: no)",
+    )
+    parser.add_argument(
+        "--node",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="show in ComfyUI's page what Forebay does (default: yes)",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
