@@ -66,8 +66,9 @@ lint: build ## Check formatting, lints, documentation and types
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps
-	$(BIN)/ruff check python examples bench
-	$(BIN)/ruff format --check python examples bench
+	$(BIN)/ruff check python examples bench crates
+	$(BIN)/ruff format --check python examples bench crates
+	$(if $(wildcard $(VENV)/kernels),PYTHONPATH=$(VENV)/kernels $(BIN)/python crates/forebay-device/kernels.py --check)
 	cd python && $(VIRTUAL_ENV)/bin/mypy forebay
 	cd python && $(VIRTUAL_ENV)/bin/python -m mypy.stubtest forebay._forebay
 

@@ -177,7 +177,7 @@ def main() -> int:
     device = torch.device(chosen.device if is_cuda else "cpu")
     rows: list[dict[str, Any]] = []
     outputs: dict[tuple[str, int], State] = {}
-    with torch.inference_mode():
+    with torch.no_grad():
         nbytes = write_weights(chosen.file, chosen.blocks, chosen.width, device)
         lora = adapters(load(chosen.file, chosen.blocks, chosen.width), chosen.rank, 1)
         for kind, budget in (("streamed", chosen.budget * GIB), ("resident", 1.1 * nbytes + 256 * (1 << 20))):

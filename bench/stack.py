@@ -90,17 +90,27 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def write_weights(path: Path, blocks: int, width: int, device: str | torch.device = "cuda") -> int:
-    """A file of random bf16 weights, written block by block; bytes of its data."""
+DTYPES = {torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3"}
+"""As files name them."""
+
+
+def write_weights(
+    path: Path,
+    blocks: int,
+    width: int,
+    device: str | torch.device = "cuda",
+    dtype: torch.dtype = torch.bfloat16,
+) -> int:
+    """A file of random weights, written block by block; bytes of its data."""
     with torch.device("meta"):
         shapes = {name: tuple(value.shape) for name, value in Block(width, 40).state_dict().items()}
     header: dict[str, object] = {}
     offset = 0
     for block in range(blocks):
         for name, shape in shapes.items():
-            nbytes = 2 * int(torch.Size(shape).numel())
+            nbytes = dtype.itemsize * int(torch.Size(shape).numel())
             header[f"{block}.{name}"] = {
-                "dtype": "BF16",
+                "dtype": DTYPES[dtype],
                 "shape": list(shape),
                 "data_offsets": [offset, offset + nbytes],
             }
@@ -118,7 +128,7 @@ def write_weights(path: Path, blocks: int, width: int, device: str | torch.devic
             for name, shape in shapes.items():
                 scale = 1.0 if name.startswith("norm") and name.endswith("weight") else shape[-1] ** -0.5
                 values = torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16) * scale
-                file.write(values.cpu().view(torch.uint8).numpy().data)
+                file.write(values.to(dtype).cpu().view(torch.uint8).numpy().data)
     return offset
 
 

@@ -39,7 +39,8 @@ through where they are not registered.
 
 **Adapters** (`bench/lora.py`): steps of the stack without adapters and with one of rank 16 on each of its linear layers, in
 turn; "over" is the median of the one over the median of the other. What a change refills is counted by the engine, and holds
-the pages of the weights that it touches, which may begin and end in other weights.
+the pages of the weights that it touches, which may begin and end in other weights. **Conversion** (`bench/convert.py`): steps of
+streamed blocks that are stored as float8 and used as bf16, all through the ring; the limit is what is stored over the link.
 
 **ComfyUI** (`bench/comfyui.py`) samples random weights of the real shapes under its own offloading, comfy-aimdo and Forebay.
 
@@ -279,6 +280,21 @@ def lora(path: Path) -> str:
     )
 
 
+def converted(path: Path) -> str:
+    result = json.loads(path.read_text())
+    wanted: list[Column] = [
+        ("stored as", lambda row: row["kind"]),
+        ("stored", lambda row: gb(row["stored_bytes"])),
+        ("used", lambda row: gb(row["used_bytes"])),
+        ("same", lambda row: "yes" if row["same"] else "NO"),
+        ("moved a step", lambda row: gb(row["moved_bytes"])),
+        ("step", lambda row: ms(row["step_s"])),
+        ("x limit", lambda row: f"{row['ratio']:.2f}" if row["ratio"] else None),
+    ]
+    title = f"### Conversion while filling: {result['rows'][0]['tokens']} tokens"
+    return "\n\n".join([title, described(path, result), columns(wanted, result["rows"])])
+
+
 def ring(path: Path) -> str:
     result = json.loads(path.read_text())
     shapes: dict[tuple[int, int, int], list[Row]] = {}
@@ -336,6 +352,7 @@ SECTIONS: list[tuple[str, Callable[[Path], str]]] = [
     ("warm.json", warm),
     ("scale.json", growth),
     ("lora.json", lora),
+    ("convert.json", converted),
     ("ring.json", ring),
     ("peers.json", side_by_side("Forebay and its peers", peers.markdown, peers.picture)),
     ("comfyui*.json", comfyui_cells),

@@ -70,7 +70,7 @@ class Adapter:
     up: torch.Tensor
     down: torch.Tensor
     scale: float
-    identity: tuple[tuple[int, int], ...]
+    identity: tuple[tuple[int, object], ...]
     keep: tuple[torch.Tensor, ...] = field(repr=False)
 
     @property
@@ -174,5 +174,10 @@ def _adapter(target: str, origin: str, parts: dict[str, tuple[str, torch.Tensor]
             f"ranks of up and down differ: {tuple(up.shape)} and {tuple(down.shape)}, {target!r} of {origin}"
         )
     keep = tuple(tensors.values())
-    identity = tuple((id(tensor), tensor._version) for tensor in keep)
+    identity = tuple((id(tensor), _version(tensor)) for tensor in keep)
     return Adapter(target, origin, up, down, 1.0 if alpha is None else alpha / rank, identity, keep)
+
+
+def _version(tensor: torch.Tensor) -> object:
+    """Equal as long as nobody writes to the tensor. Where torch does not count writes, never equal."""
+    return object() if tensor.is_inference() else tensor._version

@@ -151,7 +151,7 @@ class Attachment:
         Args:
             keep: Leave on the device what nobody else needs: attaching the same files under the same name again finds it.
                 It is the first memory that is taken for other models, and by ``make_room`` and ``headroom``. For models
-                whose weights are all in files; others are detached as usual. ``engine.clear_parked()`` ends it.
+                whose weights are all in files, as they are stored; others are detached as usual. ``engine.clear_parked()`` ends it.
         """
         with _lock:
             if _attached.get(id(self._target)) is self:
@@ -161,6 +161,8 @@ class Attachment:
             _log.warning(
                 "small weights were written to while attached, and are what they were: %s", ", ".join(written)
             )
+        # Small weights stay as they are on the device, where the next attachment would find them so.
+        keep = keep and not written and not self._patches.is_any()
         self._small.clear()
         self._patches.clear()
         while self._undo:

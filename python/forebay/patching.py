@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from forebay._forebay import ForebayError, Model
+from forebay._forebay import DetachedError, ForebayError, Model
 from forebay.adapters import COMPONENTS, Adapter, Source, file_identity, names_of, read_adapters
 from forebay.converting import USED, Conversion, dtype_name
 
@@ -104,6 +104,7 @@ class Patches:
         self._targets: list[Target] = []
         self._files: dict[tuple[str, int, int], list[Adapter]] = {}
         self._stream: torch.cuda.Stream | None = None
+        self._is_detached = False
         # For the whole of a change. Taken before everything else, and never while the engine calls Python.
         self._lock = threading.Lock()
 
@@ -111,8 +112,13 @@ class Patches:
         """A weight was attached."""
         self._targets.append(target)
 
+    def is_any(self) -> bool:
+        """Whether any weight is another one than what is stored."""
+        return any(target.function is not None or target.terms for target in self._targets)
+
     def clear(self) -> None:
         """The weights are detached."""
+        self._is_detached = True
         self._targets.clear()
         self._files.clear()
 
@@ -121,6 +127,7 @@ class Patches:
     ) -> None:
         """See :meth:`forebay.Attachment.set_loras`."""
         with self._lock:
+            self._check_attached()
             files: dict[tuple[str, int, int], list[Adapter]] = {}
             terms: dict[int, list[Term]] = {}
             finder = _Finder(self._targets, rename)
@@ -147,6 +154,7 @@ class Patches:
     def set_functions(self, functions: Mapping[str, Function | None]) -> None:
         """See :meth:`forebay.Attachment.set_patch`."""
         with self._lock:
+            self._check_attached()
             wanted = []
             for name, function in functions.items():
                 found = [target for target in self._targets if _is_called(target, name)]
@@ -157,6 +165,10 @@ class Patches:
                     raise TypeError(f"a patch is a callable, or None: {function!r}")
                 wanted.append((found[0], function, found[0].terms))
             self._change(wanted)
+
+    def _check_attached(self) -> None:
+        if self._is_detached:
+            raise DetachedError("the model was detached; attach it again to patch its weights")
 
     def _read(self, source: Source, files: dict[tuple[str, int, int], list[Adapter]]) -> list[Adapter]:
         """A file that is in force already is not read again: what it adds is known to be the same."""

@@ -222,6 +222,24 @@ def test_a_file_is_known_again_until_it_changes(engine: EngineMaker, tmp_path: P
         assert not same(stored(module[0].weight), first)
 
 
+def test_adapters_made_in_inference_mode(engine: EngineMaker, tmp_path: Path) -> None:
+    """Torch does not count writes to such tensors, so a state dict of them is set anew each time."""
+    with torch.inference_mode():
+        module = randomize(linears(2)).to(torch.bfloat16)
+        weight = module[0].weight.clone()
+        state = dotted("", PEFT, {"0": adapter(weight)})
+        save_file(state, tmp_path / "lora.safetensors")
+        with forebay.attach(module, engine()) as attachment:
+            for source in (state, tmp_path / "lora.safetensors"):
+                attachment.set_loras([(source, 1.0)])
+                factors = state["0.lora_B.weight"], state["0.lora_A.weight"]
+                assert is_near(stored(module[0].weight), merged(weight, product(*factors)))
+            attachment.set_loras([(state, 1.0)])
+            state["0.lora_A.weight"].neg_()
+            attachment.set_loras([(state, 1.0)])
+            assert is_near(stored(module[0].weight), merged(weight, product(*factors)))
+
+
 def test_parts_of_a_fused_weight(engine: EngineMaker) -> None:
     class Fused(nn.Module):
         def __init__(self) -> None:

@@ -136,6 +136,14 @@ def test_names_that_mean_no_weight_or_several_are_errors(engine: EngineMaker) ->
         assert same(parts["two"][0].weight.clone().cpu(), -parts["two"][0].weight._source)
 
 
+def test_a_detached_model_takes_no_patches(engine: EngineMaker) -> None:
+    attachment = forebay.attach(randomize(linears(1)), engine())
+    attachment.detach()
+    for call in (lambda: attachment.set_patch("0.weight", torch.neg), lambda: attachment.set_loras([])):
+        with pytest.raises(forebay.DetachedError, match="attach it again to patch its weights"):
+            call()
+
+
 def test_detaching_does_not_wait_for_a_callable(engine: EngineMaker) -> None:
     module = randomize(linears(2))
     began, go_on = threading.Event(), threading.Event()

@@ -163,14 +163,11 @@ impl Attachment {
         if let Some(lent) = state.books.vbar(id).lent.clone() {
             state.recall(&lent);
         }
-        let mut held: Vec<(usize, PageRef)> = Vec::new();
         let mut seen = HashSet::new();
-        for (weight, page) in weights.iter().flat_map(|&weight| pages(weight).map(move |page| (weight, page)))
-        {
-            if seen.insert(page) && !state.decide(|policy, books, out| policy.outdate(page, books, out)) {
-                held.push((weight, page));
-            }
-        }
+        let of = weights.iter().flat_map(|&weight| pages(weight).map(move |page| (weight, page)));
+        let mut held: Vec<(usize, PageRef)> = of.filter(|(_, page)| seen.insert(*page)).collect();
+        // In one decision: pages that leave together share the events that are waited for.
+        state.decide(|policy, books, out| held.retain(|(_, page)| !policy.outdate(*page, books, out)));
         shared.work.notify_one();
         // Nothing is lent as a whole meanwhile.
         state.waiting += 1;

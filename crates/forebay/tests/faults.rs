@@ -9,18 +9,65 @@ use std::time::Duration;
 
 use common::faulty::{Call, Failure, Faulty};
 use common::gate::Gate;
+use common::on_device::OnDevice;
 use common::{Consumer, Random, Rig, Weights, try_engine_on};
-use forebay::device::StreamHandle;
 use forebay::device::host::HostConfig;
-use forebay::{Budget, Bytes, Engine, EngineError, Result, Use};
+use forebay::device::{Device, Element, Factors, StreamHandle};
+use forebay::{Budget, Bytes, Compute, Computed, Engine, EngineError, Patch, Product, Result, Use};
 
 const PAGE: Bytes = Bytes::mib(2);
 
 /// Weights of one and two pages, and a small one. Few bytes, so that many runs take little time.
 const SIZES: [usize; 5] = [100_000, 3 << 20, 100, 70_000, 2 << 20];
 
+/// The weight that is patched, of float32 in 250 rows.
+const PATCHED: usize = 0;
+const COLUMNS: u32 = 100;
+
+/// Gives random numbers.
+struct Numbers {
+    device: Arc<dyn Device>,
+    bytes: Vec<u8>,
+}
+
+impl Compute for Numbers {
+    fn compute(&self) -> std::result::Result<Computed, String> {
+        let keep = OnDevice::new(&self.device, &self.bytes);
+        Ok(Computed { at: keep.addr, written_on: StreamHandle::DEFAULT, keep: Box::new(keep) })
+    }
+}
+
+/// A patch that makes a weight of other numbers and adds 1.5 to them, and what that gives.
+fn patch(device: &Arc<dyn Device>) -> (Patch, Arc<Vec<u8>>) {
+    let mut random = Random::from_seed(5);
+    let numbers: Vec<f32> =
+        (0..SIZES[PATCHED] / 4).map(|_| random.below(1 << 20) as f32 / 4096.0 - 100.0).collect();
+    let of = |numbers: &[f32]| numbers.iter().flat_map(|number| number.to_le_bytes()).collect::<Vec<u8>>();
+    let ones = OnDevice::new(device, &of(&[1.0; SIZES[PATCHED] / 4]));
+    let scale = OnDevice::new(device, &of(&[1.5]));
+    let factors = Factors {
+        up: ones.addr,
+        down: ones.addr,
+        scale: scale.addr,
+        element: Element::F32,
+        rank: 1,
+        columns: COLUMNS,
+        row_base: 0,
+    };
+    let product = Product { rows: 0..(SIZES[PATCHED] / 4) as u32 / COLUMNS, factors };
+    let computed: Arc<dyn Compute> = Arc::new(Numbers { device: Arc::clone(device), bytes: of(&numbers) });
+    let keep = Arc::new((ones, scale));
+    let patch = Patch { element: Element::F32, computed: Some(computed), products: vec![product], keep };
+    (patch, Arc::new(of(&numbers.iter().map(|number| number + 1.5).collect::<Vec<_>>())))
+}
+
 /// Uses an engine in every way there is. Goes on after an error, and returns them all.
-fn use_everything(engine: &Arc<Engine>, weights: &Weights, consumer: &mut Consumer) -> Vec<EngineError> {
+fn use_everything(
+    engine: &Arc<Engine>,
+    device: &Arc<dyn Device>,
+    weights: &Weights,
+    consumer: &mut Consumer,
+) -> Vec<EngineError> {
     let mut errors = Vec::new();
     let mut note = |result: Result<()>| errors.extend(result.err());
     match weights.try_attach(engine, "model") {
@@ -41,6 +88,15 @@ fn use_everything(engine: &Arc<Engine>, weights: &Weights, consumer: &mut Consum
             let other = weights.try_attach(engine, "other");
             note(other.and_then(|other| consumer.use_weight(&other, weights, 4)));
             note(consumer.use_weight(&model, weights, 4));
+            let (patch, patched) = patch(device);
+            let change = model.change_patches(vec![(PATCHED, Some(patch))], Use::on(consumer.stream()));
+            match change.and_then(|()| model.acquire(PATCHED, Use::on(consumer.stream()))) {
+                Ok(pinned) => {
+                    consumer.read_at(model.address(PATCHED).unwrap(), &patched, "a patched weight");
+                    drop(pinned);
+                }
+                Err(error) => note(Err(error)),
+            }
         }
     }
     note(engine.settle());
@@ -70,7 +126,7 @@ fn run(rig: &Rig, weights: &Weights, call: Call, failure: Failure, pass: u32, fa
             return device.hits();
         }
     };
-    let errors = use_everything(&engine, weights, &mut consumer);
+    let errors = use_everything(&engine, &rig.device, weights, &mut consumer);
     if let Some(error) = errors.iter().find(|error| !is_clear(error)) {
         panic!("{what}: {error}");
     }
@@ -81,7 +137,7 @@ fn run(rig: &Rig, weights: &Weights, call: Call, failure: Failure, pass: u32, fa
     // The failure is over: everything works again, or the engine says that it has stopped.
     device.fail(call, failure, 0, 0);
     let stopped = engine.settle();
-    let errors = use_everything(&engine, weights, &mut consumer);
+    let errors = use_everything(&engine, &rig.device, weights, &mut consumer);
     match (stopped, errors.first()) {
         (Ok(()), Some(error)) => panic!("{what}: still {error}\n{}", engine.stats()),
         (Err(_), None) => panic!("{what}: stopped, and goes on"),
@@ -125,6 +181,18 @@ fn any_call_may_be_refused() {
 #[test]
 fn any_call_may_find_the_device_lost() {
     fails_everywhere(Failure::Lost, 1);
+}
+
+#[test]
+fn every_piece_of_work_on_a_page_may_be_refused() {
+    let mut random = Random::seeded();
+    let weights = Weights::new(&mut random, &SIZES);
+    // Getting ready, the copy of what was computed, the product.
+    for pass in 0..3 {
+        let config = HostConfig { capacity: Bytes::mib(64), ..HostConfig::default() };
+        let rig = Rig::host(config).unwrap_or_else(Rig::new);
+        assert_eq!(run(&rig, &weights, Call::Transform, Failure::Refused, pass, 1), 1, "{pass}");
+    }
 }
 
 #[test]
