@@ -27,7 +27,7 @@ export FOREBAY_TEST_DEVICE := $(DEVICE)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build run test test-rust test-python lint kernels bench storm clean
+.PHONY: help setup build run test test-rust test-python comfyui lint kernels bench storm clean
 .DELETE_ON_ERROR:
 
 help: ## Print this list
@@ -61,6 +61,16 @@ test-rust: ## Run the Rust tests
 
 test-python: build ## Run the Python tests
 	cd python && $(VIRTUAL_ENV)/bin/python -m pytest tests $(ARGS)
+
+# A checkout of ComfyUI.
+COMFYUI ?=
+comfyui: build ## Test the real ComfyUI in a browser (chromium, chromium-driver): COMFYUI=path of a checkout
+	@test -f '$(COMFYUI)/main.py' || { echo 'Give a checkout of ComfyUI: make comfyui COMFYUI=PATH' >&2; exit 2; }
+	mkdir -p target
+	$(BIN)/python -m pip freeze --exclude-editable > target/comfyui-constraints.txt
+	grep -ivE '^(comfy-aimdo|torch|torchaudio) *([=<>~].*)?$$' '$(COMFYUI)/requirements.txt' > target/comfyui-requirements.txt
+	$(BIN)/python -m pip install --quiet -c target/comfyui-constraints.txt -r target/comfyui-requirements.txt
+	cd python && COMFYUI='$(abspath $(COMFYUI))' $(VIRTUAL_ENV)/bin/python -m pytest server_tests $(ARGS)
 
 lint: build ## Check formatting, lints, documentation and types
 	cargo fmt --all --check

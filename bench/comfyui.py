@@ -45,6 +45,7 @@ class System:
     comfy: tuple[str, ...] = ()
     distribution: str | None = "forebay"
     native: bool = False
+    environment: tuple[tuple[str, str], ...] = ()
 
     @property
     def wheel(self) -> str | None:
@@ -57,6 +58,9 @@ SYSTEMS = {
     LEGACY: System("ComfyUI's own offloading", ("--disable-dynamic-vram",), None),
     "aimdo": System("", distribution="comfy-aimdo"),
     "dropin": System("Forebay in its place"),
+    "unpinned": System(
+        "Forebay in its place, nothing pinned", environment=(("FOREBAY_COMFYUI_PINNED_GIB", "0"),)
+    ),
     "native": System("Forebay, native", native=True),
 }
 
@@ -208,7 +212,10 @@ def run(
         hog = (memory_bytes - card) / GIB if card else 0
         arguments += ["--cells", cell.name, f"{hog:.3f}"]
         log = chosen.out / f"{cell.name}-{name}.log"
-    return children.run_child(Path(__file__), arguments, site=site, log=log, timeout=chosen.timeout)
+    environment = dict(SYSTEMS[name].environment) if name in SYSTEMS else {}
+    return children.run_child(
+        Path(__file__), arguments, site=site, log=log, timeout=chosen.timeout, environment=environment
+    )
 
 
 def child(chosen: argparse.Namespace) -> int:

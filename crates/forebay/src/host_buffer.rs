@@ -24,6 +24,7 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 use self::helper::GiveBack;
 pub(crate) use self::helper::{Helper, run};
 use self::memory::HostMemory;
+use crate::cache::ram::Ram;
 use crate::engine::Engine;
 use crate::filler::Reader;
 use crate::{EngineError, Result};
@@ -31,6 +32,8 @@ use crate::{EngineError, Result};
 /// Memory that is taken ahead of need, at most and at least.
 const MOST_AHEAD: Bytes = Bytes::mib(256);
 const LEAST_AHEAD: Bytes = Bytes::mib(8);
+/// Memory that is left to others, at most; a sixteenth of a small machine's.
+const LEAST_LEFT: Bytes = Bytes::gib(2);
 /// Memory that one reader takes at once.
 const PIECE: u64 = 32 << 20;
 
@@ -255,6 +258,10 @@ impl HostRange {
             self.changed.wait(&mut books);
         }
         let limit = self.memory.limit();
+        let wanted = Bytes::new(to.get() + ahead.get() / 2);
+        if books.populated < wanted && to > from {
+            check_room(Ram::read(), to.saturating_sub(books.populated.max(from)).max(ahead))?;
+        }
         if to > books.ready {
             let ready = to.checked_add(ahead).map_or(limit, |ready| ready.min(limit));
             let ready = ready.checked_align_up(Bytes::mib(2)).map_or(limit, |ready| ready.min(limit));
@@ -271,7 +278,6 @@ impl HostRange {
         }
         books.size = to;
         books.grown = Some(Instant::now());
-        let wanted = Bytes::new(to.get() + ahead.get() / 2);
         if let Some(engine) = &self.engine
             && books.populated < wanted
         {
@@ -471,7 +477,34 @@ fn have_ended(copies: &[Arc<Event>]) -> bool {
     ended.inspect_err(log).is_ok()
 }
 
+/// Refuses what would press out others, or have a memory cgroup end the process: where memory is short the bytes are better
+/// read again from the page cache.
+fn check_room(ram: Option<Ram>, wanted: Bytes) -> Result<()> {
+    let Some(ram) = ram else { return Ok(()) };
+    let reserve = LEAST_LEFT.min(Bytes::new(ram.limit().get() / 16));
+    let free = ram.cache_room().saturating_sub(reserve);
+    if wanted <= free {
+        return Ok(());
+    }
+    Err(DeviceError::OutOfMemory { call: "host buffer", wanted, free: Some(free) }.into())
+}
+
 fn machine_memory() -> Bytes {
     let pages = rustix::system::sysinfo();
     Bytes::new(u64::from(pages.mem_unit).saturating_mul(pages.totalram as u64))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_buffer_grows_as_far_as_memory_is_free_beside_what_is_left_to_others() {
+        let ram = |available| Some(Ram { total: Bytes::gib(64), available, cgroup: None, pressure: 0.0 });
+        assert!(check_room(None, Bytes::gib(1)).is_ok());
+        assert!(check_room(ram(Bytes::gib(3)), Bytes::gib(1)).is_ok());
+        let refused = check_room(ram(Bytes::gib(3)), Bytes::mib(1025)).unwrap_err();
+        assert!(refused.is_out_of_memory());
+        assert!(check_room(ram(Bytes::gib(1)), Bytes::mib(1)).is_err());
+    }
 }

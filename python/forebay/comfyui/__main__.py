@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import runpy
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from forebay import __version__
 from forebay.comfyui import checkout, substitute
+from forebay.comfyui.aimdo.host_buffer import LIMIT
 
 _OFF = "--disable-dynamic-vram"
 
@@ -48,6 +50,8 @@ def main(arguments: Sequence[str]) -> int:
             file=sys.stderr,
         )
     substitute.install(found.aimdo)
+    if chosen.pinned is not None:
+        os.environ[LIMIT] = str(chosen.pinned)
     if chosen.native and _OFF not in rest:
         importlib.import_module("forebay.comfyui.native").install()
     node = (
@@ -63,8 +67,13 @@ def main(arguments: Sequence[str]) -> int:
 
 def _split(arguments: Sequence[str]) -> tuple[list[str], str | None, list[str]]:
     """The launcher's own arguments, the script, and the script's."""
+    values = 0
     for place, argument in enumerate(arguments):
-        if not argument.startswith("-"):
+        if values:
+            values -= 1
+        elif argument == "--pinned":
+            values = 1
+        elif not argument.startswith("-"):
             return list(arguments[:place]), argument, list(arguments[place + 1 :])
     return list(arguments), None, []
 
@@ -85,12 +94,27 @@ def _parser() -> argparse.ArgumentParser:
         help="run diffusion models on Forebay's own weights instead of ComfyUI's casting (default: no)",
     )
     parser.add_argument(
+        "--pinned",
+        type=_gib,
+        metavar="GIB",
+        help="let ComfyUI keep at most so much of its weights in pinned memory; what it does not keep is read from the page "
+        "cache at each use (default: as much as it asks for)",
+    )
+    parser.add_argument(
         "--node",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="show in ComfyUI's page what Forebay does (default: yes)",
     )
     return parser
+
+
+def _gib(text: str) -> float:
+    """A number of GiB."""
+    value = float(text)
+    if not 0 <= value < 1 << 20:
+        raise ValueError(text)
+    return value
 
 
 if __name__ == "__main__":

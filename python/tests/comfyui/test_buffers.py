@@ -188,6 +188,23 @@ def test_host_buffers_that_make_no_sense(fresh: None) -> None:
     assert buffer.size == 0 and hostbuf_to_tensor(buffer).numel() == 0
 
 
+def test_host_buffers_together_grow_no_further_than_their_limit(
+    comfy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comfy(64)
+    monkeypatch.setenv(host_buffer.LIMIT, str(host_buffer.total_size() / 2**30 + 3 / 1024))
+    first, second = HostBuffer(2 * MIB), HostBuffer(0)
+    second.extend(MIB, register=False)
+    with pytest.raises(RuntimeError, match="together"):
+        second.extend(MIB, register=False)
+    assert second.size == MIB
+    first.truncate(0)
+    second.extend(2 * MIB, register=False)
+    monkeypatch.setenv(host_buffer.LIMIT, "0")
+    with pytest.raises(RuntimeError, match="together"):
+        HostBuffer(1)
+
+
 @pytest.mark.parametrize("size", [1, 4096, 3 * MIB + 1, None])
 def test_files_into_host_buffers(comfy, file, size: int | None) -> None:
     opened, contents = file

@@ -118,6 +118,15 @@ def test_no_comfyui(tmp_path: Path) -> None:
         assert said in done.stderr
 
 
+def test_pinned_memory_can_be_limited(checkout: Path) -> None:
+    (checkout / "main.py").write_text("import os; print(os.environ['FOREBAY_COMFYUI_PINNED_GIB'])")
+    assert launch("--pinned", 2.5, checkout / "main.py").stdout == "2.5\n"
+    assert launch("--pinned=0", "--no-native", checkout / "main.py").stdout == "0.0\n"
+    for wrong in ("-1", "much", "nan"):
+        done = launch("--pinned", wrong, checkout / "main.py")
+        assert done.returncode == 2 and "--pinned" in done.stderr
+
+
 def test_help_and_version(checkout: Path) -> None:
     done = launch("--help")
     assert done.returncode == 0 and "MAIN.PY [ComfyUI's arguments]" in done.stdout

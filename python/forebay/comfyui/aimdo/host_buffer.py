@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import operator
+import os
 import weakref
 from typing import Any
 
 from forebay import _forebay
 from forebay.comfyui.aimdo import devices
+
+LIMIT = "FOREBAY_COMFYUI_PINNED_GIB"
+"""The environment variable that sets how far all host buffers together may grow, in GiB. Without: as ComfyUI asks. What a
+buffer refuses to hold, ComfyUI reads from the file again at each use."""
 
 _buffers: weakref.WeakSet[HostBuffer] = weakref.WeakSet()
 
@@ -66,10 +71,16 @@ class HostBuffer:
             The buffer's address.
 
         Raises:
-            RuntimeError: Past its range, or where the system or a device refuses.
+            RuntimeError: Past its range or the limit of all buffers, where memory is short, and where the system or a device
+                refuses.
             ValueError: For a negative number.
         """
         size = devices.count("size", size)
+        limit = os.environ.get(LIMIT)
+        if limit and total_size() + size > float(limit) * 2**30:
+            raise RuntimeError(
+                f"host buffers grow up to {limit} GiB together ({LIMIT}); {size} bytes more were asked for"
+            )
         try:
             return self._buffer.extend(size, register=register, may_move=reallocate)
         except ValueError as error:

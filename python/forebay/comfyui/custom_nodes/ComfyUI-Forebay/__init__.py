@@ -23,7 +23,7 @@ def _add_routes(routes: web.RouteTableDef) -> None:
             wanted = await request.json()
             panel.set_headroom(wanted["device"], wanted["bytes"])
         except (KeyError, TypeError, ValueError) as error:
-            return web.json_response({"error": str(error)}, status=400)
+            return web.json_response({"error": str(error.args[0])}, status=400)
         return web.json_response(panel.state())
 
 
