@@ -1,0 +1,52 @@
+"""What stands in ComfyUI's modules while native mode is installed."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+from forebay._forebay import OutOfMemoryError
+
+_undo: list[tuple[Any, str, Any]] = []
+
+
+def replace(module: ModuleType) -> None:
+    """Puts Forebay's patcher in the place of the dynamic one.
+
+    Both names are replaced: ComfyUI makes its patchers of the one and sets it to the other once its devices are known.
+
+    Args:
+        module: ``comfy.model_patcher``.
+
+    Raises:
+        RuntimeError: Where it has no dynamic patcher.
+    """
+    if _undo:
+        return
+    if not hasattr(module, "ModelPatcherDynamic"):
+        raise RuntimeError(
+            f"native mode takes the place of ModelPatcherDynamic, which this ComfyUI has not: {module.__file__}"
+        )
+    import comfy.memory_management
+    import comfy.model_management
+
+    from forebay.comfyui.native.patcher import ForebayModelPatcher
+
+    _set(module, "ModelPatcherDynamic", ForebayModelPatcher)
+    _set(module, "CoreModelPatcher", ForebayModelPatcher)
+    # Files are mapped, and layers wait for their weights instead of allocating memory for them.
+    _set(comfy.memory_management, "aimdo_enabled", True)
+    management = comfy.model_management
+    is_oom = management.is_oom
+    _set(management, "is_oom", lambda error: isinstance(error, OutOfMemoryError) or is_oom(error))
+
+
+def restore() -> None:
+    """Puts back what was there."""
+    while _undo:
+        setattr(*_undo.pop())
+
+
+def _set(owner: Any, name: str, value: Any) -> None:
+    _undo.append((owner, name, getattr(owner, name)))
+    setattr(owner, name, value)
