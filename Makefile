@@ -11,7 +11,8 @@ BENCH  ?=
 
 BIN := $(VENV)/bin
 RUST_SOURCES := $(shell find crates python -name '*.rs' -o -name Cargo.toml) Cargo.toml Cargo.lock
-REQUIREMENTS := $(wildcard python/requirements-*.txt)
+# Not those of `make kernels`, which is rarely run.
+REQUIREMENTS := $(filter-out %-kernels.txt,$(wildcard python/requirements-*.txt))
 # The extension module is tested from Python.
 RUST_TESTS := --workspace --exclude forebay-python
 # cargo-nextest where it is installed: it runs tests side by side and ends those that hang.
@@ -26,7 +27,7 @@ export FOREBAY_TEST_DEVICE := $(DEVICE)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build run test test-rust test-python lint bench storm clean
+.PHONY: help setup build run test test-rust test-python lint kernels bench storm clean
 .DELETE_ON_ERROR:
 
 help: ## Print this list
@@ -69,6 +70,10 @@ lint: build ## Check formatting, lints, documentation and types
 	$(BIN)/ruff format --check python examples bench
 	cd python && $(VIRTUAL_ENV)/bin/mypy forebay
 	cd python && $(VIRTUAL_ENV)/bin/python -m mypy.stubtest forebay._forebay
+
+kernels: setup ## Compile the GPU's kernels anew, after a change of kernels.cu
+	$(BIN)/python -m pip install --quiet --target $(VENV)/kernels --upgrade -r python/requirements-kernels.txt
+	PYTHONPATH=$(VENV)/kernels $(BIN)/python crates/forebay-device/kernels.py $(ARGS)
 
 bench: $(if $(BENCH),build) ## List the benchmarks and results; BENCH=name runs one
 ifeq ($(BENCH),)

@@ -90,7 +90,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def write_weights(path: Path, blocks: int, width: int) -> int:
+def write_weights(path: Path, blocks: int, width: int, device: str | torch.device = "cuda") -> int:
     """A file of random bf16 weights, written block by block; bytes of its data."""
     with torch.device("meta"):
         shapes = {name: tuple(value.shape) for name, value in Block(width, 40).state_dict().items()}
@@ -111,13 +111,13 @@ def write_weights(path: Path, blocks: int, width: int) -> int:
         raise SystemExit(f"the weights take {offset / GIB:.1f} GiB on disk, more than is free: {path.parent}")
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    generator = torch.Generator(device="cuda").manual_seed(1)
+    generator = torch.Generator(device=device).manual_seed(1)
     with path.open("wb", buffering=0) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for _ in range(blocks):
             for name, shape in shapes.items():
                 scale = 1.0 if name.startswith("norm") and name.endswith("weight") else shape[-1] ** -0.5
-                values = torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16) * scale
+                values = torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16) * scale
                 file.write(values.cpu().view(torch.uint8).numpy().data)
     return offset
 
@@ -167,9 +167,9 @@ def anonymous_mib() -> float:
     return 0.0
 
 
-def inputs(tokens: int, width: int) -> torch.Tensor:
-    generator = torch.Generator(device="cuda").manual_seed(tokens)
-    return torch.randn(1, tokens, width, generator=generator, device="cuda", dtype=torch.bfloat16)
+def inputs(tokens: int, width: int, device: str | torch.device = "cuda") -> torch.Tensor:
+    generator = torch.Generator(device=device).manual_seed(tokens)
+    return torch.randn(1, tokens, width, generator=generator, device=device, dtype=torch.bfloat16)
 
 
 def plain_run(chosen: argparse.Namespace) -> dict[int, tuple[torch.Tensor, float]]:

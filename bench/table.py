@@ -36,12 +36,18 @@ should be read from disk a step: at most 1.10 x (streamed - 0.8 x the cgroup's m
 **Growth** (`bench/scale.py`) has more and larger weights. **The ring's shape** (`bench/ring.py`) is what streamed pages go
 through where they are not registered.
 
+**Adapters** (`bench/lora.py`): steps of the stack without adapters and with one of rank 16 on each of its linear layers, in
+turn; "over" is the median of the one over the median of the other. What a change refills is counted by the engine, and holds
+the pages of the weights that it touches, which may begin and end in other weights.
+
 **The peers** (`bench/peers.py`) run the stack's blocks from the same file, each in a process of its own, and
 `bench/loaders.py` loads the whole file to the GPU, where everything fits.
 """
 
 STACK_TARGETS = (1.06, 1.15)
 """Later steps over their limit, at most: of the registered page cache, and of the ring."""
+LORA_TARGET = 1.10
+"""A streamed step with adapters over one without, at most; a resident one is the same."""
 READ_TARGET = 1.10
 """Bytes read from disk, over those that the page cache cannot hold."""
 
@@ -241,6 +247,35 @@ def growth_picture(path: Path, sizes: Sequence[Row], counts: Sequence[Row]) -> s
     return plot.lines("Over the limit, by size", subtitle, [by_bytes, by_number], 2)
 
 
+def lora(path: Path) -> str:
+    result = json.loads(path.read_text())
+    title = f"### Adapters of rank {result['rank']}: {gb(result['weights_bytes'])}, {gb(result['factors_bytes'])} of factors"
+    wanted: list[Column] = [
+        ("weights", lambda row: row["kind"]),
+        ("budget", lambda row: gb(row["budget"])),
+        ("tokens", lambda row: str(row["tokens"])),
+        ("same", lambda row: "yes" if row["same"] else "NO"),
+        ("moved a step", lambda row: gb(row["moved_bytes"])),
+        ("without", lambda row: ms(row["median_s"]["without"])),
+        ("with adapters", lambda row: ms(row["median_s"]["with"])),
+        (f"over (at most {LORA_TARGET:.2f} streamed)", lambda row: f"{row['ratio']:.3f}"),
+    ]
+    changed = [
+        [
+            row["what"],
+            gb(row["touched_bytes"]),
+            gb(row["refilled_bytes"]),
+            ms(row["set_s"]),
+            ms(row["first_s"]),
+        ]
+        for row in result["changes"]
+    ]
+    head = ["change, everything resident", "weights touched", "refilled", "`set_loras`", "first step after"]
+    return "\n\n".join(
+        [title, described(path, result), columns(wanted, result["rows"]), table(head, changed)]
+    )
+
+
 def ring(path: Path) -> str:
     result = json.loads(path.read_text())
     shapes: dict[tuple[int, int, int], list[Row]] = {}
@@ -292,6 +327,7 @@ SECTIONS: list[tuple[str, Callable[[Path], str]]] = [
     ("fits.json", fits),
     ("warm.json", warm),
     ("scale.json", growth),
+    ("lora.json", lora),
     ("ring.json", ring),
     ("peers.json", side_by_side("Forebay and its peers", peers.markdown, peers.picture)),
     ("loaders.json", side_by_side("Loading a file to the GPU", loaders.markdown, loaders.picture)),

@@ -75,6 +75,7 @@ class Engine:
         *,
         page_size: float | None = None,
         small: float | None = None,
+        conversions: Sequence[tuple[str, str, int, int, object | None] | None] = ...,
     ) -> Model: ...
     def vbar(self, name: str, nbytes: float) -> ExplicitVbar: ...
     def stats(self) -> dict[str, Any]: ...
@@ -94,6 +95,23 @@ class Model:
     def deprioritize(self) -> None: ...
     def page_map(self) -> str: ...
     def stats(self) -> dict[str, Any]: ...
+    def change_patches(
+        self,
+        changes: Sequence[
+            tuple[
+                int,
+                tuple[
+                    str,
+                    int,
+                    Sequence[tuple[int, int, int, int, int, str, int]],
+                    object,
+                    Callable[[], tuple[int, int, object]] | None,
+                ]
+                | None,
+            ]
+        ],
+        stream: int,
+    ) -> None: ...
 
 @final
 class Weight:

@@ -14,15 +14,19 @@ import torch
 from torch import nn
 
 from forebay._forebay import Engine, Model, Weight
+from forebay.adapters import Source
 from forebay.conversions import refusing_conversions, refusing_loads
+from forebay.converting import Dtypes
 from forebay.engines import engine as engine_of
 from forebay.engines import torch_device
 from forebay.instance_methods import InstanceMethod
 from forebay.lending import lend_in_forward, plain_tensor, restore, takes_loans
 from forebay.parameter import ForebayParameter, ForebayTensor
+from forebay.patching import Function, Patches, Rename, Target
 from forebay.places import Place
 from forebay.shadows import shadow_in_forward
 from forebay.small import small_of, small_parameter
+from forebay.weights import ManagedWeight, Weights
 
 _log = logging.getLogger("forebay")
 
@@ -40,6 +44,8 @@ def attach(
     page_size: int | None = None,
     small: int | None = None,
     lend: Sequence[type[nn.Module]] = (),
+    dtype: Dtypes | None = None,
+    scales: Mapping[str, torch.Tensor] | None = None,
     name: str | None = None,
 ) -> Attachment:
     """Runs a model on a device whose memory may be far smaller than its weights.
@@ -60,6 +66,13 @@ def attach(
         small: Weights below this many bytes (default 64 KiB) stay on the device as ordinary tensors.
         lend: Module classes whose weights are to be lent as plain tensors for the length of their ``forward``, as
             ``nn.MultiheadAttention``'s are: for kernels that take raw pointers.
+        dtype: The dtype to use weights in: float32, float16 or bfloat16. Those stored in another one of these, or in
+            float8 (``e4m3fn``, ``e5m2``), are converted on the device while they are filled, as
+            ``weight.to(torch.float32).to(dtype)`` does. Or a mapping with the names of weights or of modules above them.
+            Buffers stay as they are, and so does ``state_dict()``. Default: as stored.
+        scales: What converted weights are multiplied with, in float32: one number, or one for each row, under the name of
+            the weight with ``_scale`` behind it, or with ``scale_weight`` in place of ``weight``. The state dict of a
+            checkpoint that has such tensors will do.
         name: The model's name in reports. Default: its class.
 
     Returns:
@@ -68,7 +81,7 @@ def attach(
     Raises:
         TypeError: Where there is no module.
         ValueError: For a weight that has no bytes (meta), is on another device already, or is attached already; for
-            a budget that is no number of bytes or below one page.
+            a budget that is no number of bytes or below one page; for a conversion or scale that cannot be.
         OutOfMemoryError: Where not even the small weights fit.
         DeviceError: Where the device is missing.
     """
@@ -78,7 +91,8 @@ def attach(
     try:
         with torch.inference_mode(False):
             for label, root in modules:
-                attachment._add(label, root, page_size, small, tuple(lend))
+                weights = Weights(label, root, attachment._stand_ins, dtype, scales)
+                attachment._add(label, root, weights, page_size, small, tuple(lend))
     except BaseException:
         attachment.detach()
         raise
@@ -114,6 +128,7 @@ class Attachment:
         self._undo: list[Callable[[], None]] = []
         self._small: list[tuple[str, nn.Parameter]] = []
         self._stand_ins: set[int] = set()
+        self._patches = Patches(self.device)
 
     @property
     def engine(self) -> Engine:
@@ -147,6 +162,7 @@ class Attachment:
                 "small weights were written to while attached, and are what they were: %s", ", ".join(written)
             )
         self._small.clear()
+        self._patches.clear()
         while self._undo:
             self._undo.pop()()
         for model in self._models:
@@ -155,6 +171,58 @@ class Attachment:
             else:
                 model.detach()
         self._models.clear()
+
+    def set_loras(
+        self,
+        loras: Iterable[tuple[Source, float]],
+        *,
+        strict: bool = True,
+        rename: Rename | None = None,
+    ) -> None:
+        """Adds adapters (LoRA) to the weights, in place of those that were set before.
+
+        They are added on the device whenever a page is filled, in float32 and rounded once to the weight's dtype, so the
+        weights are what merging on the CPU gives, whatever is resident. Only weights whose adapters change are filled
+        again. Stored weights stay as they are: ``state_dict()`` does not see adapters. Uses that begin after this
+        returned see all of it; do not run the model meanwhile on other threads if that matters. A table with an adapter
+        (an embedding) is used as a whole, and a model with adapters is not kept by ``detach(keep=True)``.
+
+        Args:
+            loras: Pairs of a file (``.safetensors``, or what ``torch.load`` reads) or state dict, and a strength. The
+                formats of diffusers and peft (``lora_A``, ``lora_B``), kohya (``lora_unet_..._lora_down``, ``alpha``) and
+                ComfyUI (``diffusion_model.``). None: an empty sequence.
+            strict: Whether an adapter for no attached weight is an error; otherwise it is logged.
+            rename: Gives a file's name of a module (without ``.lora_A.weight``) the model's, or a pair of that and the
+                rows where it is a part of a fused weight: a mapping or a callable. What it does not know is found by name.
+
+        Raises:
+            ValueError: For formats that are no products of low rank (DoRA, LoHa, LoKr: see :meth:`set_patch`), adapters
+                that do not fit, and adapters for no weight. Nothing has changed then.
+            SourceError: Where a file cannot be read. Nothing has changed then.
+            ForebayError: Where a view of a weight holds it as it was for longer than a second. The adapters are set then;
+                the weights named change when their views go, and cannot be used before.
+        """
+        self._patches.set_loras(loras, strict=strict, rename=rename)
+
+    def set_patch(self, name: str | Mapping[str, Function | None], patch: Function | None = None) -> None:
+        """Has a weight computed from what is stored, whatever the computation: for adapters that are no products of low rank.
+
+        The callable gets the whole weight as a tensor on the device, which it may write to, and gives one of the same
+        shape and dtype. It is called on a thread of its own, without gradients, whenever pages of the weight are filled,
+        once for those that are filled around the same time: it should give the same every time, and must not use the
+        weights of this attachment. Adapters of :meth:`set_loras` are added to what it gives. The memory that it takes is
+        not part of the budget.
+
+        Args:
+            name: The weight's name in its module (``blocks.0.attn.weight``), in a pipeline with the part before it where
+                several have such a weight; or a mapping of names to callables.
+            patch: The callable, or ``None`` for the weight as it is stored.
+
+        Raises:
+            ValueError: Where there is no such weight, or several.
+            ForebayError: As for :meth:`set_loras`. An exception in the callable becomes one of the weight's use.
+        """
+        self._patches.set_functions(name if isinstance(name, Mapping) else {name: patch})
 
     def prioritize(self) -> None:
         """To the top of the priorities, as using the model does."""
@@ -194,17 +262,22 @@ class Attachment:
         self,
         label: str,
         root: nn.Module,
+        weights: Weights,
         page_size: int | None,
         small: int | None,
         lend: tuple[type[nn.Module], ...],
     ) -> None:
-        weights = _Weights(label, root, self._stand_ins)
-        model = self._engine.attach(label, weights.specs(), page_size=page_size, small=small)
+        conversions = weights.conversions(self.device)
+        model = self._engine.attach(
+            label, weights.specs(), page_size=page_size, small=small, conversions=conversions
+        )
         self._models.append(model)
         if self.device.type == "cuda":
             model.set_stream_source(functools.partial(torch._C._cuda_getCurrentRawStream, self.device.index))
         for index, weight in enumerate(weights.managed):
-            self._replace(model.weight(index), weight)
+            always_there = self._replace(model.weight(index), weight)
+            target = Target(label, weight.names, model, index, weight.source, weight.conversion, always_there)
+            self._patches.add(target)
         moved = _Moved(self.device)
         for place, parameter in weights.others:
             self._set(place, moved.parameter(parameter))
@@ -220,22 +293,25 @@ class Attachment:
         self._undo[:0] = after
         self._undo.extend(reversed(before))
 
-    def _replace(self, weight: Weight, found: _Weight) -> None:
+    def _replace(self, weight: Weight, found: ManagedWeight) -> nn.Parameter | None:
+        """Puts a stand-in in a weight's places. A small weight's parameter."""
         source = found.source
         weight.set_viewer(
-            functools.partial(plain_tensor, dtype=source.dtype, size=source.size(), stride=source.stride())
+            functools.partial(plain_tensor, dtype=found.dtype, size=source.size(), stride=source.stride())
         )
         stand_in: torch.Tensor
+        small = None
         if weight.is_small:
-            stand_in = small_parameter(weight, source)
-            self._small.append((weight.name, stand_in))
+            stand_in = small = small_parameter(weight, source, found.conversion)
+            self._small.append((weight.name, small))
         else:
-            stand_in = ForebayParameter(weight, source, self.device, found.is_table)
+            stand_in = ForebayParameter(weight, source, self.device, found.is_table, found.conversion)
         # What applications have noted on the parameter.
         stand_in.__dict__.update({**found.parameter.__dict__, **stand_in.__dict__})
         self._stand_ins.add(id(stand_in))
         for place in found.places:
             self._set(place, stand_in)
+        return small
 
     def _set(self, place: Place, stand_in: torch.Tensor) -> None:
         original = place.get()
@@ -263,60 +339,6 @@ class Attachment:
         return refusing_loads(original, *args, **kwargs)
 
 
-class _Weight:
-    """A parameter to be managed and the places that hold it."""
-
-    def __init__(self, name: str, parameter: torch.Tensor) -> None:
-        self.name = name
-        self.parameter = parameter
-        self.source = parameter.detach()
-        self.places: list[Place] = []
-
-    @property
-    def is_table(self) -> bool:
-        """Whether only embeddings use it, so that rows can be looked up."""
-        owners = [place.owner for place in self.places]
-        embeddings = all(isinstance(owner, nn.Embedding) and owner.max_norm is None for owner in owners)
-        return embeddings and self.source.ndim == 2 and self.source.is_contiguous()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes from the first element to the last, by the strides."""
-        spans = zip(self.source.size(), self.source.stride(), strict=True)
-        return (1 + sum((size - 1) * stride for size, stride in spans)) * self.source.element_size()
-
-
-class _Weights:
-    """The parameters of a module: those to be managed, and the others, which move to the device as they are."""
-
-    def __init__(self, label: str, root: nn.Module, known_stand_ins: set[int]) -> None:
-        self.managed: list[_Weight] = []
-        self.others: list[tuple[Place, torch.Tensor]] = []
-        known: dict[tuple[Any, ...], _Weight] = {}
-        for prefix, owner in root.named_modules():
-            for name, parameter in owner._parameters.items():
-                # Parts of a pipeline may share modules.
-                if parameter is None or id(parameter) in known_stand_ins:
-                    continue
-                place, path = Place(owner, name), f"{prefix}.{name}" if prefix else name
-                _check(label, path, parameter)
-                if not _is_plain(parameter):
-                    self.others.append((place, parameter))
-                    continue
-                weight = known.get(_identity(parameter))
-                if weight is None:
-                    weight = known[_identity(parameter)] = _Weight(path, parameter)
-                    self.managed.append(weight)
-                weight.places.append(place)
-
-    def specs(self) -> list[tuple[str, int, int, object, bool]]:
-        """As the engine takes them."""
-        return [
-            (weight.name, weight.source.data_ptr(), weight.nbytes, weight.source, weight.is_table)
-            for weight in self.managed
-        ]
-
-
 def _modules_of(target: Any, name: str | None) -> list[tuple[str, nn.Module]]:
     if isinstance(target, nn.Module):
         return [(name or type(target).__name__, target)]
@@ -337,38 +359,6 @@ def _modules_of(target: Any, name: str | None) -> list[tuple[str, nn.Module]]:
             f"{type(target).__name__}"
         )
     return modules
-
-
-def _check(label: str, path: str, parameter: torch.Tensor) -> None:
-    if isinstance(parameter, ForebayTensor) or small_of(parameter):
-        raise ValueError(f"is attached already; detach() it first: {path} of {label}")
-    if torch.nn.parameter.is_lazy(parameter):
-        raise ValueError(f"is not initialized; run the module once before attach: {path} of {label}")
-    if parameter.is_meta:
-        raise ValueError(f"has no bytes (meta device); load the weights before attach: {path} of {label}")
-    if parameter.device.type != "cpu":
-        raise ValueError(
-            f"is on {parameter.device} already; attach takes models whose weights are on the CPU, where their bytes "
-            f"can stay: {path} of {label}"
-        )
-
-
-def _is_plain(parameter: torch.Tensor) -> bool:
-    """Whether the parameter is a strided tensor of its own storage, without a subclass's meaning in it."""
-    return (
-        type(parameter) is nn.Parameter
-        and type(parameter.data) is torch.Tensor
-        and parameter.layout is torch.strided
-        and parameter.numel() > 0
-        and not parameter.is_conj()
-        and not parameter.is_neg()
-        and not parameter.is_quantized
-    )
-
-
-def _identity(parameter: torch.Tensor) -> tuple[Any, ...]:
-    """Equal for tied parameters."""
-    return (parameter.data_ptr(), parameter.dtype, parameter.size(), parameter.stride())
 
 
 class _Moved:

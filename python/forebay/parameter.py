@@ -22,6 +22,7 @@ from forebay._forebay import (
     set_interception,
     set_managed_types,
 )
+from forebay.converting import Conversion
 from forebay.functions import (
     CONVERSIONS,
     DETACHED,
@@ -48,22 +49,29 @@ class ForebayTensor(torch.Tensor):
     _weight: Weight
     _source: torch.Tensor
     _lookup: bool
+    _conversion: Conversion | None
 
     @staticmethod
     def __new__(
-        cls, weight: Weight, source: torch.Tensor, device: torch.device, lookup: bool
+        cls,
+        weight: Weight,
+        source: torch.Tensor,
+        device: torch.device,
+        lookup: bool,
+        conversion: Conversion | None = None,
     ) -> ForebayTensor:
         self: ForebayTensor = torch.Tensor._make_wrapper_subclass(
             cls,
             source.size(),
             strides=source.stride(),
-            dtype=source.dtype,
+            dtype=source.dtype if conversion is None else conversion.dtype,
             device=device,
             requires_grad=False,
         )
         self._weight = weight
         self._source = source
         self._lookup = lookup
+        self._conversion = conversion
         with torch._C.DisableTorchFunctionSubclass():
             storage = torch.Tensor.untyped_storage(self)
             torch._C._set_storage_data_ptr_access_error_msg(storage._cdata, f"{_NO_ADDRESS}: {weight.name}")
@@ -82,7 +90,7 @@ class ForebayTensor(torch.Tensor):
         """The net for calls that come from C++, where ``__torch_function__`` is not asked."""
         kwargs = kwargs or {}
         if func is torch.ops.aten.detach.default:
-            return ForebayTensor(args[0]._weight, args[0]._source, args[0].device, args[0]._lookup)
+            return _another(args[0])
         if func is torch.ops.aten.embedding.default and _is_looked_up(args[0]):
             return _looked_up(args[1], args[0])
         for index, argument in enumerate(func._schema.arguments):
@@ -127,6 +135,11 @@ def _intercepted(
     return _uncommon(func, args, kwargs)
 
 
+def _another(weight: ForebayTensor) -> ForebayTensor:
+    """Another stand-in for the same weight."""
+    return ForebayTensor(weight._weight, weight._source, weight.device, weight._lookup, weight._conversion)
+
+
 set_managed_types([ForebayTensor, ForebayParameter])
 set_interception(PURE.difference(HIDDEN_WRITES, {F.embedding}), _intercepted)
 
@@ -135,7 +148,7 @@ def _uncommon(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[s
     first = args[0] if args else next(iter(kwargs.values()), None)
     if isinstance(first, ForebayTensor):
         if func in DETACHED:
-            return ForebayTensor(first._weight, first._source, first.device, first._lookup)
+            return _another(first)
         if func in FROM_SOURCE:
             return _from_source(func, first, args, kwargs)
         if func in RAW:
@@ -177,6 +190,8 @@ def _from_source(
     func: Callable[..., Any], weight: ForebayTensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Any:
     source = weight._source
+    if weight._conversion is not None:
+        source = weight._conversion.value(source)
     if func is torch.Tensor.__deepcopy__:
         memo = args[1] if len(args) > 1 else {}
         made: torch.Tensor = copy.deepcopy(source.detach(), memo)
@@ -260,7 +275,8 @@ def _looked_up(indices: torch.Tensor, weight: Any) -> torch.Tensor:
     """Rows of a table that is not resident, read at their source: only what was asked for is moved."""
     source: torch.Tensor = weight._source
     if indices.dtype not in (torch.int64, torch.int32):
-        return F.embedding(indices, torch.empty_like(source[:0], device=weight.device))  # torch's own error
+        empty = torch.empty_like(source[:0], device=weight.device, dtype=weight.dtype)
+        return F.embedding(indices, empty)  # torch's own error
     rows, inverse = torch.unique(indices, return_inverse=True)
     wanted: list[int] = rows.tolist()
     if wanted and (wanted[0] < 0 or wanted[-1] >= source.shape[0]):
@@ -270,4 +286,6 @@ def _looked_up(indices: torch.Tensor, weight: Any) -> torch.Tensor:
     if table.numel():
         row_bytes = table.element_size() * table[0].numel()
         weight._weight.read_rows(row_bytes, wanted, table.data_ptr())
+    if weight._conversion is not None:
+        table = weight._conversion.value(table, wanted)
     return F.embedding(inverse, table.to(weight.device))

@@ -23,7 +23,7 @@ from forebay.lending import takes_loans
 from forebay.parameter import ForebayTensor
 from forebay.small import small_of
 
-_own = frozenset({"_weight", "_source", "_lookup"})
+_own = frozenset({"_weight", "_source", "_lookup", "_conversion"})
 """What a stand-in has in its ``__dict__`` beside what applications noted there."""
 
 _PRIORITIES = range(0, -4, -1)

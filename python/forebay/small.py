@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from forebay._forebay import ForebayError, Weight
+from forebay.converting import Conversion
 
 _ATTRIBUTE = "_forebay_small"
 
@@ -20,17 +21,22 @@ _ATTRIBUTE = "_forebay_small"
 class SmallWeight:
     """What is known of a small weight. Its methods stand in for the parameter's own."""
 
-    def __init__(self, weight: Weight, source: torch.Tensor) -> None:
+    def __init__(self, weight: Weight, source: torch.Tensor, conversion: Conversion | None) -> None:
         self._weight = weight
         self._source = source
+        self._conversion = conversion
+
+    @property
+    def _value(self) -> torch.Tensor:
+        return self._source if self._conversion is None else self._conversion.value(self._source)
 
     def copied(self, memo: dict[int, Any]) -> nn.Parameter:
         """In place of ``__deepcopy__``."""
-        return nn.Parameter(copy.deepcopy(self._source.detach(), memo), requires_grad=False)
+        return nn.Parameter(copy.deepcopy(self._value.detach(), memo), requires_grad=False)
 
     def reduced(self, protocol: Any) -> Any:
         """In place of ``__reduce_ex__``."""
-        plain: Any = nn.Parameter(self._source, requires_grad=False)
+        plain: Any = nn.Parameter(self._value, requires_grad=False)
         return plain.__reduce_ex__(protocol)
 
     def trained(self, requires_grad: bool = True) -> None:
@@ -42,10 +48,10 @@ class SmallWeight:
             )
 
 
-def small_parameter(weight: Weight, source: torch.Tensor) -> nn.Parameter:
+def small_parameter(weight: Weight, source: torch.Tensor, conversion: Conversion | None) -> nn.Parameter:
     """The parameter of a small weight, which stays pinned as long as it lives."""
     parameter = nn.Parameter(weight.view(), requires_grad=False)
-    small = SmallWeight(weight, source)
+    small = SmallWeight(weight, source, conversion)
     # Not the parameter itself in here: it would not go before the next garbage collection.
     parameter.__dict__.update(
         {

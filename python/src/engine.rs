@@ -16,6 +16,7 @@ use pyo3::types::{PyDict, PyList};
 use crate::bytes::size;
 use crate::errors::{raised, source};
 use crate::model::Model;
+use crate::patches::{PyConversion, conversion};
 use crate::vbar::ExplicitVbar;
 
 /// Host memory that a `host` engine may use unless told otherwise: this share of what is available at its start.
@@ -144,7 +145,7 @@ impl Engine {
     }
 
     /// Attaches weights. Where a weight's bytes are an unmodified part of a mapped file they are read from the file.
-    #[pyo3(signature = (name, weights, *, page_size=None, small=None))]
+    #[pyo3(signature = (name, weights, *, page_size=None, small=None, conversions=Vec::new()))]
     fn attach(
         &self,
         py: Python<'_>,
@@ -152,14 +153,18 @@ impl Engine {
         weights: Vec<PyWeight>,
         page_size: Option<&Bound<'_, PyAny>>,
         small: Option<&Bound<'_, PyAny>>,
+        conversions: Vec<Option<PyConversion>>,
     ) -> PyResult<Model> {
         let default = LayoutOptions::default();
         let page_size = page_size.map(|value| size("page_size", value)).transpose()?;
         let small = small.map(|value| size("small", value)).transpose()?.unwrap_or(default.small);
+        let conversions = conversions.into_iter().map(|given| given.map(conversion).transpose());
+        let conversions = conversions.collect::<PyResult<Vec<_>>>()?;
         let attachment = py.detach(|| {
             let maps = ProcessMaps::snapshot().map_err(source)?;
             let specs = weights.into_iter().map(|weight| spec(&maps, weight)).collect();
-            self.inner.attach(name, specs, LayoutOptions { page_size, small }).map_err(raised)
+            let options = LayoutOptions { page_size, small };
+            self.inner.attach_converting(name, specs, conversions, options).map_err(raised)
         })?;
         Ok(Model::new(attachment))
     }

@@ -13,6 +13,7 @@ mod host_buffer;
 mod intercept;
 mod logs;
 mod model;
+mod patches;
 mod recalls;
 mod run;
 mod shadows;

@@ -11,6 +11,7 @@ use pyo3::types::PyDict;
 use crate::dlpack::capsule;
 use crate::engine::vbar_stats;
 use crate::errors::raised;
+use crate::patches::{self, PyPatch};
 use crate::run::with_interrupts;
 
 /// What all weights of a model share.
@@ -101,6 +102,18 @@ impl Model {
         states.iter().map(letter).collect()
     }
 
+    /// Gives weights, by number, new patches or none, of factors that are written by what is in the stream by now.
+    fn change_patches(
+        &self,
+        py: Python<'_>,
+        changes: Vec<(usize, Option<PyPatch>)>,
+        stream: u64,
+    ) -> PyResult<()> {
+        // SAFETY: the package passes a stream of torch's on the model's device; torch destroys none of its streams.
+        let stream = unsafe { StreamHandle::from_raw(stream) };
+        patches::change(py, &self.shared, changes, stream)
+    }
+
     /// What was moved and who waited.
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let stats = py.detach(|| self.shared.attachment.stats());
@@ -144,7 +157,7 @@ impl Weight {
     ) -> PyResult<Bound<'py, PyAny>> {
         let attachment = &self.shared.attachment;
         let address = attachment.address(self.index).map_err(raised)?;
-        let bytes = attachment.source(self.index).map_err(raised)?.len();
+        let bytes = attachment.bytes(self.index).map_err(raised)?;
         capsule(py, attachment.engine().device(), address, bytes, Box::new(keep))
     }
 

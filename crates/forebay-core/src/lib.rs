@@ -13,6 +13,7 @@
 //! #     fn unpin(&mut self, _: PageRef) {}
 //! #     fn claim(&mut self, _: PageRef) -> bool { true }
 //! #     fn set_streamed(&mut self, _: PageRef) -> bool { false }
+//! #     fn set_stale(&mut self, _: PageRef) {}
 //! #     fn set_resident(&mut self, _: PageRef) {}
 //! # }
 //! let mut policy = Policy::new(Bytes::mib(64));

@@ -21,6 +21,10 @@ pub trait Pins {
     /// pin goes. Whether it has pins at this moment.
     fn set_streamed(&mut self, page: PageRef) -> bool;
 
+    /// What the page holds is out of date: nobody pins it any more without asking
+    /// [`Policy::demand`](crate::Policy::demand), until it is backed again.
+    fn set_stale(&mut self, page: PageRef);
+
     /// From now on the page is resident: releases need not be told.
     fn set_resident(&mut self, page: PageRef);
 }

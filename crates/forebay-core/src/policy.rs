@@ -225,7 +225,7 @@ impl Policy {
         let vbar = self.vbar(page.vbar);
         vbar.held -= 1;
         let entry = vbar.page(page.page);
-        entry.place = Place::Absent;
+        (entry.place, entry.stale) = (Place::Absent, false);
         let frame = entry.frame;
         self.frames.forget(frame);
         self.budget = self.budget.min(self.frames.held());
@@ -252,6 +252,27 @@ impl Policy {
         if !matches!(self.vbar(page.vbar).place(page.page), Place::Absent | Place::Filling) {
             self.try_evict(page, pins, out);
         }
+    }
+
+    /// What a page holds, or is being filled with, is out of date: it leaves now, or with its last pin, and is filled again
+    /// at its next use. Nobody pins it meanwhile. Whether it is gone already; [`is_stale`](Policy::is_stale) tells later.
+    pub fn outdate(&mut self, page: PageRef, pins: &mut impl Pins, out: &mut Vec<Command>) -> bool {
+        self.steps += 1;
+        let place = self.vbar(page.vbar).place(page.page);
+        if place == Place::Absent || (place != Place::Filling && self.try_evict(page, pins, out)) {
+            return true;
+        }
+        self.vbar(page.vbar).page(page.page).stale = true;
+        pins.set_stale(page);
+        if place != Place::Filling {
+            self.stream(page, pins, out);
+        }
+        !self.is_stale(page)
+    }
+
+    /// Whether a page still holds what was [outdated](Policy::outdate).
+    pub fn is_stale(&mut self, page: PageRef) -> bool {
+        self.vbar(page.vbar).page(page.page).stale
     }
 
     /// The VBAR is used: it goes to the top of the priorities, its watermark fully open, unless it is there.
@@ -338,6 +359,9 @@ impl Policy {
         out: &mut Vec<Command>,
     ) -> Result<(), Outcome> {
         let vbar = self.vbar(page.vbar);
+        if vbar.page(page.page).stale {
+            return Err(Outcome::Blocked);
+        }
         match vbar.place(page.page) {
             Place::Absent => {
                 if !vbar.admits(page.page) {
@@ -408,7 +432,7 @@ impl Policy {
         vbar.resident.remove(rank);
         vbar.held -= 1;
         let entry = vbar.page(page.page);
-        entry.place = Place::Absent;
+        (entry.place, entry.stale) = (Place::Absent, false);
         let frame = entry.frame;
         self.frames.put_back(frame);
         out.push(Command::Retire { page, frame });
@@ -416,7 +440,8 @@ impl Policy {
 
     /// A filled page is kept or streamed, as the watermark says.
     fn settle(&mut self, page: PageRef, pins: &mut impl Pins, out: &mut Vec<Command>) {
-        if !self.vbar(page.vbar).is_kept(page.page) {
+        let vbar = self.vbar(page.vbar);
+        if vbar.page(page.page).stale || !vbar.is_kept(page.page) {
             return self.stream(page, pins, out);
         }
         pins.set_resident(page);
@@ -439,8 +464,8 @@ impl Policy {
             entry.place = Place::InUse;
             return;
         }
-        let expected = entry.upcoming > 0;
-        if !lends && self.try_evict(page, pins, out) {
+        let (expected, stale) = (entry.upcoming > 0, entry.stale);
+        if (stale || !lends) && self.try_evict(page, pins, out) {
             return;
         }
         if expected { self.vbar(page.vbar).push_ahead(page.page) } else { self.set_spent(page) }

@@ -53,6 +53,8 @@ pub(crate) struct Page {
     pub(crate) serial: Serial,
     /// Planned uses that have not come yet.
     pub(crate) upcoming: u16,
+    /// What it holds is out of date: it leaves with its last pin.
+    pub(crate) stale: bool,
     /// Stands in the queue of spent pages, still spent or not.
     pub(crate) queued: bool,
     /// The number of its latest entry among the pages read ahead.
@@ -100,6 +102,7 @@ impl Vbar {
             frame: FrameId(0),
             serial: Serial(0),
             upcoming: 0,
+            stale: false,
             queued: false,
             entry: 0,
         };

@@ -52,6 +52,8 @@ impl Pins for LetsGo {
         std::mem::take(&mut self.pinned)
     }
 
+    fn set_stale(&mut self, _: PageRef) {}
+
     fn set_resident(&mut self, _: PageRef) {}
 }
 

@@ -28,6 +28,8 @@ impl Pins for Counters {
         self.0.get(&page).is_some_and(|&pins| pins > 0)
     }
 
+    fn set_stale(&mut self, _: PageRef) {}
+
     fn set_resident(&mut self, _: PageRef) {}
 }
 

@@ -16,6 +16,7 @@ impl Pins for Held {
     fn set_streamed(&mut self, _: PageRef) -> bool {
         self.0
     }
+    fn set_stale(&mut self, _: PageRef) {}
     fn set_resident(&mut self, _: PageRef) {}
 }
 

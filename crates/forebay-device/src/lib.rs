@@ -13,6 +13,7 @@
 mod error;
 mod id;
 mod owned;
+mod transform;
 
 pub mod cuda;
 pub mod host;
@@ -20,6 +21,7 @@ pub mod host;
 pub use error::{DeviceError, Result};
 pub use id::{DeviceId, ParseDeviceError};
 pub use owned::{Event, Frame, PinnedBuffer, Registration, Reservation, Stream};
+pub use transform::{AddLowRank, Convert, Element, Factors, Scale, Transform};
 
 use std::fmt;
 use std::sync::Arc;
@@ -254,4 +256,12 @@ pub trait Device: Send + Sync + fmt::Debug {
         len: Bytes,
         stream: StreamHandle,
     ) -> Result<()>;
+
+    /// Enqueues work on bytes that are on the device. The first call may take a while, until the work's code is loaded;
+    /// one without elements does nothing else.
+    ///
+    /// # Safety
+    /// Every address is valid for the sizes given, and what is read unchanged and what is written otherwise unused,
+    /// until the work has completed.
+    unsafe fn transform(&self, transform: &Transform, stream: StreamHandle) -> Result<()>;
 }

@@ -364,14 +364,36 @@ impl Shared {
         distinct: &[PageRef],
         wait: &mut Wait<'_>,
     ) -> Result<()> {
-        // The operations around this demand do not end before it does.
-        let others = self.operations.load(Ordering::Acquire).saturating_sub(own_operations());
-        let busy = others > 0 || !state.is_settled() || state.recalled > 0;
-        let patience = if busy { PATIENCE } else { VIEW_PATIENCE };
-        if wait.elapsed() > patience {
+        if wait.elapsed() > self.patience(state) {
             return Err(self.all_pinned(state, distinct, wait));
         }
         wait.for_change(self, state)
+    }
+
+    /// How long to wait for what others hold.
+    fn patience(&self, state: &State) -> Duration {
+        // The operations around this demand do not end before it does.
+        let others = self.operations.load(Ordering::Acquire).saturating_sub(own_operations());
+        let busy = others > 0 || !state.is_settled() || state.recalled > 0;
+        if busy { PATIENCE } else { VIEW_PATIENCE }
+    }
+
+    /// Waits until others let go of what they hold, as long as for memory. Where they did not, the seconds waited.
+    pub(crate) fn wait_until_let_go(
+        &self,
+        state: &mut MutexGuard<'_, State>,
+        how: Use<'_>,
+        mut is_done: impl FnMut(&mut State) -> bool,
+    ) -> Result<Option<f64>> {
+        let mut wait = Wait::new(how);
+        while !is_done(state) {
+            state.check()?;
+            if wait.elapsed() > self.patience(state) {
+                return Ok(Some(wait.elapsed().as_secs_f64()));
+            }
+            wait.for_change(self, state)?;
+        }
+        Ok(None)
     }
 
     fn all_pinned(&self, state: &State, distinct: &[PageRef], wait: &Wait<'_>) -> EngineError {

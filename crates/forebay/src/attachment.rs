@@ -135,13 +135,15 @@ impl Attachment {
     }
 
     /// Whether a table is to be acquired as a whole: it is resident, or everything before it fits as well. If not, its
-    /// rows are to be looked up with [`read_rows`](Attachment::read_rows). Weights that are no tables always are.
+    /// rows are to be looked up with [`read_rows`](Attachment::read_rows). Weights that are no tables always are, and so
+    /// are those with a patch.
     ///
     /// # Errors
     /// [`EngineError::Invalid`] for a weight that does not exist.
     pub fn is_kept(&self, weight: usize) -> Result<bool> {
         let placed = self.placed(weight)?;
-        if placed.class != Class::Table {
+        // What is read at the source has no patch.
+        if placed.class != Class::Table || self.is_patched(weight) {
             return Ok(true);
         }
         let pages = placed.first_page..=placed.last_page;
@@ -177,6 +179,14 @@ impl Attachment {
     pub fn source(&self, weight: usize) -> Result<&Source> {
         self.placed(weight)?;
         Ok(&self.layout().sources[weight])
+    }
+
+    /// The weight's length on the device.
+    ///
+    /// # Errors
+    /// [`EngineError::Invalid`] for a weight that does not exist.
+    pub fn bytes(&self, weight: usize) -> Result<Bytes> {
+        Ok(self.placed(weight)?.bytes)
     }
 
     /// The weight's address, the same until the model goes. There is memory behind it while the weight is pinned.
@@ -299,7 +309,7 @@ impl Attachment {
         }
     }
 
-    fn placed(&self, weight: usize) -> Result<Placed> {
+    pub(crate) fn placed(&self, weight: usize) -> Result<Placed> {
         self.layout().weights.get(weight).copied().ok_or_else(|| {
             let (name, count) = (&self.vbar.name, self.layout().weights.len());
             EngineError::Invalid(format!("{name:?} has {count} weights, there is no number {weight}"))

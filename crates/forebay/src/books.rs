@@ -160,6 +160,11 @@ impl Books {
         self.spare_events.extend(events.into_iter().filter(|event| Arc::strong_count(event) == 1));
     }
 
+    /// A page is about to be backed: what it held before is out of its way.
+    fn begin_life(&mut self, page: PageRef) {
+        self.vbar(page.vbar).vbar.cell(page.page.0).set_stale(false);
+    }
+
     /// An event at the end of what is now in the stream.
     fn mark(&mut self, stream: StreamHandle) -> Result<Arc<Event>> {
         let event = self.spare_event()?;
@@ -247,14 +252,22 @@ impl Pins for Books {
     fn set_streamed(&mut self, page: PageRef) -> bool {
         let before = self.vbar(page.vbar).vbar.cell(page.page.0).set_streamed(true);
         if !before.is_filled() {
+            self.begin_life(page);
             self.page(page).tracked = true;
         }
         before.pins() > 0
     }
 
     fn set_resident(&mut self, page: PageRef) {
-        self.vbar(page.vbar).vbar.cell(page.page.0).set_streamed(false);
+        let before = self.vbar(page.vbar).vbar.cell(page.page.0).set_streamed(false);
+        if !before.is_filled() {
+            self.begin_life(page);
+        }
         self.page(page).tracked = false;
+    }
+
+    fn set_stale(&mut self, page: PageRef) {
+        self.vbar(page.vbar).vbar.cell(page.page.0).set_stale(true);
     }
 }
 

@@ -19,6 +19,9 @@ const STREAMED: u64 = 1 << 34;
 /// Was pinned since it was mapped.
 const USED: u64 = 1 << 35;
 
+/// The bytes are out of date: nobody pins the page without the lock.
+const STALE: u64 = 1 << 36;
+
 /// What a page was found to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Seen(u64);
@@ -50,11 +53,11 @@ impl PageCell {
         Seen(self.0.load(Ordering::Acquire))
     }
 
-    /// Adds a pin if the page is filled.
+    /// Adds a pin if the page is filled, and with what it is to be filled with.
     pub(crate) fn try_pin(&self) -> Option<Seen> {
         self.0
             .fetch_update(Ordering::AcqRel, Ordering::Acquire, |word| {
-                (word & FILLED != 0).then_some((word + 1) | USED)
+                (word & (FILLED | STALE) == FILLED).then_some((word + 1) | USED)
             })
             .ok()
             .map(Seen)
@@ -92,6 +95,14 @@ impl PageCell {
         self.0.fetch_or(READY, Ordering::AcqRel);
     }
 
+    /// Under the state lock.
+    pub(crate) fn set_stale(&self, stale: bool) {
+        match stale {
+            true => self.0.fetch_or(STALE, Ordering::AcqRel),
+            false => self.0.fetch_and(!STALE, Ordering::AcqRel),
+        };
+    }
+
     /// What the page was before.
     pub(crate) fn set_streamed(&self, streamed: bool) -> Seen {
         Seen(match streamed {
@@ -116,6 +127,18 @@ mod tests {
         assert!(cell.try_claim().is_some_and(Seen::was_used));
         assert!(cell.try_pin().is_none());
         assert!(cell.unpin().is_none(), "there is no pin to take back");
+    }
+
+    #[test]
+    fn a_stale_page_is_not_pinned_but_claimed() {
+        let cell = PageCell::default();
+        cell.set_filled();
+        assert!(cell.try_pin().is_some());
+        cell.set_stale(true);
+        assert!(cell.try_pin().is_none());
+        assert!(cell.unpin().is_some() && cell.try_claim().is_some());
+        cell.set_filled();
+        assert!(cell.try_pin().is_some(), "what it holds now is not stale");
     }
 
     #[test]

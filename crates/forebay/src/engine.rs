@@ -15,6 +15,7 @@ use crate::attachment::{Attachment, Begun, Counted, Pinned, View, Waiting};
 use crate::books::{PageBook, VbarBook};
 use crate::cache::keeper::Keeper;
 use crate::config::EngineConfig;
+use crate::converting::Conversion;
 use crate::explicit::ExplicitVbar;
 use crate::filler::Reader;
 use crate::host_buffer::{self, Helper};
@@ -93,7 +94,25 @@ impl Engine {
         weights: Vec<WeightSpec>,
         options: LayoutOptions,
     ) -> Result<Attachment> {
-        let layout = Layout::new(weights, options)?;
+        self.attach_converting(name, weights, Vec::new(), options)
+    }
+
+    /// [`attach`](Engine::attach) with conversions of some of the weights, one entry for each weight: their elements are
+    /// converted while their pages are filled, and the weight is as long as its converted elements.
+    ///
+    /// # Errors
+    /// As `attach`; [`EngineError::Invalid`] for conversions that do not fit their weights.
+    pub fn attach_converting(
+        self: &Arc<Self>,
+        name: &str,
+        weights: Vec<WeightSpec>,
+        conversions: Vec<Option<Conversion>>,
+        options: LayoutOptions,
+    ) -> Result<Attachment> {
+        if !conversions.is_empty() {
+            self.shared.load_kernels()?;
+        }
+        let layout = Layout::converting(weights, conversions, options)?;
         if let Some(vbar) = self.unpark(name, &layout)? {
             return Attachment::new(self, vbar);
         }
@@ -406,6 +425,7 @@ impl Engine {
         let gone = state.forget_if_gone(vbar.id);
         drop(state);
         drop(gone);
+        self.shared.abandon_computing(Some(vbar.id));
         self.shared.work.notify_one();
         self.shared.register.notify_one();
         self.shared.changed.notify_all();
@@ -413,6 +433,7 @@ impl Engine {
 
     fn end_threads(&self) {
         self.shared.state.lock().stop = true;
+        self.shared.abandon_computing(None);
         self.shared.work.notify_one();
         self.shared.register.notify_one();
         self.helper.close();

@@ -74,6 +74,33 @@ pub enum EngineError {
         waited_s: f64,
     },
 
+    /// Weights were to change that operations or live views hold as they were.
+    #[error(
+        "weights of {model:?} on {device} were given new patches and are still held as they were, by running operations or \
+         live views; drop the views, and they change. Waited {waited_s:.1} s: {weights}"
+    )]
+    StillInUse {
+        /// The model's name.
+        model: String,
+        /// The weights.
+        weights: String,
+        /// The device.
+        device: DeviceId,
+        /// How long the call waited for them, in seconds.
+        waited_s: f64,
+    },
+
+    /// The application could not compute a weight.
+    #[error("weight {weight:?} of {model:?} could not be computed: {reason}")]
+    Computed {
+        /// The model's name.
+        model: String,
+        /// The weight.
+        weight: String,
+        /// What the application said.
+        reason: String,
+    },
+
     /// The caller asked to stop waiting.
     #[error("interrupted while waiting for weights on {device}")]
     Interrupted {

@@ -3,19 +3,22 @@
 //! A reader owns a few slots, reads into one while the others are copied, and waits only for its own. Small slots stay in
 //! the processor's cache.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Instant;
 
 use forebay_core::{Bytes, PageRef};
-use forebay_device::{DeviceAddr, Event, PinnedBuffer, Stream, StreamHandle};
+use forebay_device::{DeviceAddr, Event, PinnedBuffer, StreamHandle};
 use forebay_store::{
-    DirectBuffer, ReaderPool, Source, StoreError, Urgency, read_segments, read_segments_past_cache,
+    DirectBuffer, ReaderPool, Segment, Source, StoreError, Urgency, read_segments, read_segments_past_cache,
 };
 use parking_lot::Mutex;
 
 use crate::cache::registered::RegisteredPage;
+use crate::converting::ConvertedPart;
 use crate::layout::Layout;
+use crate::patches::{Incomplete, mark_filled};
 use crate::state::Shared;
 use crate::timeline::Activity;
 use crate::vbar::Vbar;
@@ -42,6 +45,14 @@ pub(crate) struct Reader {
     through: DirectBuffer,
 }
 
+/// What a reader does at once.
+enum Job {
+    /// A run of the page, copied as it is.
+    Copied(Range<u64>),
+    /// A part of a weight that is converted.
+    Converted(ConvertedPart),
+}
+
 struct Slots {
     // Before `buffer`: nothing is dropped before the copies that read it are done.
     copied: Vec<Event>,
@@ -61,35 +72,31 @@ impl Fill {
         urgency: Urgency,
         past_cache: bool,
     ) {
-        let segments = vbar.layout.as_ref().map_or(&[][..], |layout| &layout.segments[page as usize]);
-        let chunk_size = shared.ring_config.chunk.get();
-        let mut chunks: Vec<u64> = segments
-            .iter()
-            .flat_map(|segment| {
-                segment.dst_offset / chunk_size..(segment.dst_offset + segment.len).div_ceil(chunk_size)
-            })
-            .collect();
-        chunks.dedup();
+        let jobs = jobs_of(vbar, page, shared.ring_config.chunk);
         let fill = Arc::new(Fill {
             shared: Arc::clone(shared),
             vbar: Arc::clone(vbar),
             page,
             filled,
-            chunks_left: AtomicUsize::new(chunks.len().max(1)),
+            chunks_left: AtomicUsize::new(jobs.len().max(1)),
             past_cache,
             has_failed: AtomicBool::new(false),
             error: Mutex::new(None),
             began: shared.timeline.begin(),
         });
-        if chunks.is_empty() {
+        if jobs.is_empty() {
             fill.chunk_done();
         }
-        for chunk in chunks {
+        for job in jobs {
             let fill = Arc::clone(&fill);
             readers.submit(urgency, move |reader| {
                 // A reader that panics must not leave the page waiting for ever.
                 let done = ChunkDone(&fill);
-                if let Err(error) = fill.run(chunk, reader) {
+                let ran = match job {
+                    Job::Copied(run) => fill.run(run, reader),
+                    Job::Converted(part) => fill.convert(part, reader),
+                };
+                if let Err(error) = ran {
                     fill.fail(error);
                 }
                 drop(done);
@@ -97,22 +104,17 @@ impl Fill {
         }
     }
 
-    fn run(&self, chunk: u64, reader: &mut Reader) -> Result<()> {
+    fn run(&self, Range { start, end }: Range<u64>, reader: &mut Reader) -> Result<()> {
         if self.has_failed.load(Ordering::Acquire) {
             return Ok(());
         }
         let Some(layout) = &self.vbar.layout else { return Ok(()) };
         let segments = layout.segments[self.page as usize].iter().zip(&layout.weight_of[self.page as usize]);
-        let chunk_size = self.shared.ring_config.chunk.get();
-        let start = chunk * chunk_size;
-        let in_chunk: Vec<_> = segments
-            .filter(|(s, _)| s.dst_offset < start + chunk_size && s.dst_offset + s.len > start)
-            .collect();
-        let (mut first, mut last) = (start + chunk_size, start);
-        for (segment, _) in &in_chunk {
-            first = first.min(segment.dst_offset.max(start));
-            last = last.max((segment.dst_offset + segment.len).min(start + chunk_size));
-        }
+        let in_run: Vec<_> =
+            segments.filter(|(s, _)| s.dst_offset < end && s.dst_offset + s.len > start).collect();
+        // Without the padding at its ends.
+        let first = in_run.iter().map(|(s, _)| s.dst_offset.max(start)).min().unwrap_or(start);
+        let last = in_run.iter().map(|(s, _)| (s.dst_offset + s.len).min(end)).max().unwrap_or(start);
         let len = Bytes::new(last - first);
         let (slots, through) = reader.parts(&self.shared)?;
         let timeline = &self.shared.timeline;
@@ -122,13 +124,8 @@ impl Fill {
         let began = timeline.begin();
         // SAFETY: the slot is this reader's own, and `next` waited for the copy that read it last.
         let bytes = unsafe { slots.buffer.slice_mut(slot, len) };
-        for (segment, weight) in in_chunk {
-            let read = segment.source.verify();
-            let segment = std::slice::from_ref(segment);
-            let read = read.and_then(|()| match self.past_cache {
-                true => read_segments_past_cache(segment, first, bytes, through),
-                false => read_segments(segment, first, bytes),
-            });
+        for (segment, weight) in in_run {
+            let read = segment.source.verify().and_then(|()| self.read(segment, first, bytes, through));
             read.map_err(|error| source_error(&self.vbar, layout, *weight, error))?;
         }
         timeline.note(Activity::Read, self.page, began);
@@ -140,8 +137,58 @@ impl Fill {
         // SAFETY: the copy stream lives as long as `shared`.
         let recorded = unsafe { slots.copied[copied].record(stream.handle()) };
         drop(stream);
+        self.slot_used(recorded, reader, len)
+    }
+
+    /// Reads a piece of a weight as it is stored, and has it converted.
+    fn convert(&self, part: ConvertedPart, reader: &mut Reader) -> Result<()> {
+        if self.has_failed.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let Some(layout) = &self.vbar.layout else { return Ok(()) };
+        let Some(conversion) = layout.conversion(part.weight) else { return Ok(()) };
+        let segment = part.stored(conversion, &layout.sources[part.weight as usize]);
+        let len = Bytes::new(segment.len);
+        let (slots, through) = reader.parts(&self.shared)?;
+        let began = self.shared.timeline.begin();
+        let (slot, copied) = slots.next()?;
+        self.shared.timeline.note(Activity::Slot, self.page, began);
+        let began = self.shared.timeline.begin();
+        // SAFETY: the slot is this reader's own, and `next` waited for the work that read it last.
+        let bytes = unsafe { slots.buffer.slice_mut(slot, len) };
+        let read = segment.source.verify().and_then(|()| self.read(&segment, 0, bytes, through));
+        read.map_err(|error| source_error(&self.vbar, layout, part.weight, error))?;
+        self.shared.timeline.note(Activity::Read, self.page, began);
+        let transform = part.transform(conversion, self.vbar.page_addr(self.page), bytes.as_ptr());
+        let copies = self.shared.copy.lock();
+        let patching = self.shared.patching.handle();
+        // SAFETY: the slot is not touched before its event has completed, and the scale kept as long as the VBAR; the page
+        // is mapped and stays so until its fill event, recorded after this work, has completed.
+        unsafe { self.shared.device.transform(&transform, patching) }?;
+        // SAFETY: the stream lives as long as `shared`.
+        let recorded = unsafe { slots.copied[copied].record(patching) };
+        drop(copies);
+        self.slot_used(recorded, reader, len)
+    }
+
+    fn read(
+        &self,
+        segment: &Segment,
+        first: u64,
+        bytes: &mut [u8],
+        through: &mut DirectBuffer,
+    ) -> std::result::Result<(), StoreError> {
+        let segment = std::slice::from_ref(segment);
+        match self.past_cache {
+            true => read_segments_past_cache(segment, first, bytes, through),
+            false => read_segments(segment, first, bytes),
+        }
+    }
+
+    /// What a reader read is on its way, marked by its slot's event.
+    fn slot_used(&self, recorded: forebay_device::Result<()>, reader: &mut Reader, len: Bytes) -> Result<()> {
         if let Err(error) = recorded {
-            // Nobody can know any more when the copy ends, so its slot stays for ever.
+            // Nobody can know any more when the slot is free, so it stays for ever.
             std::mem::forget(reader.slots.take());
             return Err(error.into());
         }
@@ -162,28 +209,61 @@ impl Fill {
             return;
         }
         let stream = self.shared.copy.lock();
-        let marked = mark_filled(&self.filled, &stream);
+        let completed = match self.has_failed.load(Ordering::Acquire) {
+            true => mark_filled(&self.filled, &stream).map(|()| true),
+            false => self.shared.complete(&self.vbar, self.page, &self.filled, &stream),
+        };
         drop(stream);
-        if let Err(error) = marked {
-            self.shared.state.lock().books.lost(error.clone());
-            self.fail(error);
-        }
+        let is_complete = completed.unwrap_or_else(|error| {
+            self.fail(incomplete(&self.shared, error));
+            true
+        });
         self.shared.timeline.note(Activity::Fill, self.page, self.began);
         let error = self.error.lock().take();
         if error.is_none() {
             self.vbar.counters.filled_pages.fetch_add(1, Ordering::Relaxed);
         }
+        if !is_complete {
+            return self.shared.complete_later(&self.vbar, self.page, &self.filled);
+        }
         finished(&self.shared, &self.vbar, self.page, error.map_or(Ok(()), |error| Err(Some(error))));
     }
 }
 
+/// The reads that a page takes.
+fn jobs_of(vbar: &Vbar, page: u32, chunk: Bytes) -> Vec<Job> {
+    let Some(layout) = &vbar.layout else { return Vec::new() };
+    let (segments, converted) = (&layout.segments[page as usize], &layout.converted[page as usize]);
+    // Neighbouring segments are one run, padding included. Nothing is copied over what is converted.
+    let mut runs: Vec<Range<u64>> = Vec::new();
+    for segment in segments {
+        let (start, end) = (segment.dst_offset, segment.dst_offset + segment.len);
+        match runs.last_mut() {
+            Some(run) if !converted.iter().any(|part| (run.end..start).contains(&part.to.get())) => {
+                run.end = end
+            }
+            _ => runs.push(start..end),
+        }
+    }
+    let chunk = chunk.get();
+    let chunks = runs.iter().flat_map(|run| {
+        (run.start / chunk..run.end.div_ceil(chunk))
+            .map(|n| Job::Copied(run.start.max(n * chunk)..run.end.min((n + 1) * chunk)))
+    });
+    let pieces = converted.iter().flat_map(|part| {
+        let conversion = layout.conversion(part.weight).into_iter();
+        conversion.flat_map(move |conversion| part.pieces(conversion, Bytes::new(chunk)))
+    });
+    chunks.chain(pieces.map(Job::Converted)).collect()
+}
+
 /// Has the copy engine read a page's bytes from the registered page cache.
 pub(crate) fn fill_directly(
-    shared: &Shared,
-    vbar: &Vbar,
+    shared: &Arc<Shared>,
+    vbar: &Arc<Vbar>,
     page: u32,
     registered: &RegisteredPage,
-    filled: &Event,
+    filled: &Arc<Event>,
 ) {
     let began = shared.timeline.begin();
     let result = verify_sources(vbar, page).and_then(|()| {
@@ -191,12 +271,14 @@ pub(crate) fn fill_directly(
         // SAFETY: the page is mapped and stays so until its fill event, recorded after these copies, has completed. The
         // registered page is dropped by the keeper alone, once nobody else has it, behind all copies.
         let copied = unsafe { registered.copy_to(&*shared.device, vbar.page_addr(page), stream.handle()) };
-        let marked = mark_filled(filled, &stream);
+        let completed = match &copied {
+            Ok(()) => shared.complete(vbar, page, filled, &stream),
+            Err(_) => mark_filled(filled, &stream).map(|()| true),
+        };
         drop(stream);
-        if let Err(error) = &marked {
-            shared.state.lock().books.lost(error.clone());
-        }
-        copied.and(marked)
+        let completed = completed.map_err(|error| incomplete(shared, error))?;
+        copied?;
+        Ok(completed)
     });
     if result.is_ok() {
         vbar.counters.filled_bytes.fetch_add(registered.bytes().get(), Ordering::Relaxed);
@@ -204,7 +286,10 @@ pub(crate) fn fill_directly(
         vbar.counters.filled_pages.fetch_add(1, Ordering::Relaxed);
     }
     shared.timeline.note(Activity::Fill, page, began);
-    finished(shared, vbar, page, result.map_err(Some));
+    match result {
+        Ok(false) => shared.complete_later(vbar, page, filled),
+        result => finished(shared, vbar, page, result.map(drop).map_err(Some)),
+    }
 }
 
 /// Asks every file of a page once whether it is still what it was.
@@ -220,13 +305,15 @@ fn verify_sources(vbar: &Vbar, page: u32) -> Result<()> {
     Ok(())
 }
 
-/// Records a page's fill event behind its copies. Without the mark nobody could know any more when they end, and the page
-/// would have to stay mapped for ever: the engine is lost then.
-fn mark_filled(filled: &Event, stream: &Stream) -> Result<()> {
-    // SAFETY: the copy stream lives as long as the engine's shared part.
-    let recorded = unsafe { filled.record(stream.handle()) };
-    // SAFETY: as before. A driver that refused once is asked once more.
-    recorded.or_else(|_| unsafe { filled.record(stream.handle()) }).map_err(Into::into)
+/// The error of a page that was not completed. Without the mark behind its copies the engine is lost.
+pub(crate) fn incomplete(shared: &Shared, error: Incomplete) -> EngineError {
+    match error {
+        Incomplete::Unpatched(error) => error,
+        Incomplete::Unmarked(error) => {
+            shared.state.lock().books.lost(error.clone());
+            error
+        }
+    }
 }
 
 fn source_error(vbar: &Vbar, layout: &Layout, weight: u32, error: StoreError) -> EngineError {

@@ -5,6 +5,8 @@ use std::ops::RangeInclusive;
 use forebay_core::{Bytes, RankOrder};
 use forebay_store::{Segment, Source};
 
+use crate::cache::registered::PagePlan;
+use crate::converting::{Conversion, ConvertedPart};
 use crate::{EngineError, Result};
 
 /// Weights start at multiples of this.
@@ -88,11 +90,36 @@ pub(crate) struct Layout {
     pub(crate) segments: Vec<Vec<Segment>>,
     /// The weight of each segment.
     pub(crate) weight_of: Vec<Vec<u32>>,
+    /// What of each page is converted on its way; not among the segments.
+    pub(crate) converted: Vec<Vec<ConvertedPart>>,
+    /// Of each weight; empty where none is converted.
+    pub(crate) conversions: Vec<Option<Conversion>>,
+}
+
+impl Placed {
+    /// Before it has a place.
+    fn somewhere(bytes: Bytes) -> Self {
+        Placed { offset: Bytes::ZERO, bytes, first_page: 0, last_page: 0, class: Class::Small }
+    }
 }
 
 impl Layout {
     pub(crate) fn new(specs: Vec<WeightSpec>, options: LayoutOptions) -> Result<Self> {
-        let total = specs.iter().try_fold(Bytes::ZERO, |sum, spec| sum.checked_add(spec.source.len()));
+        Layout::converting(specs, Vec::new(), options)
+    }
+
+    /// A layout of weights that are converted while they are filled. Without conversions none is.
+    pub(crate) fn converting(
+        specs: Vec<WeightSpec>,
+        conversions: Vec<Option<Conversion>>,
+        options: LayoutOptions,
+    ) -> Result<Self> {
+        let len = |(i, spec): (usize, &WeightSpec)| match conversions.get(i) {
+            Some(Some(conversion)) => conversion.used_len(spec),
+            _ => Ok(spec.source.len()),
+        };
+        let bytes = specs.iter().enumerate().map(len).collect::<Result<Vec<_>>>()?;
+        let total = bytes.iter().try_fold(Bytes::ZERO, |sum, bytes| sum.checked_add(*bytes));
         let total =
             total.ok_or_else(|| EngineError::Invalid("the weights' sizes overflow 64 bits".into()))?;
         let page_size = match options.page_size {
@@ -112,16 +139,7 @@ impl Layout {
         let mut layout = Layout {
             page_size,
             pages: 0,
-            weights: vec![
-                Placed {
-                    offset: Bytes::ZERO,
-                    bytes: Bytes::ZERO,
-                    first_page: 0,
-                    last_page: 0,
-                    class: Class::Small
-                };
-                specs.len()
-            ],
+            weights: bytes.iter().map(|&bytes| Placed::somewhere(bytes)).collect(),
             names: Vec::new(),
             sources: Vec::new(),
             scheduled: Vec::new(),
@@ -129,24 +147,25 @@ impl Layout {
             table_pages: 0,
             segments: Vec::new(),
             weight_of: Vec::new(),
+            converted: Vec::new(),
+            conversions,
         };
-        let class = |spec: &WeightSpec| match spec.kind {
-            _ if spec.source.len() < options.small => Class::Small,
+        let class = |i: usize| match specs[i].kind {
+            _ if bytes[i] < options.small => Class::Small,
             WeightKind::Whole => Class::Whole(0),
             WeightKind::Table => Class::Table,
         };
-        let of = |wanted: fn(Class) -> bool| {
-            (0..specs.len()).filter(|&i| wanted(class(&specs[i]))).collect::<Vec<_>>()
-        };
-        layout.place(&of(|class| class == Class::Small), &specs, |_| Class::Small);
+        let of =
+            |wanted: fn(Class) -> bool| (0..specs.len()).filter(|&i| wanted(class(i))).collect::<Vec<_>>();
+        layout.place(&of(|class| class == Class::Small), |_| Class::Small);
         layout.small_pages = layout.pages;
         let whole = of(|class| matches!(class, Class::Whole(_)));
-        layout.place(&whole, &specs, Class::Whole);
+        layout.place(&whole, Class::Whole);
         layout.scheduled = whole.iter().map(|&i| i as u32).collect();
         let before_tables = layout.pages;
         let mut tables = of(|class| class == Class::Table);
-        tables.sort_by_key(|&i| specs[i].source.len());
-        layout.place(&tables, &specs, |_| Class::Table);
+        tables.sort_by_key(|&i| bytes[i]);
+        layout.place(&tables, |_| Class::Table);
         layout.table_pages = layout.pages - before_tables;
         layout.fill_segments(&specs)?;
         for spec in specs {
@@ -159,10 +178,23 @@ impl Layout {
     /// Whether both lay the same bytes of the same files out in the same way.
     pub(crate) fn has_bytes_of(&self, other: &Layout) -> bool {
         let is_same = |(a, b): (&Source, &Source)| a.has_bytes_of(b);
-        self.page_size == other.page_size
+        self.conversions.is_empty()
+            && other.conversions.is_empty()
+            && self.page_size == other.page_size
             && self.weights == other.weights
             && self.names == other.names
             && self.sources.iter().zip(&other.sources).all(is_same)
+    }
+
+    /// What registering a page takes, if its bytes lie in files, as they are used, and not too scattered.
+    pub(crate) fn registration(&self, page: u32) -> Option<PagePlan> {
+        let is_stored_as_used = self.converted[page as usize].is_empty();
+        is_stored_as_used.then(|| PagePlan::of(&self.segments[page as usize])).flatten()
+    }
+
+    /// How a weight is converted.
+    pub(crate) fn conversion(&self, weight: u32) -> Option<&Conversion> {
+        self.conversions.get(weight as usize)?.as_ref()
     }
 
     /// The page order of this layout.
@@ -191,10 +223,10 @@ impl Layout {
     }
 
     /// Lays weights out from the next page on.
-    fn place(&mut self, which: &[usize], specs: &[WeightSpec], class: impl Fn(u32) -> Class) {
+    fn place(&mut self, which: &[usize], class: impl Fn(u32) -> Class) {
         let mut offset = self.page_size * u64::from(self.pages);
         for (number, &i) in which.iter().enumerate() {
-            let bytes = specs[i].source.len();
+            let bytes = self.weights[i].bytes;
             let page = |at: Bytes| (at.get() / self.page_size.get()) as u32;
             let last = if bytes == Bytes::ZERO { offset } else { offset + bytes - Bytes::new(1) };
             self.weights[i] = Placed {
@@ -212,6 +244,7 @@ impl Layout {
     fn fill_segments(&mut self, specs: &[WeightSpec]) -> Result<()> {
         self.segments = vec![Vec::new(); self.pages as usize];
         self.weight_of = vec![Vec::new(); self.pages as usize];
+        self.converted = vec![Vec::new(); self.pages as usize];
         let mut by_offset: Vec<_> = (0..specs.len()).collect();
         by_offset.sort_by_key(|&i| self.weights[i].offset);
         for i in by_offset {
@@ -221,6 +254,17 @@ impl Layout {
                 let start = weight.offset.max(base);
                 let end = (weight.offset + weight.bytes).min(base + self.page_size);
                 if start >= end {
+                    continue;
+                }
+                if let Some(conversion) = self.conversion(i as u32) {
+                    let size = conversion.to.size().get();
+                    let part = ConvertedPart {
+                        weight: i as u32,
+                        first: (start - weight.offset).get() / size,
+                        count: (end - start).get() / size,
+                        to: start - base,
+                    };
+                    self.converted[page as usize].push(part);
                     continue;
                 }
                 self.weight_of[page as usize].push(i as u32);

@@ -1,7 +1,7 @@
 //! The engine's one lock and what is under it.
 //!
 //! Lock order: the state lock, then a VBAR's [`KnownStreams`](crate::streams::KnownStreams), then nothing. The copy lock
-//! ([`Shared::copy`]) is never taken together with it. Under the state lock nobody waits for the device, calls Python,
+//! ([`Shared::copy`]) is never taken together with it; a VBAR's [patches](crate::patches) are a leaf under that. Under the state lock nobody waits for the device, calls Python,
 //! logs, reads a source, maps or unmaps; recording and querying events is allowed, as neither waits.
 
 use std::collections::{BTreeSet, VecDeque};
@@ -15,6 +15,7 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use crate::books::{Books, VbarBook};
 use crate::cache::registering::Registering;
+use crate::computed::Computing;
 use crate::config::{EngineConfig, RingConfig};
 use crate::timeline::Timeline;
 use crate::vbar::Vbar;
@@ -47,6 +48,9 @@ pub(crate) struct Shared {
     /// The copy stream. Copies and the events behind them are enqueued under this lock, so that an event covers its
     /// copies.
     pub(crate) copy: Mutex<Stream>,
+    /// What is done to pages behind their copies. Enqueued under the copy lock, too.
+    pub(crate) patching: Stream,
+    pub(crate) computing: Computing,
     /// Bytes of pages that are pinned as long as their model is attached.
     pub(crate) reserved: AtomicU64,
     /// Operations that hold weights.
@@ -94,6 +98,7 @@ pub(crate) struct State {
 impl Shared {
     pub(crate) fn new(device: Arc<dyn Device>, config: EngineConfig, effective: Bytes) -> Result<Self> {
         let copy = Stream::new(Arc::clone(&device))?;
+        let patching = Stream::new(Arc::clone(&device))?;
         Ok(Shared {
             id: device.id(),
             state: Mutex::new(State {
@@ -120,6 +125,8 @@ impl Shared {
             work: Condvar::new(),
             register: Condvar::new(),
             copy: Mutex::new(copy),
+            patching,
+            computing: Computing::default(),
             reserved: AtomicU64::new(0),
             operations: AtomicUsize::new(0),
             views: AtomicUsize::new(0),

@@ -8,6 +8,7 @@ use smallvec::SmallVec;
 
 use crate::cell::PageCell;
 use crate::layout::Layout;
+use crate::patches::Patches;
 use crate::stats::Counters;
 use crate::streams::KnownStreams;
 use crate::trace::Trace;
@@ -27,6 +28,7 @@ pub(crate) struct Vbar {
     pub(crate) trace: Trace,
     pub(crate) counters: Counters,
     pub(crate) streams: KnownStreams,
+    pub(crate) patches: Patches,
     /// Leading pages that are pinned as long as the model is attached, once they are.
     pub(crate) reserved: AtomicU32,
     /// Was used without a lock since its uses were last taken in.
@@ -55,6 +57,7 @@ impl Vbar {
             layout,
             counters: Counters::default(),
             streams: KnownStreams::default(),
+            patches: Patches::default(),
             reserved: AtomicU32::new(0),
             used_as_lent: AtomicBool::new(false),
             closed: AtomicBool::new(false),

@@ -260,6 +260,10 @@ impl Pins for Books {
         self.flag(page, true)
     }
 
+    fn set_stale(&mut self, _: PageRef) {
+        unreachable!("the world outdates nothing");
+    }
+
     fn set_resident(&mut self, page: PageRef) {
         self.flag(page, false);
     }

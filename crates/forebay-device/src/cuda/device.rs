@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::ffi::{c_uint, c_void};
 use std::ptr;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use forebay_core::Bytes;
 use parking_lot::Mutex;
@@ -11,13 +11,16 @@ use parking_lot::Mutex;
 use super::context::PrimaryContext;
 use super::driver::{Driver, retried};
 use super::info::{self, CudaInfo};
+use super::kernels::Kernels;
 use super::table::Table;
 use super::types::{
     AccessDesc, AllocationProp, Code, DEVICE_UNAVAILABLE, EVENT_BLOCKING_UNTIMED, GRANULARITY_MINIMUM,
-    HOST_PORTABLE, HOST_REGISTER_READ_ONLY, NOT_READY, OUT_OF_MEMORY, Ordinal, STREAM_NON_BLOCKING,
+    HIGHEST_PRIORITY, HOST_PORTABLE, HOST_REGISTER_READ_ONLY, NOT_READY, OUT_OF_MEMORY, Ordinal,
+    STREAM_NON_BLOCKING,
 };
 use crate::{
     Device, DeviceAddr, DeviceError, DeviceId, EventHandle, FrameHandle, MemoryInfo, Result, StreamHandle,
+    Transform,
 };
 
 /// What pinned buffers are aligned to.
@@ -36,6 +39,8 @@ pub struct CudaDevice {
     padded: Mutex<HashMap<usize, Padded>>,
     /// Streams given back. A leaf like `padded`.
     idle_streams: Mutex<Vec<StreamHandle>>,
+    /// Loaded when first needed.
+    kernels: OnceLock<Kernels>,
 }
 
 /// The start of an allocation of pinned host memory.
@@ -75,6 +80,7 @@ impl CudaDevice {
             granularity,
             padded: Mutex::default(),
             idle_streams: Mutex::default(),
+            kernels: OnceLock::new(),
         }))
     }
 
@@ -244,8 +250,10 @@ impl Device for CudaDevice {
         let _current = self.context.enter()?;
         let mut stream = 0;
         // SAFETY: the result has a place to go.
-        let code = unsafe { (self.table().stream_create)(&mut stream, STREAM_NON_BLOCKING) };
-        self.driver.check("cuStreamCreate", code, || "a stream of its own".to_owned())?;
+        let code = unsafe {
+            (self.table().stream_create_with_priority)(&mut stream, STREAM_NON_BLOCKING, HIGHEST_PRIORITY)
+        };
+        self.driver.check("cuStreamCreateWithPriority", code, || "a stream of its own".to_owned())?;
         // SAFETY: a stream of this device, which destroys it only with itself.
         Ok(unsafe { StreamHandle::from_raw(stream) })
     }
@@ -368,6 +376,23 @@ impl Device for CudaDevice {
         let code =
             unsafe { (self.table().memcpy_to_host)(dst.cast(), src.get(), len.as_usize(), stream.get()) };
         self.check_range("cuMemcpyDtoHAsync", code, src, len)
+    }
+
+    unsafe fn transform(&self, transform: &Transform, stream: StreamHandle) -> Result<()> {
+        let _current = self.context.enter()?;
+        let kernels = match self.kernels.get() {
+            Some(kernels) => kernels,
+            // Two threads may load them at once; one of the two is kept, and the other goes with the context.
+            None => {
+                let loaded = Kernels::load(self.driver)?;
+                self.kernels.get_or_init(|| loaded)
+            }
+        };
+        if !transform.check()? {
+            return Ok(());
+        }
+        // SAFETY: the memory stays valid until the work has completed, by the contract of this call.
+        unsafe { kernels.enqueue(self.driver, transform, stream) }
     }
 }
 

@@ -20,6 +20,7 @@ mod context;
 mod device;
 mod driver;
 mod info;
+mod kernels;
 mod table;
 mod types;
 

@@ -68,7 +68,7 @@ driver_table! {
     mem_set_access = "cuMemSetAccess" (addr: Pointer, size: usize, access: *const AccessDesc, count: usize);
     mem_unmap = "cuMemUnmap" (addr: Pointer, size: usize);
 
-    stream_create = "cuStreamCreate" (stream: *mut Handle, flags: c_uint);
+    stream_create_with_priority = "cuStreamCreateWithPriority" (stream: *mut Handle, flags: c_uint, priority: c_int);
     stream_destroy = "cuStreamDestroy_v2" (stream: Handle);
     stream_wait_event = "cuStreamWaitEvent" (stream: Handle, event: Handle, flags: c_uint);
     event_create = "cuEventCreate" (event: *mut Handle, flags: c_uint);
@@ -83,6 +83,13 @@ driver_table! {
     mem_host_unregister = "cuMemHostUnregister" (ptr: *mut c_void);
     memcpy_to_device = "cuMemcpyHtoDAsync_v2" (dst: Pointer, src: *const c_void, size: usize, stream: Handle);
     memcpy_to_host = "cuMemcpyDtoHAsync_v2" (dst: *mut c_void, src: Pointer, size: usize, stream: Handle);
+    memcpy_on_device = "cuMemcpyDtoDAsync_v2" (dst: Pointer, src: Pointer, size: usize, stream: Handle);
+
+    module_load_data = "cuModuleLoadData" (module: *mut Handle, image: *const c_void);
+    module_get_function = "cuModuleGetFunction" (function: *mut Handle, module: Handle, name: *const c_char);
+    launch_kernel = "cuLaunchKernel"
+        (function: Handle, grid_x: c_uint, grid_y: c_uint, grid_z: c_uint, block_x: c_uint, block_y: c_uint,
+         block_z: c_uint, shared: c_uint, stream: Handle, parameters: *mut *mut c_void, extra: *mut *mut c_void);
 }
 
 /// Finds functions by the name they are exported under.

@@ -32,6 +32,9 @@ pub(super) const READ_ONLY_HOST_REGISTER_SUPPORTED: c_int = 113;
 pub(super) const GRANULARITY_MINIMUM: c_uint = 0;
 /// `CU_STREAM_NON_BLOCKING`: does not synchronise with the legacy default stream.
 pub(super) const STREAM_NON_BLOCKING: c_uint = 1;
+/// A number below every priority that there is: the driver takes the highest priority for it. What little Forebay has the
+/// processors do comes between the blocks of others' kernels instead of behind them.
+pub(super) const HIGHEST_PRIORITY: c_int = c_int::MIN;
 /// `CU_EVENT_BLOCKING_SYNC | CU_EVENT_DISABLE_TIMING`.
 pub(super) const EVENT_BLOCKING_UNTIMED: c_uint = 1 | 2;
 /// `CU_MEMHOSTALLOC_PORTABLE`: pinned for every context.

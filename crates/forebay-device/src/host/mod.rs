@@ -27,6 +27,7 @@ mod frames;
 mod memory;
 mod space;
 mod stream;
+mod transform;
 mod vm;
 
 use std::collections::{BTreeMap, HashMap};
@@ -42,6 +43,7 @@ use self::memory::Memory;
 use self::stream::Streams;
 use crate::{
     Device, DeviceAddr, DeviceError, DeviceId, EventHandle, FrameHandle, MemoryInfo, Result, StreamHandle,
+    Transform,
 };
 
 /// The smallest frame, as on GPUs.
@@ -305,6 +307,16 @@ impl Device for HostDevice {
     ) -> Result<()> {
         let copy = HostCopy { to: dst, from: vm::pointer(src), len };
         self.copy("copy_to_host", copy, stream)
+    }
+
+    unsafe fn transform(&self, transform: &Transform, stream: StreamHandle) -> Result<()> {
+        if !transform.check()? {
+            return self.streams.check("transform", stream);
+        }
+        let transform = *transform;
+        // SAFETY: the memory stays valid until the work has completed, by the contract of this call.
+        let work = move || unsafe { transform::run(transform) };
+        self.streams.submit("transform", stream, Box::new(work))
     }
 }
 

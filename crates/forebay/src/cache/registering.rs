@@ -193,9 +193,9 @@ impl State {
             return;
         }
         let vbar = Arc::clone(&self.books.vbar(id).vbar);
-        let segments = vbar.layout.iter().flat_map(|layout| &layout.segments);
-        for (number, segments) in (0..).zip(segments) {
-            let kept = PagePlan::of(segments).and_then(|plan| self.registering.kept.remove(&plan.key()));
+        let Some(layout) = &vbar.layout else { return };
+        for number in 0..layout.pages {
+            let kept = layout.registration(number).and_then(|plan| self.registering.kept.remove(&plan.key()));
             if kept.is_some() {
                 self.books.page(vbar.page_ref(number)).registered = kept;
             }
@@ -207,9 +207,9 @@ impl State {
         self.registering.wanted.retain(|(_, page)| page.vbar != id);
         let vbar = Arc::clone(&self.books.vbar(id).vbar);
         let Some(layout) = &vbar.layout else { return };
-        for (number, segments) in (0..).zip(&layout.segments) {
+        for number in 0..layout.pages {
             let Some(registered) = self.books.page(vbar.page_ref(number)).registered.take() else { continue };
-            match PagePlan::of(segments) {
+            match layout.registration(number) {
                 Some(plan) if !self.registering.off => self.registering.keep(plan.key(), registered),
                 _ => self.registering.let_go([registered]),
             }
@@ -268,7 +268,7 @@ impl State {
     /// What registering a page takes, if its bytes lie in files, not too scattered.
     pub(crate) fn plan_of(&mut self, page: PageRef) -> Option<PagePlan> {
         let vbar = Arc::clone(&self.books.vbars.get(&page.vbar)?.vbar);
-        let plan = PagePlan::of(&vbar.layout.as_ref()?.segments[page.page.as_usize()]);
+        let plan = vbar.layout.as_ref()?.registration(page.page.0);
         self.books.page(page).stays_in_ring = plan.is_none();
         plan
     }

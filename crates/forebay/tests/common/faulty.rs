@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use forebay::Bytes;
 use forebay::device::{
     Device, DeviceAddr, DeviceError, DeviceId, EventHandle, FrameHandle, MemoryInfo, Result, StreamHandle,
+    Transform,
 };
 
 /// The kinds of calls.
@@ -34,10 +35,11 @@ pub enum Call {
     UnregisterHost,
     CopyToDevice,
     CopyToHost,
+    Transform,
 }
 
 impl Call {
-    pub const ALL: [Call; 22] = [
+    pub const ALL: [Call; 23] = [
         Call::Memory,
         Call::Reserve,
         Call::FreeReservation,
@@ -60,6 +62,7 @@ impl Call {
         Call::UnregisterHost,
         Call::CopyToDevice,
         Call::CopyToHost,
+        Call::Transform,
     ];
 }
 
@@ -314,5 +317,11 @@ impl Device for Faulty {
         self.check(Call::CopyToHost)?;
         // SAFETY: passed on as it came.
         unsafe { self.inner.copy_to_host(dst, src, len, stream) }
+    }
+
+    unsafe fn transform(&self, transform: &Transform, stream: StreamHandle) -> Result<()> {
+        self.check(Call::Transform)?;
+        // SAFETY: passed on as it came.
+        unsafe { self.inner.transform(transform, stream) }
     }
 }

@@ -8,6 +8,7 @@
 
 pub mod faulty;
 pub mod gate;
+pub mod on_device;
 pub mod watchdog;
 
 use std::io::Write;

@@ -1,0 +1,217 @@
+// What is done to a page's bytes on the GPU. `make kernels` compiles this file to kernels.ptx, which is committed.
+//
+// Every result is defined bit for bit, and the host backend (host/transform.rs) computes the same: sums are in float32 with
+// fused multiply-adds in ascending order of rank, and rounded once, to nearest even, a NaN to the one quiet NaN below.
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+// Elements, as Element in transform.rs numbers them; a tag type for each.
+struct F32 { typedef float Raw; };
+struct F16 { typedef u16 Raw; };
+struct Bf16 { typedef u16 Raw; };
+struct F8E4m3 { typedef u8 Raw; };
+struct F8E5m2 { typedef u8 Raw; };
+
+__device__ __forceinline__ float half_to_float(u16 raw) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(raw));
+  return value;
+}
+
+__device__ __forceinline__ float load(F32, float raw) { return raw; }
+__device__ __forceinline__ float load(F16, u16 raw) { return half_to_float(raw); }
+__device__ __forceinline__ float load(Bf16, u16 raw) { return __uint_as_float((u32)raw << 16); }
+__device__ __forceinline__ float load(F8E5m2, u8 raw) { return half_to_float((u16)((u32)raw << 8)); }
+__device__ __forceinline__ float load(F8E4m3, u8 raw) {
+  u32 sign = (u32)(raw & 0x80) << 24, rest = raw & 0x7f;
+  if (rest == 0x7f) return __uint_as_float(sign | 0x7fc00000u);
+  // The exponent's bias is 7 in place of 127; exact, subnormal numbers included.
+  return __fmul_rn(__uint_as_float(sign | rest << 20), 0x1p120f);
+}
+
+__device__ __forceinline__ float store(F32, float value) { return value != value ? __uint_as_float(0x7fc00000u) : value; }
+__device__ __forceinline__ u16 store(F16, float value) {
+  if (value != value) return 0x7e00;
+  u16 raw;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(raw) : "f"(value));
+  return raw;
+}
+__device__ __forceinline__ u16 store(Bf16, float value) {
+  if (value != value) return 0x7fc0;
+  u32 bits = __float_as_uint(value);
+  return (u16)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
+// A factor's element at runtime: 0 float32, 1 float16, 2 bfloat16.
+__device__ __forceinline__ float factor(const void* factors, u64 index, u32 kind) {
+  if (kind == 0) return ((const float*)factors)[index];
+  u16 raw = ((const u16*)factors)[index];
+  return kind == 1 ? load(F16(), raw) : load(Bf16(), raw);
+}
+
+// A tile of ROWS x COLUMNS elements a block. A thread holds EACH rows of V neighbouring elements. Factors pass through
+// shared memory, DEPTH ranks at a time.
+constexpr u32 THREADS = 256, EACH = 4, ROWS = THREADS / 32 * EACH, DEPTH = 16;
+
+template <int V>
+struct alignas(V * 4) Floats { float of[V]; };
+
+// V neighbouring elements as they are loaded and stored. Elements of 16 bits stay in 32-bit words, for each alone would
+// take a register.
+template <typename E, int V>
+struct alignas(V * sizeof(typename E::Raw)) Pack {
+  typename E::Raw of[V];
+  __device__ __forceinline__ float get(int v) const { return load(E(), of[v]); }
+  __device__ __forceinline__ void set(int v, float value) { of[v] = store(E(), value); }
+};
+template <typename E>
+struct alignas(16) Pack<E, 8> {
+  u32 words[4];
+  __device__ __forceinline__ float get(int v) const { return load(E(), (u16)(words[v / 2] >> v % 2 * 16)); }
+  __device__ __forceinline__ void set(int v, float value) {
+    u32 raw = store(E(), value);
+    words[v / 2] = v % 2 ? (words[v / 2] & 0xffffu) | raw << 16 : (words[v / 2] & 0xffff0000u) | raw;
+  }
+};
+
+// weight[i, j] = round(weight[i, j] + sum_k (scale[k] * up[i, k]) * down[k, j]) for the elements [first, first + count) of
+// the row-major weight; `page` is the address of element `first`. Row 0 of `up` belongs to row `row_base` of the weight.
+template <typename E, int V>
+__device__ __forceinline__ void add_low_rank(
+    typename E::Raw* page, u64 first, u64 count, u32 columns, const void* up, const void* down, const float* scale,
+    u32 rank, u32 row_base, u32 kind) {
+  typedef typename E::Raw Raw;
+  constexpr u32 COLUMNS = 32 * V;
+  __shared__ float ups[DEPTH][ROWS];
+  __shared__ Floats<V> downs[DEPTH][32];
+  u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  u64 first_row = first / columns;
+  u64 tile_row = first_row + (u64)blockIdx.x * ROWS;
+  u32 tile_column = blockIdx.y * COLUMNS;
+  u32 column = tile_column + lane * V;
+  // Where this thread's elements begin, counted from `page`: before it for a row that began on the page before.
+  long long at = (long long)((tile_row + warp * EACH) * columns + column) - (long long)first;
+  Pack<E, V> raw[EACH];
+  bool mine[EACH];
+#pragma unroll
+  for (u32 r = 0; r < EACH; r++) {
+    long long begin = at + (long long)r * columns;
+    mine[r] = column < columns && begin >= 0 && begin < (long long)count;
+    if (mine[r]) raw[r] = *(const Pack<E, V>*)(page + begin);
+  }
+  float sum[EACH][V];
+#pragma unroll
+  for (u32 r = 0; r < EACH; r++)
+#pragma unroll
+    for (int v = 0; v < V; v++) sum[r][v] = 0.0f;
+  u64 last_row = (first + count - 1) / columns;
+#pragma unroll 1
+  for (u32 base = 0; base < rank; base += DEPTH) {
+    u32 depth = min(DEPTH, rank - base);
+    __syncthreads();
+#pragma unroll 1
+    for (u32 i = threadIdx.x; i < ROWS * depth; i += THREADS) {
+      u32 k = i % depth, row = i / depth;
+      float value = 0.0f;
+      if (tile_row + row <= last_row)
+        value = __fmul_rn(scale[base + k], factor(up, (tile_row + row - row_base) * rank + base + k, kind));
+      ups[k][row] = value;
+    }
+#pragma unroll 1
+    for (u32 i = threadIdx.x; i < COLUMNS * depth; i += THREADS) {
+      u32 k = i / COLUMNS, j = i % COLUMNS;
+      float value = 0.0f;
+      if (tile_column + j < columns) value = factor(down, (u64)(base + k) * columns + tile_column + j, kind);
+      downs[k][j / V].of[j % V] = value;
+    }
+    __syncthreads();
+#pragma unroll 4
+    for (u32 k = 0; k < depth; k++) {
+      Floats<V> d = downs[k][lane];
+#pragma unroll
+      for (u32 r = 0; r < EACH; r++) {
+        float u = ups[k][warp * EACH + r];
+#pragma unroll
+        for (int v = 0; v < V; v++) sum[r][v] = __fmaf_rn(u, d.of[v], sum[r][v]);
+      }
+    }
+  }
+#pragma unroll
+  for (u32 r = 0; r < EACH; r++) {
+    if (!mine[r]) continue;
+#pragma unroll
+    for (int v = 0; v < V; v++) raw[r].set(v, __fadd_rn(raw[r].get(v), sum[r][v]));
+    *(Pack<E, V>*)(page + at + (long long)r * columns) = raw[r];
+  }
+}
+
+#define ADD_LOW_RANK(name, E, V)                                                                                       \
+  extern "C" __global__ void __launch_bounds__(THREADS, 2) name(                                                       \
+      E::Raw* page, u64 first, u64 count, u32 columns, const void* up, const void* down, const float* scale, u32 rank, \
+      u32 row_base, u32 kind) {                                                                                        \
+    add_low_rank<E, V>(page, first, count, columns, up, down, scale, rank, row_base, kind);                            \
+  }
+
+// One for rows of whole 16-byte packs, one for others.
+ADD_LOW_RANK(add_low_rank_f32_x4, F32, 4)
+ADD_LOW_RANK(add_low_rank_f32_x1, F32, 1)
+ADD_LOW_RANK(add_low_rank_f16_x8, F16, 8)
+ADD_LOW_RANK(add_low_rank_f16_x1, F16, 1)
+ADD_LOW_RANK(add_low_rank_bf16_x8, Bf16, 8)
+ADD_LOW_RANK(add_low_rank_bf16_x1, Bf16, 1)
+
+// to[n] = round(from[n] * scale) for n < count. `scaled`: 0 without, 1 with scale[0], 2 with scale[row], where the first
+// element is number `first` of a row-major tensor of `columns` columns. `from` may be pinned memory of the host, so a thread
+// loads 16 bytes at once; `packed` says that both ends are aligned for that, and that no row ends within such a load.
+template <typename From, typename To>
+__device__ __forceinline__ void convert(
+    typename To::Raw* to, const typename From::Raw* from, u64 first, u64 count, u64 columns, const float* scale,
+    u32 scaled, u32 packed) {
+  constexpr u32 N = 16 / sizeof(typename From::Raw);
+  constexpr u32 ALIGN = N * sizeof(typename To::Raw) < 16 ? N * sizeof(typename To::Raw) : 16;
+  struct alignas(16) Read { typename From::Raw of[N]; };
+  struct alignas(ALIGN) Written { typename To::Raw of[N]; };
+  u64 step = (u64)gridDim.x * blockDim.x, thread = (u64)blockIdx.x * blockDim.x + threadIdx.x;
+  // Without a scale the product is the element itself.
+  float by = scaled == 1 ? scale[0] : 1.0f;
+  u64 packs = packed ? count / N : 0;
+#pragma unroll 1
+  for (u64 pack = thread; pack < packs; pack += step) {
+    Read read = ((const Read*)from)[pack];
+    Written written;
+    if (scaled == 2) by = scale[(first + pack * N) / columns];
+#pragma unroll
+    for (u32 n = 0; n < N; n++) {
+      float value = load(From(), read.of[n]);
+      written.of[n] = store(To(), __fmul_rn(value, by));
+    }
+    ((Written*)to)[pack] = written;
+  }
+#pragma unroll 1
+  for (u64 n = packs * N + thread; n < count; n += step) {
+    float value = load(From(), from[n]);
+    if (scaled == 2) by = scale[(first + n) / columns];
+    to[n] = store(To(), __fmul_rn(value, by));
+  }
+}
+
+#define CONVERT(name, From, To)                                                                                       \
+  extern "C" __global__ void __launch_bounds__(THREADS) name(                                                         \
+      To::Raw* to, const From::Raw* from, u64 first, u64 count, u64 columns, const float* scale, u32 scaled,          \
+      u32 packed) {                                                                                                   \
+    convert<From, To>(to, from, first, count, columns, scale, scaled, packed);                                        \
+  }
+
+#define CONVERT_FROM(name, From)            \
+  CONVERT(convert_##name##_f32, From, F32)  \
+  CONVERT(convert_##name##_f16, From, F16)  \
+  CONVERT(convert_##name##_bf16, From, Bf16)
+
+CONVERT_FROM(f32, F32)
+CONVERT_FROM(f16, F16)
+CONVERT_FROM(bf16, Bf16)
+CONVERT_FROM(f8e4m3, F8E4m3)
+CONVERT_FROM(f8e5m2, F8E5m2)

@@ -1,0 +1,245 @@
+//! The kernels behind [`Device::transform`](crate::Device::transform): compiled beforehand to PTX, which the driver
+//! translates for its GPU when a device first needs it.
+
+use std::ffi::{CStr, CString, c_void};
+
+use super::driver::Driver;
+use super::types::{Code, Handle};
+use crate::{AddLowRank, Convert, DeviceError, Element, Result, Scale, StreamHandle, Transform};
+
+/// Made of kernels.cu by `make kernels`.
+const PTX: &str = include_str!("kernels.ptx");
+
+/// Threads a block, as in kernels.cu.
+const THREADS: u32 = 256;
+/// Rows of the tile of one block of `add_low_rank`, as in kernels.cu.
+const TILE_ROWS: u64 = 32;
+/// Packs of neighbouring elements in a row of such a tile.
+const TILE_PACKS: u32 = 32;
+/// Bytes that a thread of `convert` loads at once, as in kernels.cu.
+const LOADED_AT_ONCE: u64 = 16;
+/// Blocks of `convert` at most. So many loads keep a link busy, and leave the processors to others.
+const MOST_CONVERTING: u64 = 64;
+
+const FROM: [Element; 5] = Element::ALL;
+const TO: [Element; 3] = [Element::F32, Element::F16, Element::Bf16];
+
+/// The kernels, loaded into a context. They go with it.
+#[derive(Debug)]
+pub(super) struct Kernels {
+    /// By the element, for rows of whole packs and for others.
+    add_low_rank: [[Handle; 2]; 3],
+    /// By the elements read and written.
+    convert: [[Handle; 3]; 5],
+}
+
+impl Kernels {
+    /// Loads them into the current context.
+    pub(super) fn load(driver: &Driver) -> Result<Kernels> {
+        let text = CString::new(PTX).map_err(|_| broken("a zero byte"))?;
+        let mut module = 0;
+        // SAFETY: the result has a place to go, and the text ends in a zero byte.
+        let code = unsafe { (driver.table.module_load_data)(&mut module, text.as_ptr().cast()) };
+        driver.check("cuModuleLoadData", code, || "the kernels".to_owned())?;
+        let mut kernels = Kernels { add_low_rank: [[0; 2]; 3], convert: [[0; 3]; 5] };
+        for (to, slot) in TO.into_iter().zip(&mut kernels.add_low_rank) {
+            let name = name_of(to);
+            slot[0] = function(driver, module, &format!("add_low_rank_{name}_x{}", pack_of(to)))?;
+            slot[1] = function(driver, module, &format!("add_low_rank_{name}_x1"))?;
+        }
+        for (from, slots) in FROM.into_iter().zip(&mut kernels.convert) {
+            for (to, slot) in TO.into_iter().zip(slots) {
+                *slot = function(driver, module, &format!("convert_{}_{}", name_of(from), name_of(to)))?;
+            }
+        }
+        Ok(kernels)
+    }
+
+    /// Enqueues a transform. The context is current.
+    ///
+    /// # Safety
+    /// As [`Device::transform`](crate::Device::transform).
+    pub(super) unsafe fn enqueue(
+        &self,
+        driver: &Driver,
+        transform: &Transform,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        match transform {
+            // SAFETY: the caller's promise.
+            Transform::AddLowRank(add) => unsafe { self.add_low_rank(driver, add, stream) },
+            // SAFETY: the caller's promise.
+            Transform::Convert(convert) => unsafe { self.convert(driver, convert, stream) },
+            Transform::Copy { to, from, len } => {
+                // SAFETY: both sides are valid until the copy has completed, by the caller's promise.
+                let code = unsafe {
+                    (driver.table.memcpy_on_device)(to.get(), from.get(), len.as_usize(), stream.get())
+                };
+                driver.check("cuMemcpyDtoDAsync", code, || format!("{len} to {:#x}", to.get()))
+            }
+        }
+    }
+
+    unsafe fn add_low_rank(&self, driver: &Driver, add: &AddLowRank, stream: StreamHandle) -> Result<()> {
+        let factors = add.factors;
+        let pack = pack_of(add.element);
+        let bytes = u64::from(pack) * add.element.size().get();
+        // Every pack lies in one row and is loaded at once.
+        let whole = factors.columns.is_multiple_of(pack)
+            && add.first.is_multiple_of(pack.into())
+            && add.count.is_multiple_of(pack.into())
+            && add.at.get().is_multiple_of(bytes);
+        let (pack, which) = if whole { (pack, 0) } else { (1, 1) };
+        let columns = u64::from(factors.columns);
+        let rows = (add.first + add.count).div_ceil(columns) - add.first / columns;
+        let grid = (rows.div_ceil(TILE_ROWS), factors.columns.div_ceil(TILE_PACKS * pack));
+        let (mut at, mut first, mut count) = (add.at.get(), add.first, add.count);
+        let (mut up, mut down, mut scale) = (factors.up.get(), factors.down.get(), factors.scale.get());
+        let (mut columns, mut rank, mut row_base) = (factors.columns, factors.rank, factors.row_base);
+        let mut kind = target(factors.element) as u32;
+        let mut parameters = [
+            pointer(&mut at),
+            pointer(&mut first),
+            pointer(&mut count),
+            pointer(&mut columns),
+            pointer(&mut up),
+            pointer(&mut down),
+            pointer(&mut scale),
+            pointer(&mut rank),
+            pointer(&mut row_base),
+            pointer(&mut kind),
+        ];
+        let kernel = self.add_low_rank[target(add.element)][which];
+        // SAFETY: the parameters are the kernel's, and the memory is the caller's promise.
+        unsafe { launch(driver, kernel, grid, &mut parameters, stream) }
+    }
+
+    unsafe fn convert(&self, driver: &Driver, convert: &Convert, stream: StreamHandle) -> Result<()> {
+        let (mut scale, mut first, mut columns, mut scaled) = match convert.scale {
+            Scale::None => (0, 0, 1, 0),
+            Scale::One(at) => (at.get(), 0, 1, 1),
+            Scale::Rows { at, first, columns } => (at.get(), first, columns, 2_u32),
+        };
+        let (mut to, mut from, mut count) = (convert.to.get(), convert.from.get(), convert.count);
+        let at_once = LOADED_AT_ONCE / convert.from_element.size().get();
+        let in_a_row = scaled != 2 || (first | columns).is_multiple_of(at_once);
+        let mut packed = u32::from((to | from).is_multiple_of(LOADED_AT_ONCE) && in_a_row);
+        let mut parameters = [
+            pointer(&mut to),
+            pointer(&mut from),
+            pointer(&mut first),
+            pointer(&mut count),
+            pointer(&mut columns),
+            pointer(&mut scale),
+            pointer(&mut scaled),
+            pointer(&mut packed),
+        ];
+        let kernel = self.convert[convert.from_element as usize][target(convert.to_element)];
+        let loads = (convert.count * convert.from_element.size().get()).div_ceil(LOADED_AT_ONCE);
+        let grid = (loads.div_ceil(THREADS.into()).min(MOST_CONVERTING), 1);
+        // SAFETY: the parameters are the kernel's, and the memory is the caller's promise.
+        unsafe { launch(driver, kernel, grid, &mut parameters, stream) }
+    }
+}
+
+fn function(driver: &Driver, module: Handle, name: &str) -> Result<Handle> {
+    let c_name = CString::new(name).map_err(|_| broken(name))?;
+    let mut function = 0;
+    let c_name: &CStr = &c_name;
+    // SAFETY: the result has a place to go, and the name ends in a zero byte.
+    let code = unsafe { (driver.table.module_get_function)(&mut function, module, c_name.as_ptr()) };
+    driver.check("cuModuleGetFunction", code, || name.to_owned())?;
+    Ok(function)
+}
+
+fn broken(what: &str) -> DeviceError {
+    DeviceError::invalid("cuModuleLoadData", format!("kernels.ptx has {what}"))
+}
+
+fn pointer<T>(value: &mut T) -> *mut c_void {
+    std::ptr::from_mut(value).cast()
+}
+
+/// # Safety
+/// The parameters are those of the kernel, and its memory stays valid until it has completed.
+unsafe fn launch(
+    driver: &Driver,
+    kernel: Handle,
+    grid: (u64, u32),
+    parameters: &mut [*mut c_void],
+    stream: StreamHandle,
+) -> Result<()> {
+    let too_many = || DeviceError::invalid("cuLaunchKernel", format!("{} blocks", grid.0));
+    let blocks = u32::try_from(grid.0).map_err(|_| too_many())?;
+    // SAFETY: the caller's promise.
+    let code: Code = unsafe {
+        (driver.table.launch_kernel)(
+            kernel,
+            blocks,
+            grid.1,
+            1,
+            THREADS,
+            1,
+            1,
+            0,
+            stream.get(),
+            parameters.as_mut_ptr(),
+            std::ptr::null_mut(),
+        )
+    };
+    driver.check("cuLaunchKernel", code, || format!("{blocks} x {} blocks of {THREADS} threads", grid.1))
+}
+
+/// How kernels.cu names an element.
+fn name_of(element: Element) -> &'static str {
+    match element {
+        Element::F32 => "f32",
+        Element::F16 => "f16",
+        Element::Bf16 => "bf16",
+        Element::F8E4m3 => "f8e4m3",
+        Element::F8E5m2 => "f8e5m2",
+    }
+}
+
+/// The number of a target, which is its number in [`Element::ALL`] too.
+fn target(element: Element) -> usize {
+    element as usize
+}
+
+/// Elements that a thread loads at once.
+fn pack_of(element: Element) -> u32 {
+    if element == Element::F32 { 4 } else { 8 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// FNV-1a, as kernels.py computes it.
+    fn hash(text: &str) -> u64 {
+        text.bytes()
+            .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
+    }
+
+    #[test]
+    fn the_ptx_is_made_of_the_source() {
+        let head = PTX.lines().next().unwrap();
+        let source = hash(include_str!("kernels.cu"));
+        assert!(
+            head.contains(&format!("{source:016x}")),
+            "kernels.cu has changed: run `make kernels` ({head})"
+        );
+        // The oldest driver that is supported takes this version.
+        assert!(PTX.contains("\n.version 8.0\n.target sm_75\n"));
+    }
+
+    #[test]
+    fn every_kernel_is_in_the_ptx() {
+        let has = |name: String| assert!(PTX.contains(&format!(".entry {name}(")), "{name}");
+        for to in TO {
+            has(format!("add_low_rank_{}_x1", name_of(to)));
+            has(format!("add_low_rank_{}_x{}", name_of(to), pack_of(to)));
+            FROM.iter().for_each(|from| has(format!("convert_{}_{}", name_of(*from), name_of(to))));
+        }
+    }
+}

@@ -1,0 +1,162 @@
+//! What a device does to bytes that are there: adding a product of low rank to a weight, converting elements, copying.
+//!
+//! Every result is defined bit for bit, so that devices agree: arithmetic is in float32, sums are fused multiply-adds in
+//! ascending order, and a result is rounded once, to nearest even. A NaN becomes the one quiet NaN of its type.
+
+use forebay_core::Bytes;
+
+use crate::{DeviceAddr, DeviceError, Result};
+
+/// The type of an element.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Element {
+    /// Single precision.
+    F32,
+    /// Half precision.
+    F16,
+    /// Brain float.
+    Bf16,
+    /// 8 bits, 4 of exponent and 3 of mantissa, finite but for NaN (`float8_e4m3fn`).
+    F8E4m3,
+    /// 8 bits, 5 of exponent and 2 of mantissa.
+    F8E5m2,
+}
+
+impl Element {
+    /// Every type of element.
+    pub const ALL: [Element; 5] =
+        [Element::F32, Element::F16, Element::Bf16, Element::F8E4m3, Element::F8E5m2];
+
+    /// Bytes of one element.
+    pub const fn size(self) -> Bytes {
+        Bytes::new(match self {
+            Element::F32 => 4,
+            Element::F16 | Element::Bf16 => 2,
+            Element::F8E4m3 | Element::F8E5m2 => 1,
+        })
+    }
+
+    /// Whether results can be rounded to it. Eight bits are only read.
+    pub const fn is_target(self) -> bool {
+        matches!(self, Element::F32 | Element::F16 | Element::Bf16)
+    }
+}
+
+/// One piece of work for [`Device::transform`](crate::Device::transform).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Transform {
+    /// See [`AddLowRank`].
+    AddLowRank(AddLowRank),
+    /// See [`Convert`].
+    Convert(Convert),
+    /// Copies bytes on the device.
+    Copy {
+        /// Where to.
+        to: DeviceAddr,
+        /// Where from; the two do not overlap.
+        from: DeviceAddr,
+        /// How many.
+        len: Bytes,
+    },
+}
+
+impl Transform {
+    /// Whether there is anything to do.
+    ///
+    /// # Errors
+    /// [`DeviceError::Driver`] for what no device can do.
+    pub(crate) fn check(&self) -> Result<bool> {
+        let invalid = || Err(DeviceError::invalid("transform", format!("{self:?}")));
+        match self {
+            Transform::AddLowRank(AddLowRank { element, factors, first, .. }) => {
+                let targets = element.is_target() && factors.element.is_target();
+                let shape = factors.rank > 0 && factors.columns > 0;
+                if !targets || !shape || first / u64::from(factors.columns.max(1)) < factors.row_base.into() {
+                    return invalid();
+                }
+            }
+            Transform::Convert(Convert { to_element, scale, .. }) => {
+                let is_empty_row = matches!(scale, Scale::Rows { columns: 0, .. });
+                if !to_element.is_target() || is_empty_row {
+                    return invalid();
+                }
+            }
+            Transform::Copy { .. } => {}
+        }
+        Ok(match self {
+            Transform::AddLowRank(add) => add.count > 0,
+            Transform::Convert(convert) => convert.count > 0,
+            Transform::Copy { len, .. } => *len > Bytes::ZERO,
+        })
+    }
+}
+
+/// Adds a product of low rank to a run of elements of a row-major weight, in place:
+/// `w[i, j] += sum_k (scale[k] * up[i - row_base, k]) * down[k, j]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AddLowRank {
+    /// The address of element `first`.
+    pub at: DeviceAddr,
+    /// The number of the first element in the weight.
+    pub first: u64,
+    /// How many elements.
+    pub count: u64,
+    /// The weight's elements; [`Element::is_target`].
+    pub element: Element,
+    /// The factors.
+    pub factors: Factors,
+}
+
+/// The factors of a product of low rank, on the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Factors {
+    /// Rows x rank, row-major.
+    pub up: DeviceAddr,
+    /// Rank x columns, row-major.
+    pub down: DeviceAddr,
+    /// One float32 for each rank.
+    pub scale: DeviceAddr,
+    /// The elements of `up` and `down`; [`Element::is_target`].
+    pub element: Element,
+    /// The rank, 1 or more.
+    pub rank: u32,
+    /// Elements a row of the weight.
+    pub columns: u32,
+    /// The weight's row that the first row of `up` belongs to.
+    pub row_base: u32,
+}
+
+/// Converts elements: `to[n] = from[n] * scale`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Convert {
+    /// Where the results go.
+    pub to: DeviceAddr,
+    /// The elements of the results; [`Element::is_target`].
+    pub to_element: Element,
+    /// Where the elements are; the two do not overlap.
+    pub from: DeviceAddr,
+    /// What they are.
+    pub from_element: Element,
+    /// How many.
+    pub count: u64,
+    /// What to multiply them with.
+    pub scale: Scale,
+}
+
+/// What converted elements are multiplied with, in float32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scale {
+    /// Nothing.
+    None,
+    /// One float32 for all.
+    One(DeviceAddr),
+    /// A float32 for each row of a row-major tensor.
+    Rows {
+        /// The first row's.
+        at: DeviceAddr,
+        /// The number of the first converted element in the tensor.
+        first: u64,
+        /// Elements a row.
+        columns: u64,
+    },
+}

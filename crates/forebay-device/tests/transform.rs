@@ -1,0 +1,273 @@
+//! What a device does to bytes that are there: results are the same bit for bit on every device, and those of exact
+//! arithmetic but for their rounding.
+#![allow(clippy::unwrap_used, reason = "tests end where their setting fails")]
+
+mod common;
+
+use std::sync::Arc;
+
+use common::{Page, Rng, fill, frame_of, on_every_device, read};
+use forebay_core::Bytes;
+use forebay_device::{
+    AddLowRank, Convert, Device, DeviceAddr, DeviceError, Element, Event, Factors, Reservation, Scale,
+    Stream, Transform,
+};
+
+const TARGETS: [Element; 3] = [Element::F32, Element::F16, Element::Bf16];
+
+/// The value of an element, by the definition of its format.
+fn value(element: Element, raw: &[u8]) -> f64 {
+    let (bits, exponent, mantissa) = match element {
+        Element::F32 => return f64::from(f32::from_le_bytes(raw.try_into().unwrap())),
+        Element::F16 => (u32::from(u16::from_le_bytes(raw.try_into().unwrap())), 5, 10),
+        Element::Bf16 => (u32::from(u16::from_le_bytes(raw.try_into().unwrap())), 8, 7),
+        Element::F8E4m3 => (u32::from(raw[0]), 4, 3),
+        Element::F8E5m2 => (u32::from(raw[0]), 5, 2),
+    };
+    let sign = if bits >> (exponent + mantissa) & 1 == 1 { -1.0 } else { 1.0 };
+    let e = bits >> mantissa & ((1 << exponent) - 1);
+    let m = f64::from(bits & ((1 << mantissa) - 1)) / f64::from(1 << mantissa);
+    let bias = (1 << (exponent - 1)) - 1;
+    if e == (1 << exponent) - 1 && element != Element::F8E4m3 {
+        return if m == 0.0 { sign * f64::INFINITY } else { f64::NAN };
+    }
+    if element == Element::F8E4m3 && bits & 0x7f == 0x7f {
+        return f64::NAN;
+    }
+    match e {
+        0 => sign * m * 2f64.powi(1 - bias),
+        e => sign * (1.0 + m) * 2f64.powi(e as i32 - bias),
+    }
+}
+
+fn values(element: Element, bytes: &[u8]) -> Vec<f64> {
+    bytes.chunks_exact(element.size().as_usize()).map(|raw| value(element, raw)).collect()
+}
+
+/// The distance of neighbouring numbers of a type near a value.
+fn ulp(element: Element, near: f64) -> f64 {
+    let (mantissa, least) = match element {
+        Element::F32 => (23, -126),
+        Element::F16 => (10, -14),
+        _ => (7, -126),
+    };
+    2f64.powi((near.abs().max(f64::MIN_POSITIVE).log2().floor() as i32).max(least) - mantissa)
+}
+
+/// Random elements between -1 and 1, some of them tiny.
+fn elements(rng: &mut Rng, element: Element, count: u64) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for _ in 0..count {
+        let sign = (rng.below(2) as u32) << 31;
+        let bits = sign | (100 + rng.below(27) as u32) << 23 | rng.below(1 << 23) as u32;
+        match element {
+            Element::F32 => bytes.extend(bits.to_le_bytes()),
+            Element::Bf16 => bytes.extend(((bits >> 16) as u16).to_le_bytes()),
+            Element::F16 => {
+                let half = sign >> 16 | (rng.below(15) as u32) << 10 | rng.below(1 << 10) as u32;
+                bytes.extend((half as u16).to_le_bytes());
+            }
+            _ => bytes.push(rng.below(256) as u8),
+        }
+    }
+    bytes
+}
+
+/// A part of one page after another.
+struct Places<'a> {
+    device: &'a Arc<dyn Device>,
+    next: DeviceAddr,
+}
+
+impl Places<'_> {
+    /// Puts bytes on the device, at a multiple of `align`.
+    fn put(&mut self, bytes: &[u8], align: u64) -> DeviceAddr {
+        let at = DeviceAddr::new(self.next.get().next_multiple_of(align));
+        fill(self.device, at, bytes);
+        self.next = at.offset(Bytes::new(bytes.len() as u64));
+        at
+    }
+}
+
+/// Runs a test with room on every device.
+fn with_room(size: Bytes, mut test: impl FnMut(&Arc<dyn Device>, &mut Places<'_>)) {
+    on_every_device(|device| {
+        let size = size.checked_align_up(device.granularity()).unwrap();
+        let range = Reservation::new(Arc::clone(device), size, device.granularity()).unwrap();
+        let frame = frame_of(device, size);
+        let page = Page::map(device, range.addr(), &frame);
+        test(device, &mut Places { device, next: page.addr() });
+    });
+}
+
+fn transform(device: &Arc<dyn Device>, transform: Transform) -> Result<(), DeviceError> {
+    let stream = Stream::new(Arc::clone(device)).unwrap();
+    let done = Event::new(Arc::clone(device)).unwrap();
+    // SAFETY: the test has put everything on the device, and waits below.
+    unsafe { device.transform(&transform, stream.handle()) }?;
+    // SAFETY: the stream lives.
+    unsafe { done.record(stream.handle()) }.unwrap();
+    done.synchronize()
+}
+
+/// A run of elements of a weight, and the factors of what is added to it.
+struct Case {
+    element: Element,
+    factor: Element,
+    first: u64,
+    count: u64,
+    columns: u64,
+    rank: u64,
+    row_base: u64,
+}
+
+#[test]
+fn products_of_low_rank_are_added_as_defined() {
+    let mut rng = Rng::from_environment();
+    // Rows that begin on the page before and end on the next, of lengths that are no multiple of anything, longer than a
+    // kernel's tile and shorter; ranks of several of its rounds.
+    let shapes = [
+        (0, 64 * 40, 64, 16, 0),
+        (24, 5000, 520, 16, 0),
+        (1031, 4001, 333, 5, 2),
+        (7, 1, 3, 1, 0),
+        (0, 300, 1, 4, 0),
+        (512 * 3 + 8, 512 * 37, 512, 33, 3),
+        (0, 1030, 1030, 40, 0),
+        (4096 * 70, 4096 * 3 + 8, 4096, 2, 69),
+    ];
+    let mut cases = Vec::new();
+    for element in TARGETS {
+        for (i, (first, count, columns, rank, row_base)) in shapes.into_iter().enumerate() {
+            let factor = TARGETS[(i + element as usize) % 3];
+            cases.push(Case { element, factor, first, count, columns, rank, row_base });
+        }
+    }
+    for case in cases {
+        let Case { element, factor, first, count, columns, rank, row_base } = case;
+        let rows = (first + count).div_ceil(columns) - row_base;
+        let weight = elements(&mut rng, element, count);
+        let (up, down) =
+            (elements(&mut rng, factor, rows * rank), elements(&mut rng, factor, rank * columns));
+        let scale = elements(&mut rng, Element::F32, rank);
+        let mut results = Vec::new();
+        with_room(Bytes::mib(2), |device, places| {
+            let guard = [0x5a; 16];
+            let before = places.put(&guard, 16);
+            // As far from a boundary as the element is in its weight.
+            let size = element.size().get();
+            let lead = places.put(&vec![0x5a; (16 + first * size % 16) as usize], 16);
+            let at = places.put(&weight, 1);
+            assert!(at.get() >= lead.get() && before.get() < at.get());
+            let after = places.put(&guard, 1);
+            let factors = Factors {
+                up: places.put(&up, 16),
+                down: places.put(&down, 16),
+                scale: places.put(&scale, 16),
+                element: factor,
+                rank: rank as u32,
+                columns: columns as u32,
+                row_base: row_base as u32,
+            };
+            let add = AddLowRank { at, first, count, element, factors };
+            transform(device, Transform::AddLowRank(add)).unwrap();
+            assert!(read(device, after, Bytes::new(16)) == guard, "wrote behind its elements");
+            results.push(read(device, at, Bytes::new(count * size)));
+        });
+        let what = format!("{element:?} {factor:?} {first} {count} {columns} {rank}");
+        assert!(results.iter().all(|result| *result == results[0]), "devices differ: {what}");
+        let (up, down) = (values(factor, &up), values(factor, &down));
+        let scale = values(Element::F32, &scale);
+        let (old, new) = (values(element, &weight), values(element, &results[0]));
+        for n in 0..count {
+            let (row, column) = ((first + n) / columns - row_base, (first + n) % columns);
+            let terms = (0..rank).map(|k| {
+                scale[k as usize] * up[(row * rank + k) as usize] * down[(k * columns + column) as usize]
+            });
+            let (sum, size) = terms.fold((0.0, 0.0), |(sum, size), term| (sum + term, size + f64::abs(term)));
+            let exact = old[n as usize] + sum;
+            let close = 0.501 * ulp(element, exact) + size * rank as f64 * 2f64.powi(-23);
+            let off = (new[n as usize] - exact).abs();
+            assert!(off <= close, "{what}: element {n} is {} in place of {exact}", new[n as usize]);
+        }
+    }
+}
+
+#[test]
+fn elements_are_converted_with_one_rounding_of_a_float32() {
+    let mut rng = Rng::from_environment();
+    for from_element in Element::ALL {
+        for to_element in TARGETS {
+            for (kind, first, count, columns) in
+                [(0, 0, 4099, 1), (1, 0, 2048, 1), (2, 1500, 5003, 701), (2, 0, 3, 1)]
+            {
+                let from = elements(&mut rng, from_element, count);
+                let rows: u64 = if kind == 2 { (first + count).div_ceil(columns) } else { 1 };
+                let scale = elements(&mut rng, Element::F32, rows);
+                let mut results = Vec::new();
+                with_room(Bytes::mib(2), |device, places| {
+                    let (at, source) = (places.put(&scale, 16), places.put(&from, 16));
+                    let to = places.put(&vec![0x5a; (count * to_element.size().get()) as usize], 16);
+                    let scale = match kind {
+                        0 => Scale::None,
+                        1 => Scale::One(at),
+                        _ => Scale::Rows { at, first, columns },
+                    };
+                    let convert = Convert { to, to_element, from: source, from_element, count, scale };
+                    transform(device, Transform::Convert(convert)).unwrap();
+                    results.push(read(device, to, Bytes::new(count * to_element.size().get())));
+                });
+                let what = format!("{from_element:?} to {to_element:?}, scale {kind}");
+                assert!(results.iter().all(|result| *result == results[0]), "devices differ: {what}");
+                let scale = values(Element::F32, &scale);
+                let (old, new) = (values(from_element, &from), values(to_element, &results[0]));
+                for n in 0..count as usize {
+                    let by = match kind {
+                        0 => 1.0,
+                        1 => scale[0],
+                        _ => scale[((first + n as u64) / columns) as usize],
+                    };
+                    let exact = f64::from((old[n] * by) as f32);
+                    let close = 0.5 * ulp(to_element, exact);
+                    let overflows = to_element == Element::F16 && exact.abs() >= 65520.0;
+                    let right = match exact.is_nan() {
+                        true => new[n].is_nan(),
+                        false if overflows => new[n] == f64::INFINITY.copysign(exact),
+                        false => new[n] == exact || (new[n] - exact).abs() <= close,
+                    };
+                    assert!(right, "{what}: element {n} is {} in place of {exact}", new[n]);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn bytes_are_copied_and_nothing_is_done_without_elements() {
+    let mut rng = Rng::from_environment();
+    with_room(Bytes::mib(2), |device, places| {
+        let bytes = rng.bytes(Bytes::new(100_003));
+        let (from, to) = (places.put(&bytes, 16), places.put(&vec![1; 100_003], 16));
+        let len = Bytes::new(100_003);
+        transform(device, Transform::Copy { to, from, len }).unwrap();
+        assert!(read(device, to, len) == bytes);
+        transform(device, Transform::Copy { to: from, from: to, len: Bytes::ZERO }).unwrap();
+    });
+}
+
+#[test]
+fn what_no_device_can_do_is_refused() {
+    with_room(Bytes::mib(2), |device, places| {
+        let at = places.put(&[1; 64], 16);
+        let convert = Convert {
+            to: at,
+            to_element: Element::F8E4m3,
+            from: at,
+            from_element: Element::F32,
+            count: 1,
+            scale: Scale::None,
+        };
+        let error = transform(device, Transform::Convert(convert)).unwrap_err();
+        assert!(matches!(error, DeviceError::Driver { code: 1, .. }), "{error}");
+    });
+}

@@ -1,0 +1,280 @@
+//! Weights that the application computes: patches that are no products of low rank.
+//!
+//! A page that holds a part of such a weight is handed to one thread when its copies are enqueued. The thread has the
+//! application compute the weight, copies its part to the page, and completes the page. The result is kept for as long as
+//! pages of the weight follow. Lock order: the queue,
+//! then the copy lock; nothing is computed under either, and the state lock is not taken with it.
+//!
+//! The application may need locks that whoever detaches the model holds (Python's). So nobody waits for it then: what is
+//! computed for a model that goes is abandoned.
+
+use std::any::Any;
+use std::collections::VecDeque;
+use std::fmt;
+use std::sync::Arc;
+use std::thread::Builder;
+use std::time::Duration;
+
+use forebay_core::VbarId;
+use forebay_device::{DeviceAddr, Event, Stream, StreamHandle, Transform};
+use parking_lot::{Condvar, Mutex};
+
+use crate::filler::{self, incomplete};
+use crate::layout::Layout;
+use crate::patches::{PatchSet, mark_filled, parts_of};
+use crate::state::Shared;
+use crate::vbar::Vbar;
+use crate::{EngineError, Result};
+
+/// How long a result is kept without a further page of its weight.
+const KEPT: Duration = Duration::from_millis(200);
+
+/// Computes a weight as a whole.
+pub trait Compute: Send + Sync {
+    /// The weight as it is to be, without its products of low rank. Called without locks, by one thread of the engine; what
+    /// it does must not wait for uses of the same model.
+    ///
+    /// # Errors
+    /// Why not, for people. Uses of the weight fail with it.
+    fn compute(&self) -> std::result::Result<Computed, String>;
+}
+
+/// A computed weight on the device.
+pub struct Computed {
+    /// Where it is; as long as the weight.
+    pub at: DeviceAddr,
+    /// The stream of the work that writes it.
+    pub written_on: StreamHandle,
+    /// Keeps its memory.
+    pub keep: Box<dyn Any + Send>,
+}
+
+/// What the computing thread has to do.
+#[derive(Default)]
+pub(crate) struct Computing {
+    queue: Mutex<Queue>,
+    /// Something was handed in, or the thread is to end.
+    handed_in: Condvar,
+}
+
+#[derive(Default)]
+struct Queue {
+    waiting: VecDeque<Job>,
+    /// What the thread works on; taken away where it is abandoned.
+    running: Option<Job>,
+    is_started: bool,
+    stop: bool,
+}
+
+/// A page whose copies are enqueued and marked.
+#[derive(Clone)]
+struct Job {
+    vbar: Arc<Vbar>,
+    page: u32,
+    filled: Arc<Event>,
+}
+
+/// A result that is kept, by what computed it.
+struct Kept {
+    by: Arc<dyn Compute>,
+    computed: Computed,
+}
+
+impl Shared {
+    /// Has a page completed once its computed weights are there.
+    pub(crate) fn complete_later(self: &Arc<Self>, vbar: &Arc<Vbar>, page: u32, filled: &Arc<Event>) {
+        let job = Job { vbar: Arc::clone(vbar), page, filled: Arc::clone(filled) };
+        let mut queue = self.computing.queue.lock();
+        // Before a model's jobs are abandoned it is marked as closed.
+        let is_gone = queue.stop || vbar.closed.load(std::sync::atomic::Ordering::Acquire);
+        let started = if is_gone { Ok(()) } else { self.start_computing(&mut queue) };
+        if is_gone || started.is_err() {
+            drop(queue);
+            return filler::finished(self, vbar, page, started.map_err(Some).and(Err(None)));
+        }
+        queue.waiting.push_back(job);
+        drop(queue);
+        self.computing.handed_in.notify_one();
+    }
+
+    fn start_computing(self: &Arc<Self>, queue: &mut Queue) -> Result<()> {
+        if queue.is_started {
+            return Ok(());
+        }
+        let shared = Arc::clone(self);
+        let name = "forebay-patch";
+        let body = move || shared.compute_until_stopped();
+        // Nobody waits for its end: it may be in code of the application.
+        Builder::new().name(name.to_owned()).spawn(body).map_err(|error| EngineError::Stopped {
+            device: self.id,
+            reason: format!("its thread {name} cannot be started: {error}"),
+        })?;
+        queue.is_started = true;
+        Ok(())
+    }
+
+    /// Nobody needs the pages of a model any more (of any, without one): they count as not filled.
+    pub(crate) fn abandon_computing(&self, of: Option<VbarId>) {
+        let mut queue = self.computing.queue.lock();
+        queue.stop |= of.is_none();
+        let is_of = |job: &Job| of.is_none_or(|id| job.vbar.id == id);
+        let (gone, waiting) = queue.waiting.drain(..).partition::<VecDeque<_>, _>(is_of);
+        queue.waiting = waiting;
+        let running = queue.running.take_if(|job| is_of(job));
+        drop(queue);
+        self.computing.handed_in.notify_one();
+        for job in gone.into_iter().chain(running) {
+            filler::finished(self, &job.vbar, job.page, Err(None));
+        }
+    }
+
+    fn compute_until_stopped(&self) {
+        let _guard = EndsWithPanic(self);
+        let mut kept: Option<Kept> = None;
+        let done = Event::new(Arc::clone(&self.device));
+        loop {
+            let mut queue = self.computing.queue.lock();
+            let job = loop {
+                match queue.waiting.pop_front() {
+                    Some(job) => break Some(job),
+                    None if queue.stop => break None,
+                    None if kept.is_none() => self.computing.handed_in.wait(&mut queue),
+                    None if self.computing.handed_in.wait_for(&mut queue, KEPT).timed_out() => break None,
+                    None => {}
+                }
+            };
+            queue.running.clone_from(&job);
+            let stop = queue.stop;
+            drop(queue);
+            match job {
+                Some(job) => self.compute_page(&job, &mut kept, done.as_ref().ok()),
+                None => self.let_go_of(&mut kept, done.as_ref().ok()),
+            }
+            if stop {
+                return self.let_go_of(&mut kept, done.as_ref().ok());
+            }
+        }
+    }
+
+    fn compute_page(&self, job: &Job, kept: &mut Option<Kept>, done: Option<&Event>) {
+        let Some(layout) = &job.vbar.layout else { return };
+        let result = self.computed_page(job, layout, kept, done);
+        // Where it was abandoned, somebody else has told.
+        if self.computing.queue.lock().running.take().is_some() {
+            filler::finished(self, &job.vbar, job.page, result);
+        }
+    }
+
+    /// Without a reason it is to be filled again.
+    fn computed_page(
+        &self,
+        job: &Job,
+        layout: &Layout,
+        kept: &mut Option<Kept>,
+        done: Option<&Event>,
+    ) -> std::result::Result<(), Option<EngineError>> {
+        let set = job.vbar.patches.current();
+        for part in parts_of(layout, &job.vbar, job.page) {
+            let Some(by) = set.get(&part.weight).and_then(|patch| patch.computed.clone()) else { continue };
+            if !kept.as_ref().is_some_and(|kept| Arc::ptr_eq(&kept.by, &by)) {
+                self.let_go_of(kept, done);
+                let computed = by.compute().map_err(|reason| EngineError::Computed {
+                    model: job.vbar.name.clone(),
+                    weight: layout.names[part.weight as usize].clone(),
+                    reason,
+                })?;
+                *kept = Some(Kept { by, computed });
+            }
+            let Some(Kept { computed, .. }) = kept.as_ref() else { continue };
+            let copy = Transform::Copy {
+                to: job.vbar.base().offset(part.start),
+                from: computed.at.offset(part.start - layout.weights[part.weight as usize].offset),
+                len: part.end - part.start,
+            };
+            self.enqueue(job, |_| self.copy_computed(&copy, computed.written_on, &job.filled))?
+                .map_err(Some)?;
+        }
+        self.enqueue(job, |copies| match job.vbar.patches.is(&set) {
+            true => self.complete_now(&job.vbar, &set, job.page, &job.filled, copies).map_err(Some),
+            // What is on the page is neither the one nor the other.
+            false => Err(None),
+        })?
+        .map_err(|error| error.map(|error| incomplete(self, error)))
+    }
+
+    /// Enqueues work on a page, under the copy lock, unless the page was abandoned. Its fill event covers the work.
+    fn enqueue<T>(
+        &self,
+        job: &Job,
+        work: impl FnOnce(&Stream) -> T,
+    ) -> std::result::Result<T, Option<EngineError>> {
+        let queue = self.computing.queue.lock();
+        if queue.running.is_none() {
+            return Err(None);
+        }
+        let copies = self.copy.lock();
+        let worked = work(&copies);
+        let marked = mark_filled(&job.filled, &self.patching);
+        drop(copies);
+        drop(queue);
+        marked.map_err(|error| Some(incomplete(self, error)))?;
+        Ok(worked)
+    }
+
+    /// Puts a part of a result behind what is copied to its page.
+    fn copy_computed(&self, copy: &Transform, written_on: StreamHandle, filled: &Event) -> Result<()> {
+        let written = Event::new(Arc::clone(&self.device))?;
+        let patching = self.patching.handle();
+        // SAFETY: a stream exists as long as anything remembers its handle.
+        unsafe { written.record(written_on) }?;
+        // SAFETY: the stream lives as long as `self`.
+        unsafe { written.wait_on(patching) }?;
+        // SAFETY: as before.
+        unsafe { filled.wait_on(patching) }?;
+        // SAFETY: the page is mapped until its fill event, recorded next, has completed; the result is kept until what is in
+        // this stream by then is done.
+        unsafe { self.device.transform(copy, patching) }.map_err(Into::into)
+    }
+
+    /// Drops a result once nothing on the device reads it any more.
+    fn let_go_of(&self, kept: &mut Option<Kept>, done: Option<&Event>) {
+        let Some(gone) = kept.take() else { return };
+        let copies = self.copy.lock();
+        // SAFETY: the stream lives as long as `self`.
+        let marked = done.map(|done| unsafe { done.record(self.patching.handle()) }.map(|()| done));
+        drop(copies);
+        match marked {
+            Some(Ok(done)) if done.synchronize().is_ok() => drop(gone),
+            // Nobody can know whether it is still read.
+            _ => std::mem::forget(gone),
+        }
+    }
+}
+
+/// A thread that panicked takes the engine with it, instead of leaving callers waiting.
+struct EndsWithPanic<'a>(&'a Shared);
+
+impl Drop for EndsWithPanic<'_> {
+    fn drop(&mut self) {
+        self.0.ends_with_panic("its thread for computed weights");
+    }
+}
+
+/// Whether a page of this VBAR waits for a computed weight.
+pub(crate) fn is_computed(set: &PatchSet, layout: &Layout, vbar: &Vbar, page: u32) -> bool {
+    set.values().any(|patch| patch.computed.is_some())
+        && parts_of(layout, vbar, page)
+            .any(|part| set.get(&part.weight).is_some_and(|patch| patch.computed.is_some()))
+}
+
+impl fmt::Debug for Computing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Computing").field("waiting", &self.queue.lock().waiting.len()).finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for Computed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Computed").field("at", &self.at).finish_non_exhaustive()
+    }
+}

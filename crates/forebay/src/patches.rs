@@ -1,0 +1,348 @@
+//! Patches: what is added to weights on the device, right behind the copies of a page and before it counts as filled.
+//!
+//! A page is patched in a stream of its own, so that the copy engine goes on with the next page meanwhile. The set of
+//! patches is read under the copy lock, in which everything of a page is enqueued: a page has one set's patches, all of
+//! them, once. Where the set changes, the pages of the weights that it touches are out of date and filled again.
+
+use std::any::Any;
+use std::collections::{HashMap, HashSet};
+use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
+
+use forebay_core::{Bytes, PageRef};
+use forebay_device::{AddLowRank, DeviceAddr, Element, Event, Factors, Stream, StreamHandle, Transform};
+use parking_lot::Mutex;
+
+use crate::acquire::Use;
+use crate::attachment::Attachment;
+use crate::computed::{Compute, is_computed};
+use crate::layout::{Class, Layout};
+use crate::state::Shared;
+use crate::vbar::Vbar;
+use crate::{EngineError, Result};
+
+/// What is added to a weight: products of low rank, as adapters (LoRA) are. The weight is row-major.
+#[derive(Clone)]
+pub struct Patch {
+    /// The weight's elements; [`Element::is_target`].
+    pub element: Element,
+    /// What computes the weight, before anything is added, in place of its source.
+    pub computed: Option<Arc<dyn Compute>>,
+    /// What is added to which rows. No two share a row: each element is rounded once.
+    pub products: Vec<Product>,
+    /// Keeps the factors' memory. Dropped when nothing reads them any more.
+    pub keep: Arc<dyn Any + Send + Sync>,
+}
+
+/// A product of low rank and the rows of a weight that it is added to.
+#[derive(Clone, Debug)]
+pub struct Product {
+    /// The rows.
+    pub rows: Range<u32>,
+    /// The factors; their first row is the first of `rows`.
+    pub factors: Factors,
+}
+
+/// The patches of one VBAR.
+#[derive(Debug, Default)]
+pub(crate) struct Patches {
+    /// Lock order: a leaf, taken under the copy lock and without it.
+    set: Mutex<Arc<PatchSet>>,
+}
+
+/// By the weight's number.
+pub(crate) type PatchSet = HashMap<u32, Patch>;
+
+impl Patches {
+    /// What is in force.
+    pub(crate) fn current(&self) -> Arc<PatchSet> {
+        Arc::clone(&self.set.lock())
+    }
+
+    /// Whether this is what is in force.
+    pub(crate) fn is(&self, set: &Arc<PatchSet>) -> bool {
+        Arc::ptr_eq(&self.set.lock(), set)
+    }
+}
+
+/// A part of a weight on a page, by its place in the VBAR.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Part {
+    pub(crate) weight: u32,
+    pub(crate) start: Bytes,
+    pub(crate) end: Bytes,
+}
+
+/// Why a page was not completed.
+pub(crate) enum Incomplete {
+    /// Nobody can know any more when its copies end.
+    Unmarked(EngineError),
+    /// What was to be done to it was refused.
+    Unpatched(EngineError),
+}
+
+impl Attachment {
+    /// Patches weights anew: each of these with what is given, or with nothing. Their pages that are on the device leave and
+    /// are filled again when used; what uses a page keeps it as it was, and is waited for. Uses that begin after this
+    /// returned find the weights as they are to be. Other weights are not touched.
+    ///
+    /// The factors are written by work that is in `how.stream` by now.
+    ///
+    /// # Errors
+    /// [`EngineError::Invalid`] for a weight that does not exist or is always resident (it is patched where it is), and
+    /// for a patch that does not fit its weight; what the device reports. Nothing has changed then.
+    /// [`EngineError::StillInUse`] where views hold a weight as it was, and [`EngineError::Interrupted`]: the patches are
+    /// in force then, and the weights that are named change when they are let go.
+    pub fn change_patches(&self, changes: Vec<(usize, Option<Patch>)>, how: Use<'_>) -> Result<()> {
+        changes.iter().try_for_each(|(weight, patch)| self.check_patch(*weight, patch.as_ref()))?;
+        let touched: Vec<usize> = changes.iter().map(|(weight, _)| *weight).collect();
+        let shared = self.engine().shared();
+        let former = shared.swap_patches(self.vbar(), changes, how.stream)?;
+        // Without any lock: its memory may belong to another language's objects.
+        drop(former);
+        self.renew(&touched, how)
+    }
+
+    /// Whether a weight has a patch.
+    pub(crate) fn is_patched(&self, weight: usize) -> bool {
+        self.vbar().patches.set.lock().contains_key(&(weight as u32))
+    }
+
+    /// Whether any weight has a patch.
+    pub(crate) fn has_patches(&self) -> bool {
+        !self.vbar().patches.set.lock().is_empty()
+    }
+
+    fn check_patch(&self, weight: usize, patch: Option<&Patch>) -> Result<()> {
+        let placed = self.placed(weight)?;
+        let name = &self.layout().names[weight];
+        if placed.class == Class::Small {
+            return Err(EngineError::Invalid(format!(
+                "is always resident, and patched where it is: weight {name:?} of {:?}",
+                self.name()
+            )));
+        }
+        let Some(patch) = patch else { return Ok(()) };
+        let size = patch.element.size();
+        let mut last = 0;
+        let mut products: Vec<&Product> = patch.products.iter().collect();
+        products.sort_by_key(|product| product.rows.start);
+        for Product { rows, factors } in products {
+            let end = u64::from(rows.end) * u64::from(factors.columns) * size.get();
+            let fits = rows.start >= last && rows.start < rows.end && end <= placed.bytes.get();
+            let can = patch.element.is_target() && factors.element.is_target() && factors.rank > 0;
+            if !fits || !can || factors.columns == 0 || factors.row_base != rows.start {
+                return Err(EngineError::Invalid(format!(
+                    "{:?} elements of {} bytes take no product of rank {} for rows {rows:?} of {} columns: weight {name:?} of \
+                     {:?}",
+                    patch.element,
+                    placed.bytes.get(),
+                    factors.rank,
+                    factors.columns,
+                    self.name()
+                )));
+            }
+            last = rows.end;
+        }
+        Ok(())
+    }
+
+    /// Has the pages of weights filled again, and waits for those who use them as they are.
+    fn renew(&self, weights: &[usize], how: Use<'_>) -> Result<()> {
+        let shared = self.engine().shared();
+        let pages = |weight: usize| {
+            let placed = self.layout().weights[weight];
+            (placed.first_page..=placed.last_page).map(|page| self.vbar().page_ref(page))
+        };
+        let mut state = shared.state.lock();
+        let id = self.vbar().id;
+        if !state.is_open(id) {
+            return Ok(()); // a detached model's pages leave anyway
+        }
+        if let Some(lent) = state.books.vbar(id).lent.clone() {
+            state.recall(&lent);
+        }
+        let mut held: Vec<(usize, PageRef)> = Vec::new();
+        let mut seen = HashSet::new();
+        for (weight, page) in weights.iter().flat_map(|&weight| pages(weight).map(move |page| (weight, page)))
+        {
+            if seen.insert(page) && !state.decide(|policy, books, out| policy.outdate(page, books, out)) {
+                held.push((weight, page));
+            }
+        }
+        shared.work.notify_one();
+        // Nothing is lent as a whole meanwhile.
+        state.waiting += 1;
+        let left = shared.wait_until_let_go(&mut state, how, |state| {
+            held.retain(|(_, page)| state.is_open(id) && state.policy.is_stale(*page));
+            held.is_empty()
+        });
+        state.waiting -= 1;
+        drop(state);
+        shared.changed.notify_all();
+        let Some(waited_s) = left? else { return Ok(()) };
+        let mut names: Vec<_> =
+            held.iter().map(|(weight, _)| self.layout().names[*weight].as_str()).collect();
+        names.dedup();
+        let (model, weights) = (self.name().to_owned(), names.join(", "));
+        Err(EngineError::StillInUse { model, weights, device: shared.id, waited_s })
+    }
+}
+
+impl Shared {
+    /// Puts patches in force for every page that is completed from now on. Gives what was in force, which nothing on the
+    /// device reads any more.
+    fn swap_patches(
+        &self,
+        vbar: &Vbar,
+        changes: Vec<(usize, Option<Patch>)>,
+        written_on: StreamHandle,
+    ) -> Result<Arc<PatchSet>> {
+        let (written, done) = (Event::new(Arc::clone(&self.device))?, Event::new(Arc::clone(&self.device))?);
+        // SAFETY: a stream exists as long as anything remembers its handle.
+        unsafe { written.record(written_on) }?;
+        self.load_kernels()?;
+        let copies = self.copy.lock();
+        // SAFETY: the stream lives as long as `self`.
+        unsafe { written.wait_on(self.patching.handle()) }?;
+        // SAFETY: as before. What reads the former factors comes before this, for it is enqueued under the copy lock.
+        unsafe { done.record(self.patching.handle()) }?;
+        let mut set = vbar.patches.set.lock();
+        let mut new = PatchSet::clone(&set);
+        for (weight, patch) in changes {
+            match patch {
+                Some(patch) => drop(new.insert(weight as u32, patch)),
+                None => drop(new.remove(&(weight as u32))),
+            }
+        }
+        let former = std::mem::replace(&mut *set, Arc::new(new));
+        drop(set);
+        drop(copies);
+        if let Err(error) = done.synchronize() {
+            // Nobody can know whether the factors are still read.
+            std::mem::forget(former);
+            return Err(error.into());
+        }
+        Ok(former)
+    }
+
+    /// A driver may take a while at the first transform: not under a lock.
+    pub(crate) fn load_kernels(&self) -> Result<()> {
+        let (to, from) = (DeviceAddr::new(0), DeviceAddr::new(0));
+        let nothing = Transform::Copy { to, from, len: Bytes::ZERO };
+        // SAFETY: nothing is read or written.
+        unsafe { self.device.transform(&nothing, self.patching.handle()) }.map_err(Into::into)
+    }
+
+    /// What comes between the last copy of a page and its fill event: everything that is to be done to its bytes. Under the
+    /// copy lock. `false` where it is to be [completed later](Shared::complete_later).
+    pub(crate) fn complete(
+        &self,
+        vbar: &Vbar,
+        page: u32,
+        filled: &Event,
+        copies: &Stream,
+    ) -> std::result::Result<bool, Incomplete> {
+        let set = vbar.patches.current();
+        let is_computed = vbar.layout.as_ref().is_some_and(|layout| is_computed(&set, layout, vbar, page));
+        match is_computed {
+            true => mark_filled(filled, copies)?,
+            false => self.complete_now(vbar, &set, page, filled, copies)?,
+        }
+        Ok(!is_computed)
+    }
+
+    /// Adds what is to be added to a page that is there otherwise, and marks it filled. Under the copy lock.
+    pub(crate) fn complete_now(
+        &self,
+        vbar: &Vbar,
+        set: &PatchSet,
+        page: u32,
+        filled: &Event,
+        copies: &Stream,
+    ) -> std::result::Result<(), Incomplete> {
+        let Some(layout) = &vbar.layout else { return mark_filled(filled, copies) };
+        let transforms = transforms(set, layout, vbar, page);
+        let is_copied_alone =
+            layout.converted[page as usize].is_empty() && !is_computed(set, layout, vbar, page);
+        if transforms.is_empty() && is_copied_alone {
+            return mark_filled(filled, copies);
+        }
+        // Behind the copies, in the other stream; marked again behind what is done there.
+        mark_filled(filled, copies)?;
+        let patching = &self.patching;
+        // SAFETY: the stream lives as long as `self`.
+        unsafe { filled.wait_on(patching.handle()) }.map_err(|error| Incomplete::Unpatched(error.into()))?;
+        let patched = transforms.iter().try_for_each(|transform| {
+            // SAFETY: the page is mapped, and everything in it written by now in the stream's order; the factors are kept
+            // as long as the set is in force, and until what is in this stream by then is done.
+            unsafe { self.device.transform(transform, patching.handle()) }
+        });
+        mark_filled(filled, patching)?;
+        patched.map_err(|error| Incomplete::Unpatched(error.into()))
+    }
+}
+
+/// The parts of weights on a page.
+pub(crate) fn parts_of(layout: &Layout, vbar: &Vbar, page: u32) -> impl Iterator<Item = Part> {
+    let start = vbar.page_size * u64::from(page);
+    let end = start + vbar.page_size;
+    let as_stored = layout.weight_of[page as usize].iter().copied();
+    let converted = layout.converted[page as usize].iter().map(|part| part.weight);
+    as_stored.chain(converted).map(move |weight| {
+        let placed = layout.weights[weight as usize];
+        Part { weight, start: start.max(placed.offset), end: end.min(placed.offset + placed.bytes) }
+    })
+}
+
+/// What is to be added to a page.
+fn transforms(set: &PatchSet, layout: &Layout, vbar: &Vbar, page: u32) -> Vec<Transform> {
+    let mut transforms = Vec::new();
+    if set.is_empty() {
+        return transforms;
+    }
+    for part in parts_of(layout, vbar, page) {
+        let Some(patch) = set.get(&part.weight) else { continue };
+        let (size, offset) = (patch.element.size().get(), layout.weights[part.weight as usize].offset);
+        let (first, end) = ((part.start - offset).get() / size, (part.end - offset).get() / size);
+        for Product { rows, factors } in &patch.products {
+            let columns = u64::from(factors.columns);
+            let from = first.max(u64::from(rows.start) * columns);
+            let to = end.min(u64::from(rows.end) * columns);
+            if from < to {
+                let at = vbar.base().offset(part.start + Bytes::new((from - first) * size));
+                let (count, element, factors) = (to - from, patch.element, *factors);
+                transforms.push(Transform::AddLowRank(AddLowRank {
+                    at,
+                    first: from,
+                    count,
+                    element,
+                    factors,
+                }));
+            }
+        }
+    }
+    transforms
+}
+
+/// Records a page's fill event behind its copies. Without the mark nobody could know any more when they end, and the page
+/// would have to stay mapped for ever: the engine is lost then.
+pub(crate) fn mark_filled(filled: &Event, stream: &Stream) -> std::result::Result<(), Incomplete> {
+    // SAFETY: the stream lives as long as the engine's shared part.
+    let recorded = unsafe { filled.record(stream.handle()) };
+    // SAFETY: as before. A driver that refused once is asked once more.
+    let recorded = recorded.or_else(|_| unsafe { filled.record(stream.handle()) });
+    recorded.map_err(|error| Incomplete::Unmarked(error.into()))
+}
+
+impl fmt::Debug for Patch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Patch { element, products, computed, .. } = self;
+        f.debug_struct("Patch")
+            .field("computed", &computed.is_some())
+            .field("element", element)
+            .field("products", products)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,172 @@
+//! Weights that the application computes.
+#![allow(clippy::unwrap_used, reason = "tests end where their setting fails")]
+
+mod common;
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
+
+use common::on_device::OnDevice;
+use common::{Consumer, Random, Rig, Weights};
+use forebay::device::{Element, StreamHandle};
+use forebay::{Attachment, Bytes, Compute, Computed, EngineError, Patch, Use};
+
+const SIZES: [usize; 5] = [3 << 20, 2048, (5 << 20) + 1024, 2 << 20, (6 << 20) - 1024];
+
+/// Gives bytes that it has.
+struct Fixed {
+    rig: Rig,
+    bytes: Arc<Vec<u8>>,
+    calls: AtomicUsize,
+    fails: AtomicBool,
+}
+
+impl Compute for Fixed {
+    fn compute(&self) -> Result<Computed, String> {
+        self.calls.fetch_add(1, Ordering::AcqRel);
+        if self.fails.load(Ordering::Acquire) {
+            return Err("it was told so".to_owned());
+        }
+        let keep = OnDevice::new(&self.rig.device, &self.bytes);
+        Ok(Computed { at: keep.addr, written_on: StreamHandle::DEFAULT, keep: Box::new(keep) })
+    }
+}
+
+fn fixed(random: &mut Random, rig: &Rig, weight: usize, now: &mut Weights) -> Arc<Fixed> {
+    let bytes = Arc::new(random.bytes(SIZES[weight]));
+    now.contents[weight] = Arc::clone(&bytes);
+    let rig = Rig { device: Arc::clone(&rig.device), host: None };
+    Arc::new(Fixed { rig, bytes, calls: AtomicUsize::new(0), fails: AtomicBool::new(false) })
+}
+
+fn patch(by: Arc<dyn Compute>) -> Option<Patch> {
+    Some(Patch { element: Element::Bf16, computed: Some(by), products: Vec::new(), keep: Arc::new(()) })
+}
+
+fn copy_of(weights: &Weights) -> Weights {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    Weights { contents: weights.contents.clone(), specs: weights.specs.clone(), file }
+}
+
+fn pass(model: &Attachment, now: &Weights, consumer: &mut Consumer) {
+    for weight in 0..SIZES.len() {
+        consumer.use_weight(model, now, weight).unwrap();
+    }
+    consumer.check();
+}
+
+#[test]
+fn computed_weights_are_used_at_every_budget_until_they_are_taken_back() {
+    let mut random = Random::seeded();
+    let weights = Weights::new(&mut random, &SIZES);
+    let rig = Rig::new();
+    for pages in [16, 9, 6] {
+        let engine = rig.engine(Bytes::mib(2) * pages);
+        let model = weights.attach(&engine, "model");
+        let (mut consumer, mut now) = (rig.consumer(), copy_of(&weights));
+        pass(&model, &now, &mut consumer);
+        let by = [fixed(&mut random, &rig, 2, &mut now), fixed(&mut random, &rig, 4, &mut now)];
+        let changes = vec![(2, patch(by[0].clone())), (4, patch(by[1].clone()))];
+        model.change_patches(changes, Use::on(consumer.stream())).unwrap();
+        for _ in 0..3 {
+            pass(&model, &now, &mut consumer);
+        }
+        // Three pages or four hold the weight; each pass fills each of them once at most.
+        let calls = by[0].calls.load(Ordering::Acquire);
+        assert!((1..=6).contains(&calls), "{calls} computations in three passes");
+        engine.make_room(Bytes::MAX).unwrap();
+        pass(&model, &now, &mut consumer);
+        model.change_patches(vec![(2, None), (4, None)], Use::on(consumer.stream())).unwrap();
+        pass(&model, &weights, &mut consumer);
+    }
+}
+
+#[test]
+fn a_computation_that_fails_is_the_error_of_its_weight() {
+    let mut random = Random::seeded();
+    let weights = Weights::new(&mut random, &SIZES);
+    let rig = Rig::new();
+    let engine = rig.engine(Bytes::mib(64));
+    let model = weights.attach(&engine, "model");
+    let (mut consumer, mut now) = (rig.consumer(), copy_of(&weights));
+    let by = fixed(&mut random, &rig, 4, &mut now);
+    by.fails.store(true, Ordering::Release);
+    model.change_patches(vec![(4, patch(by.clone()))], Use::on(consumer.stream())).unwrap();
+    let error = consumer.use_weight(&model, &now, 4).unwrap_err();
+    assert!(matches!(&error, EngineError::Computed { weight, .. } if weight == "w4"), "{error}");
+    assert!(error.to_string().ends_with("it was told so"), "{error}");
+    for other in 0..3 {
+        consumer.use_weight(&model, &now, other).unwrap();
+    }
+    by.fails.store(false, Ordering::Release);
+    pass(&model, &now, &mut consumer);
+}
+
+/// Waits until it is let go.
+struct Waits {
+    began: Mutex<mpsc::Sender<()>>,
+    let_go: Mutex<mpsc::Receiver<()>>,
+}
+
+impl Compute for Waits {
+    fn compute(&self) -> Result<Computed, String> {
+        self.began.lock().unwrap().send(()).unwrap();
+        assert!(self.let_go.lock().unwrap().recv().is_err(), "nothing is ever sent");
+        Err("the model is gone by now".to_owned())
+    }
+}
+
+#[test]
+fn nobody_waits_for_a_computation_of_a_model_that_goes() {
+    let mut random = Random::seeded();
+    let weights = Weights::new(&mut random, &SIZES);
+    let rig = Rig::new();
+    for ends_engine in [false, true] {
+        let engine = rig.engine(Bytes::mib(64));
+        let model = weights.attach(&engine, "model");
+        let (began, has_begun) = mpsc::channel();
+        let (hold, let_go) = mpsc::channel::<()>();
+        let by = Waits { began: Mutex::new(began), let_go: Mutex::new(let_go) };
+        let mut consumer = rig.consumer();
+        model.change_patches(vec![(2, patch(Arc::new(by)))], Use::on(consumer.stream())).unwrap();
+        std::thread::scope(|scope| {
+            let user = scope.spawn(|| consumer.use_weight(&model, &weights, 2));
+            has_begun.recv().unwrap();
+            match ends_engine {
+                true => engine.shut_down(),
+                false => model.detach(),
+            }
+            let error = user.join().unwrap().unwrap_err();
+            let expected = if ends_engine { "shut down" } else { "was detached" };
+            assert!(error.to_string().contains(expected), "{error}");
+        });
+        drop((model, engine));
+        drop(hold);
+    }
+}
+
+#[test]
+fn a_change_while_a_weight_is_computed_is_what_is_used() {
+    let mut random = Random::seeded();
+    let weights = Weights::new(&mut random, &SIZES);
+    let rig = Rig::new();
+    let engine = rig.engine(Bytes::mib(64));
+    let model = weights.attach(&engine, "model");
+    let (began, has_begun) = mpsc::channel();
+    let (hold, let_go) = mpsc::channel::<()>();
+    let by = Waits { began: Mutex::new(began), let_go: Mutex::new(let_go) };
+    let mut consumer = rig.consumer();
+    model.change_patches(vec![(2, patch(Arc::new(by)))], Use::on(consumer.stream())).unwrap();
+    std::thread::scope(|scope| {
+        let user = scope.spawn(|| rig.consumer().use_weight(&model, &weights, 2));
+        has_begun.recv().unwrap();
+        let changed = scope.spawn(|| model.change_patches(vec![(2, None)], Use::on(StreamHandle::DEFAULT)));
+        drop(hold);
+        // It began before the change, so it may meet the failure.
+        if let Err(error) = user.join().unwrap() {
+            assert!(matches!(error, EngineError::Computed { .. }), "{error}");
+        }
+        changed.join().unwrap().unwrap();
+    });
+    pass(&model, &weights, &mut consumer);
+}

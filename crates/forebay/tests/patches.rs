@@ -1,0 +1,383 @@
+//! Patches of weights: what is read is the weight with its products of low rank added, whatever was resident, and a change
+//! refills the weights that it touches and no others.
+#![allow(
+    clippy::unwrap_used,
+    clippy::single_range_in_vec_init,
+    reason = "tests end where their setting fails; some lists are of one range"
+)]
+
+mod common;
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use common::gate::Gate;
+use common::on_device::OnDevice;
+use common::{Consumer, Random, Rig, Weights};
+use forebay::device::{Device, Element, Event, Factors, PinnedBuffer};
+use forebay::{Attachment, Bytes, EngineError, Patch, Product, Use};
+
+/// Bytes of the weights: of bf16, 512 columns, so that pages end within rows, and one that is always resident.
+const SIZES: [usize; 6] = [3 << 20, 2048, (5 << 20) + 1024, 2 << 20, (6 << 20) - 1024, 1 << 20];
+const COLUMNS: u32 = 512;
+const SMALL: usize = 1;
+
+fn bf16(value: f32) -> [u8; 2] {
+    let bits = value.to_bits();
+    (((bits + 0x7fff + (bits >> 16 & 1)) >> 16) as u16).to_le_bytes()
+}
+
+fn float(raw: &[u8]) -> f32 {
+    f32::from_bits(u32::from(u16::from_le_bytes([raw[0], raw[1]])) << 16)
+}
+
+fn random_bf16(random: &mut Random, bytes: usize, size: f32) -> Vec<u8> {
+    (0..bytes / 2).flat_map(|_| bf16((random.below(2001) as f32 - 1000.0) / 1000.0 * size)).collect()
+}
+
+/// Weights of bf16, none of them in memory, so that they are filled in every way there is.
+fn weights(random: &mut Random) -> Weights {
+    let mut weights = Weights::in_a_file(random, &SIZES);
+    let contents: Vec<_> = SIZES.iter().map(|&size| Arc::new(random_bf16(random, size, 1.0))).collect();
+    std::fs::write(
+        weights.file.path(),
+        contents.iter().flat_map(|bytes| bytes.iter().copied()).collect::<Vec<u8>>(),
+    )
+    .unwrap();
+    weights.contents = contents;
+    let file = forebay::store::SourceFile::open(weights.file.path()).unwrap();
+    let mut offset = 0;
+    for (spec, &size) in weights.specs.iter_mut().zip(&SIZES) {
+        spec.source = forebay::store::Source::file(&file, offset, Bytes::new(size as u64));
+        offset += size as u64;
+    }
+    weights
+}
+
+/// A patch of some rows of a weight, and the weight with it.
+fn patched(
+    random: &mut Random,
+    device: &Arc<dyn Device>,
+    weight: &[u8],
+    rows: &[Range<u32>],
+) -> (Patch, Arc<Vec<u8>>) {
+    let mut result = weight.to_vec();
+    let (mut products, mut keep) = (Vec::new(), Vec::new());
+    for rows in rows {
+        let rank = 1 + random.below(20) as u32;
+        let up = random_bf16(random, (rows.end - rows.start) as usize * rank as usize * 2, 0.3);
+        let down = random_bf16(random, (rank * COLUMNS) as usize * 2, 0.3);
+        let scale: Vec<f32> = (0..rank).map(|_| random.below(100) as f32 / 100.0).collect();
+        for row in rows.clone() {
+            for column in 0..COLUMNS {
+                let sum = (0..rank).fold(0.0, |sum: f32, k| {
+                    let up = float(&up[((row - rows.start) * rank + k) as usize * 2..]);
+                    let down = float(&down[(k * COLUMNS + column) as usize * 2..]);
+                    f32::mul_add(scale[k as usize] * up, down, sum)
+                });
+                let at = (row * COLUMNS + column) as usize * 2;
+                let value = float(&result[at..]) + sum;
+                result[at..at + 2].copy_from_slice(&bf16(value));
+            }
+        }
+        let parts = [up, down, scale.iter().flat_map(|value| value.to_le_bytes()).collect()];
+        let [up, down, scale] = parts.map(|bytes| OnDevice::new(device, &bytes));
+        let factors = Factors {
+            up: up.addr,
+            down: down.addr,
+            scale: scale.addr,
+            element: Element::Bf16,
+            rank,
+            columns: COLUMNS,
+            row_base: rows.start,
+        };
+        products.push(Product { rows: rows.clone(), factors });
+        keep.push((up, down, scale));
+    }
+    (Patch { element: Element::Bf16, computed: None, products, keep: Arc::new(keep) }, Arc::new(result))
+}
+
+/// Some rows of a weight, as one range or two.
+fn some_rows(random: &mut Random, weight: usize) -> Vec<Range<u32>> {
+    let rows = (SIZES[weight] / 2) as u32 / COLUMNS;
+    let middle = 1 + random.below(u64::from(rows) - 1) as u32;
+    match random.below(3) {
+        0 => vec![0..rows],
+        1 => vec![middle..rows, 0..middle],
+        _ => vec![middle / 2..middle],
+    }
+}
+
+/// Gives weights a patch or none; what they are from then on.
+fn change(
+    random: &mut Random,
+    rig: &Rig,
+    weights: &Weights,
+    which: &[usize],
+    now: &mut Weights,
+) -> Vec<(usize, Option<Patch>)> {
+    let mut changes = Vec::new();
+    for &weight in which {
+        let patch = (random.below(4) > 0).then(|| {
+            let rows = some_rows(random, weight);
+            patched(random, &rig.device, &weights.contents[weight], &rows)
+        });
+        let contents = patch.as_ref().map_or(&weights.contents[weight], |(_, contents)| contents);
+        now.contents[weight] = Arc::clone(contents);
+        changes.push((weight, patch.map(|(patch, _)| patch)));
+    }
+    changes
+}
+
+fn copy_of(weights: &Weights) -> Weights {
+    Weights {
+        contents: weights.contents.clone(),
+        specs: weights.specs.clone(),
+        file: tempfile::NamedTempFile::new().unwrap(),
+    }
+}
+
+fn pass(model: &Attachment, now: &Weights, consumer: &mut Consumer) {
+    for weight in 0..SIZES.len() {
+        consumer.use_weight(model, now, weight).unwrap();
+    }
+    consumer.check();
+}
+
+fn large(random: &mut Random) -> Vec<usize> {
+    (0..SIZES.len()).filter(|&weight| weight != SMALL && random.below(2) == 0).collect()
+}
+
+#[test]
+fn weights_are_as_the_set_in_force_says_at_every_budget() {
+    let mut random = Random::seeded();
+    let weights = weights(&mut random);
+    let rig = Rig::new();
+    for pages in [12, 9, 6, 5] {
+        let engine = rig.engine(Bytes::mib(2) * pages);
+        let model = weights.attach(&engine, "model");
+        let (mut consumer, mut now) = (rig.consumer(), copy_of(&weights));
+        let written = rig.stream();
+        for round in 0..5 {
+            for _ in 0..=round % 3 {
+                pass(&model, &now, &mut consumer);
+            }
+            let which = large(&mut random);
+            let changes = change(&mut random, &rig, &weights, &which, &mut now);
+            model.change_patches(changes, Use::on(written.handle())).unwrap();
+            pass(&model, &now, &mut consumer);
+            engine.settle().unwrap();
+        }
+        let nothing = (0..SIZES.len()).filter(|&weight| weight != SMALL).map(|weight| (weight, None));
+        model.change_patches(nothing.collect(), Use::on(written.handle())).unwrap();
+        pass(&model, &weights, &mut consumer);
+    }
+}
+
+#[test]
+fn a_change_refills_what_it_touches() {
+    let mut random = Random::seeded();
+    let weights = weights(&mut random);
+    let rig = Rig::new();
+    let engine = rig.engine(Bytes::mib(64));
+    let model = weights.attach(&engine, "model");
+    let (mut consumer, mut now) = (rig.consumer(), copy_of(&weights));
+    pass(&model, &now, &mut consumer);
+    let before = model.stats().filled;
+    let (patch, contents) = patched(&mut random, &rig.device, &weights.contents[4], &[0..9]);
+    now.contents[4] = contents;
+    model.change_patches(vec![(4, Some(patch))], Use::on(consumer.stream())).unwrap();
+    pass(&model, &now, &mut consumer);
+    // The weight, and what else is on its first and last page.
+    let refilled = model.stats().filled.get() - before.get();
+    assert!(
+        (SIZES[4] as u64..=SIZES[4] as u64 + 2 * Bytes::mib(2).get()).contains(&refilled),
+        "{refilled} of {} bytes",
+        SIZES[4]
+    );
+    let before = model.stats().filled;
+    pass(&model, &now, &mut consumer);
+    assert_eq!(model.stats().filled, before, "resident pages keep their patches");
+}
+
+#[test]
+fn work_in_a_stream_keeps_what_it_began_with() {
+    let mut random = Random::seeded();
+    let weights = weights(&mut random);
+    let rig = Rig::new();
+    for pages in [32, 6] {
+        let engine = rig.engine(Bytes::mib(2) * pages);
+        let model = weights.attach(&engine, "model");
+        let (mut consumer, mut now) = (rig.consumer(), copy_of(&weights));
+        pass(&model, &now, &mut consumer);
+        let gate = Gate::close(&rig, consumer.stream());
+        consumer.use_weight(&model, &now, 2).unwrap();
+        let changes = change(&mut random, &rig, &weights, &[2], &mut now);
+        model.change_patches(changes, Use::on(rig.stream().handle())).unwrap();
+        gate.open();
+        // The read from before is checked against what was in force then.
+        consumer.use_weight(&model, &now, 2).unwrap();
+        consumer.check();
+    }
+}
+
+#[test]
+fn whoever_holds_a_weight_is_waited_for() {
+    let mut random = Random::seeded();
+    let weights = weights(&mut random);
+    let rig = Rig::new();
+    let engine = rig.engine(Bytes::mib(64));
+    let model = weights.attach(&engine, "model");
+    let (mut consumer, mut now) = (rig.consumer(), copy_of(&weights));
+    pass(&model, &now, &mut consumer);
+    let view = model.view(2, Use::on(consumer.stream())).unwrap();
+    let (patch, contents) = patched(&mut random, &rig.device, &weights.contents[2], &[0..5]);
+    now.contents[2] = contents;
+    let error = model.change_patches(vec![(2, Some(patch))], Use::on(consumer.stream())).unwrap_err();
+    assert!(matches!(&error, EngineError::StillInUse { weights, .. } if weights == "w2"), "{error}");
+    assert!(error.to_string().ends_with(" s: w2"), "{error}");
+    // As it was.
+    consumer.read_at(view.address(), &weights.contents[2], "the view");
+    consumer.check();
+    std::thread::scope(|scope| {
+        let user = scope.spawn(|| consumer_of(&rig).use_weight(&model, &now, 2));
+        // Whether it waits already or comes later: it gets the new one.
+        std::thread::sleep(Duration::from_millis(20));
+        drop(view);
+        user.join().unwrap().unwrap();
+    });
+    pass(&model, &now, &mut consumer);
+}
+
+fn consumer_of(rig: &Rig) -> Consumer {
+    rig.consumer()
+}
+
+#[test]
+fn a_lent_model_is_recalled() {
+    let mut random = Random::seeded();
+    let weights = weights(&mut random);
+    let rig = Rig::new();
+    let engine = rig.engine(Bytes::mib(64));
+    let model = weights.attach(&engine, "model");
+    let (mut consumer, mut now) = (rig.consumer(), copy_of(&weights));
+    pass(&model, &now, &mut consumer);
+    engine.settle().unwrap();
+    let (told, recalled) = std::sync::mpsc::channel();
+    let told = std::sync::Mutex::new(told);
+    let lease = model.lend(Box::new(move || told.lock().unwrap().send(()).unwrap())).expect("it fits");
+    let view = lease.view(&model, 3, consumer.stream()).unwrap();
+    let changes = change(&mut random, &rig, &weights, &[3], &mut now);
+    std::thread::scope(|scope| {
+        let holder = scope.spawn(move || {
+            recalled.recv().unwrap();
+            drop(view);
+            drop(lease);
+        });
+        model.change_patches(changes, Use::on(consumer.stream())).unwrap();
+        holder.join().unwrap();
+    });
+    pass(&model, &now, &mut consumer);
+}
+
+#[test]
+fn threads_that_use_weights_meanwhile_get_one_or_the_other_on_each_page() {
+    let mut random = Random::seeded();
+    let weights = weights(&mut random);
+    let rig = Rig::new();
+    for pages in [32, 9] {
+        let engine = rig.engine(Bytes::mib(2) * pages);
+        let model = weights.attach(&engine, "model");
+        let (patch, other) = {
+            let rows = SIZES[3] as u32 / 2 / COLUMNS;
+            patched(&mut random, &rig.device, &weights.contents[3], &[0..rows])
+        };
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    let stream = rig.stream();
+                    let len = Bytes::new(SIZES[3] as u64);
+                    let buffer = PinnedBuffer::new(Arc::clone(&rig.device), len).unwrap();
+                    let done = Event::new(Arc::clone(&rig.device)).unwrap();
+                    while !stop.load(Ordering::Acquire) {
+                        let pinned = model.acquire(3, Use::on(stream.handle())).unwrap();
+                        let at = model.address(3).unwrap();
+                        // SAFETY: the weight is pinned, and the buffer lives until the copy has completed.
+                        unsafe { rig.device.copy_to_host(buffer.as_ptr(), at, len, stream.handle()) }
+                            .unwrap();
+                        drop(pinned);
+                        // SAFETY: the stream lives.
+                        unsafe { done.record(stream.handle()) }.unwrap();
+                        done.synchronize().unwrap();
+                        // SAFETY: the copy has completed.
+                        let got = unsafe { buffer.slice(Bytes::ZERO, len) };
+                        let first = (Bytes::mib(2).get() - at.get() % Bytes::mib(2).get()) as usize;
+                        let first = first.min(got.len());
+                        for part in [0..first, first..got.len()] {
+                            let is = |contents: &[u8]| got[part.clone()] == contents[part.clone()];
+                            assert!(is(&weights.contents[3]) || is(&other), "neither nor");
+                        }
+                    }
+                });
+            }
+            let written = rig.stream();
+            for round in 0..40 {
+                let now = (round % 2 == 0).then(|| patch.clone());
+                model.change_patches(vec![(3, now)], Use::on(written.handle())).unwrap();
+            }
+            stop.store(true, Ordering::Release);
+        });
+    }
+}
+
+#[test]
+fn patches_that_do_not_fit_change_nothing() {
+    let mut random = Random::seeded();
+    let weights = weights(&mut random);
+    let rig = Rig::new();
+    let engine = rig.engine(Bytes::mib(64));
+    let model = weights.attach(&engine, "model");
+    let mut consumer = rig.consumer();
+    let (patch, _) = patched(&mut random, &rig.device, &weights.contents[4], &[0..4]);
+    let with = |rows: Range<u32>, element| {
+        let mut patch = patch.clone();
+        patch.element = element;
+        patch.products[0].rows = rows;
+        Some(patch)
+    };
+    let how = || Use::on(consumer.stream());
+    let too_long = model.change_patches(vec![(3, with(0..5000, Element::Bf16))], how()).unwrap_err();
+    assert!(too_long.to_string().ends_with("weight \"w3\" of \"model\""), "{too_long}");
+    let elsewhere = model.change_patches(vec![(4, with(2..6, Element::Bf16))], how()).unwrap_err();
+    let eight_bits = model.change_patches(vec![(4, with(0..4, Element::F8E4m3))], how()).unwrap_err();
+    let small = model.change_patches(vec![(0, None), (SMALL, with(0..2, Element::Bf16))], how()).unwrap_err();
+    assert!(small.to_string().starts_with("is always resident"), "{small}");
+    for error in [too_long, elsewhere, eight_bits, small] {
+        assert!(matches!(error, EngineError::Invalid(_)), "{error}");
+    }
+    pass(&model, &weights, &mut consumer);
+}
+
+#[test]
+fn a_patched_table_is_used_as_a_whole_and_a_patched_model_is_not_parked() {
+    let mut random = Random::seeded();
+    let mut weights = weights(&mut random);
+    weights.specs[4].kind = forebay::WeightKind::Table;
+    let rig = Rig::new();
+    let engine = rig.engine(Bytes::mib(12));
+    let model = weights.attach(&engine, "model");
+    let (mut consumer, mut now) = (rig.consumer(), copy_of(&weights));
+    assert!(!model.is_kept(4).unwrap());
+    let (patch, contents) = patched(&mut random, &rig.device, &weights.contents[4], &[0..4]);
+    now.contents[4] = contents;
+    model.change_patches(vec![(4, Some(patch))], Use::on(consumer.stream())).unwrap();
+    assert!(model.is_kept(4).unwrap());
+    pass(&model, &now, &mut consumer);
+    model.park();
+    let again = weights.attach(&engine, "model");
+    pass(&again, &weights, &mut consumer);
+    assert!(!again.is_kept(4).unwrap());
+}

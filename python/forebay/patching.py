@@ -1,0 +1,427 @@
+"""Adapters (LoRA) on attached weights: which weight each is for, and what the device adds to it.
+
+The engine adds them on the device as a page is filled; small weights, which are always there, are merged here.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from forebay._forebay import ForebayError, Model
+from forebay.adapters import COMPONENTS, Adapter, Source, file_identity, names_of, read_adapters
+from forebay.converting import USED, Conversion, dtype_name
+
+_log = logging.getLogger("forebay")
+
+_FUSED = {
+    "to_q": 0, "to_k": 1, "to_v": 2, "q_proj": 0, "k_proj": 1, "v_proj": 2, "query": 0, "key": 1, "value": 2,
+}  # fmt: skip
+"""Parts of a weight that models may have fused, by their places in it."""
+_FUSED_NAMES = ("to_qkv", "qkv", "qkv_proj", "in_proj", "c_attn")
+
+Function = Callable[[torch.Tensor], torch.Tensor]
+"""Computes a weight, on its device, from what is stored."""
+
+Rename = Mapping[str, str | tuple[str, slice]] | Callable[[str], str | tuple[str, slice] | None]
+"""Gives a file's name of a module the model's, and the rows of its weight where it is only a part."""
+
+
+@dataclass(eq=False)
+class Target:
+    """A weight that can be patched.
+
+    Attributes:
+        label: The model's name.
+        names: What the module calls it; several where it is tied.
+        model: The model in the engine.
+        index: Its number there.
+        source: Its bytes as they are stored.
+        conversion: What its elements on the device are made of them by.
+        small: Its parameter, where it is always resident.
+        function: What computes it from what is stored, at this moment.
+        terms: What is added to it at this moment.
+    """
+
+    label: str
+    names: list[str]
+    model: Model
+    index: int
+    source: torch.Tensor
+    conversion: Conversion | None
+    small: torch.Tensor | None
+    function: Function | None = None
+    terms: list[Term] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"{self.names[0]} of {self.label}"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its elements on the device."""
+        return self.source.dtype if self.conversion is None else self.conversion.dtype
+
+    @property
+    def value(self) -> torch.Tensor:
+        """What it is without adapters, on the CPU."""
+        return self.source if self.conversion is None else self.conversion.value(self.source)
+
+    @property
+    def columns(self) -> int:
+        """Elements a row."""
+        return self.source.shape[1:].numel()
+
+
+@dataclass(frozen=True)
+class Term:
+    """An adapter of a strength on some rows of a weight."""
+
+    adapter: Adapter
+    scale: float
+    first: int
+    last: int
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """Equal for terms that add the same."""
+        return (self.adapter.identity, self.scale, self.first, self.last)
+
+
+class Patches:
+    """The adapters of an attachment."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._targets: list[Target] = []
+        self._files: dict[tuple[str, int, int], list[Adapter]] = {}
+        self._stream: torch.cuda.Stream | None = None
+        # For the whole of a change. Taken before everything else, and never while the engine calls Python.
+        self._lock = threading.Lock()
+
+    def add(self, target: Target) -> None:
+        """A weight was attached."""
+        self._targets.append(target)
+
+    def clear(self) -> None:
+        """The weights are detached."""
+        self._targets.clear()
+        self._files.clear()
+
+    def set_loras(
+        self, loras: Iterable[tuple[Source, float]], *, strict: bool = True, rename: Rename | None = None
+    ) -> None:
+        """See :meth:`forebay.Attachment.set_loras`."""
+        with self._lock:
+            files: dict[tuple[str, int, int], list[Adapter]] = {}
+            terms: dict[int, list[Term]] = {}
+            finder = _Finder(self._targets, rename)
+            for source, strength in loras:
+                if not isinstance(strength, (int, float)):
+                    raise TypeError(
+                        f"a LoRA is a file or state dict and a number, its strength: {strength!r}"
+                    )
+                unmatched: list[str] = []
+                adapters = self._read(source, files)
+                for adapter in adapters:
+                    found = finder.find(adapter)
+                    if found is None:
+                        unmatched.append(adapter.target)
+                        continue
+                    target, rows = found
+                    term = _term(target, adapter, float(strength), rows)
+                    if term.scale != 0.0:
+                        terms.setdefault(id(target), []).append(term)
+                _report(unmatched, adapters, strict)
+            self._change((target, target.function, terms.get(id(target), [])) for target in self._targets)
+            self._files = files
+
+    def set_functions(self, functions: Mapping[str, Function | None]) -> None:
+        """See :meth:`forebay.Attachment.set_patch`."""
+        with self._lock:
+            wanted = []
+            for name, function in functions.items():
+                found = [target for target in self._targets if _is_called(target, name)]
+                if len(found) != 1:
+                    names = ", ".join(target.name for target in found) or "no weight that is attached"
+                    raise ValueError(f"is the name of {names}: {name!r}")
+                if function is not None and not callable(function):
+                    raise TypeError(f"a patch is a callable, or None: {function!r}")
+                wanted.append((found[0], function, found[0].terms))
+            self._change(wanted)
+
+    def _read(self, source: Source, files: dict[tuple[str, int, int], list[Adapter]]) -> list[Adapter]:
+        """A file that is in force already is not read again: what it adds is known to be the same."""
+        identity = file_identity(source)
+        adapters = None if identity is None else (files.get(identity) or self._files.get(identity))
+        if adapters is None:
+            adapters = read_adapters(source)
+        if identity is not None:
+            files[identity] = adapters
+        return adapters
+
+    def _change(self, wanted: Iterable[tuple[Target, Function | None, list[Term]]]) -> None:
+        """Gives weights their functions and terms. Those that have them already are left alone."""
+        by_model: dict[Model, list[_Change]] = {}
+        with torch.inference_mode(False), torch.no_grad(), self._upload_stream() as stream:
+            for target, function, terms in wanted:
+                is_same = [term.identity for term in terms] == [term.identity for term in target.terms]
+                if is_same and function is target.function:
+                    continue
+                change = _Change(target, function, terms)
+                if target.small is not None:
+                    change.merged = _merged(target, function, terms, self._device)
+                elif function is not None or terms:
+                    change.patch = self._patch(target, function, terms)
+                by_model.setdefault(target.model, []).append(change)
+        failed: ForebayError | None = None
+        for model, changes in by_model.items():
+            large = [(change.target.index, change.patch) for change in changes if change.target.small is None]
+            try:
+                if large:
+                    model.change_patches(large, stream)
+            except ForebayError as error:
+                # In force all the same; the other models' go on.
+                failed = failed or error
+            for change in changes:
+                change.note()
+        if failed is not None:
+            raise failed
+
+    def _patch(self, target: Target, function: Function | None, terms: Sequence[Term]) -> _Patch:
+        """What the engine is given: for each run of rows with the same terms one product of their joined factors."""
+        kept: list[torch.Tensor] = []
+        products = []
+        for first, last, of in _runs(terms):
+            dtypes = {tensor.dtype for term in of for tensor in (term.adapter.up, term.adapter.down)}
+            dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+            dtype = dtype if dtype in USED else torch.float32
+            up = [term.adapter.up[first - term.first : last - term.first].to(dtype) for term in of]
+            down = [term.adapter.down.to(dtype) for term in of]
+            scale = [torch.full((term.adapter.rank,), term.scale, dtype=torch.float32) for term in of]
+            factors = [
+                torch.cat(parts, dim).contiguous().to(self._device, copy=True)
+                for parts, dim in ((up, 1), (down, 0), (scale, 0))
+            ]
+            kept += factors
+            addresses = [factor.data_ptr() for factor in factors]
+            products.append((first, last, *addresses, dtype_name(dtype), factors[1].shape[0]))
+        compute = None if function is None else functools.partial(self._computed, target, function)
+        # Without terms nobody computes with the elements.
+        name = dtype_name(target.dtype if terms else torch.float32)
+        return name, target.columns if terms else 1, products, kept, compute
+
+    def _computed(self, target: Target, function: Function) -> tuple[int, int, object]:
+        """Computes a weight, on a thread of the engine. Its address, the stream's handle, and what keeps it."""
+        with torch.inference_mode(False), torch.no_grad(), self._upload_stream() as stream:
+            result = _called(target, function, self._device)
+            return result.data_ptr(), stream, result
+
+    def _upload_stream(self) -> _Uploading:
+        if self._device.type != "cuda":
+            return _Uploading(None)
+        if self._stream is None:
+            # Not the caller's: its work may wait for pages that wait for this.
+            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        return _Uploading(self._stream)
+
+
+_Patch = tuple[str, int, list[Any], object, Callable[[], tuple[int, int, object]] | None]
+"""A patch as the engine takes it."""
+
+
+@dataclass(eq=False)
+class _Change:
+    """What one weight is to be, and what gets it there."""
+
+    target: Target
+    function: Function | None
+    terms: list[Term]
+    patch: _Patch | None = None
+    merged: torch.Tensor | None = None
+
+    def note(self) -> None:
+        """It is in force. A small weight is written to: it is an ordinary tensor."""
+        self.target.function, self.target.terms = self.function, self.terms
+        if self.target.small is not None and self.merged is not None:
+            self.target.small.data.copy_(self.merged)
+
+
+class _Uploading:
+    """Makes a stream the current one. Its handle."""
+
+    def __init__(self, stream: torch.cuda.Stream | None) -> None:
+        self._stream = stream
+        self._current = torch.cuda.stream(stream) if stream is not None else None
+
+    def __enter__(self) -> int:
+        if self._stream is None or self._current is None:
+            return 0
+        self._current.__enter__()  # type: ignore[no-untyped-call]
+        return int(self._stream.cuda_stream)
+
+    def __exit__(self, *error: Any) -> None:
+        if self._current is not None:
+            self._current.__exit__(*error)
+
+
+class _Finder:
+    """Finds the weights that adapters are for."""
+
+    def __init__(self, targets: Sequence[Target], rename: Rename | None) -> None:
+        self._rename: Callable[[str], Any] | None = rename.get if isinstance(rename, Mapping) else rename
+        self._labels = {target.label for target in targets}
+        self._by_name: dict[str, list[Target]] = {}
+        self._by_underscored: dict[str, list[Target]] = {}
+        for target in targets:
+            for name in target.names:
+                self._by_name.setdefault(name, []).append(target)
+                if name.endswith(".weight"):
+                    module = name[: -len(".weight")]
+                    self._by_name.setdefault(module, []).append(target)
+                    self._by_underscored.setdefault(module.replace(".", "_"), []).append(target)
+
+    def find(self, adapter: Adapter) -> tuple[Target, slice] | None:
+        """The weight and its rows.
+
+        Raises:
+            ValueError: Where several weights could be meant.
+        """
+        renamed = self._rename(adapter.target) if self._rename is not None else None
+        if renamed is not None:
+            name, rows = renamed if isinstance(renamed, tuple) else (renamed, slice(None))
+            target = self._one(adapter, self._by_name.get(name, []), None)
+            return None if target is None else (target, rows)
+        for name, label in self._candidates(adapter.target):
+            target = self._one(adapter, self._by_name.get(name, []), label)
+            if target is None and "." not in name:
+                target = self._one(adapter, self._by_underscored.get(name, []), label)
+            if target is None:
+                target = self._one(adapter, self._by_name.get(f"{name}.0", []), label)
+            if target is not None:
+                return target, slice(None)
+            fused = self._fused(adapter, name, label)
+            if fused is not None:
+                return fused
+        return None
+
+    def _candidates(self, target: str) -> Iterable[tuple[str, str | None]]:
+        """What the weight may be called, and the part of a pipeline that it belongs to."""
+        for name in names_of(target):
+            for prefix, labels in COMPONENTS.items():
+                if name.startswith(prefix):
+                    rest = name[len(prefix) :]
+                    known = [label for label in labels if label in self._labels]
+                    # A model that was attached alone is what all of the file is for, whatever it is called.
+                    if known or len(self._labels) == 1:
+                        yield rest, known[0] if known else None
+            for label in self._labels:
+                if name.startswith(f"{label}."):
+                    yield name[len(label) + 1 :], label
+            yield name, None
+
+    def _one(self, adapter: Adapter, targets: Sequence[Target], label: str | None) -> Target | None:
+        fitting = {id(target): target for target in targets if label is None or target.label == label}
+        if len(fitting) > 1:
+            names = ", ".join(target.name for target in fitting.values())
+            raise ValueError(f"may be for {names}: {adapter.target!r} of {adapter.origin}")
+        return next(iter(fitting.values()), None)
+
+    def _fused(self, adapter: Adapter, name: str, label: str | None) -> tuple[Target, slice] | None:
+        """A third of a weight that a model has fused of three of the same size."""
+        for part, place in _FUSED.items():
+            for mark, found in ((".", self._by_name), ("_", self._by_underscored)):
+                if not name.endswith(mark + part):
+                    continue
+                for fused in _FUSED_NAMES:
+                    target = self._one(adapter, found.get(name[: -len(part)] + fused, []), label)
+                    rows = adapter.up.shape[0]
+                    if target is not None and target.source.shape[0] == 3 * rows:
+                        return target, slice(place * rows, (place + 1) * rows)
+        return None
+
+
+def _term(target: Target, adapter: Adapter, strength: float, rows: slice) -> Term:
+    shape, what = tuple(target.source.shape), f"{adapter.target!r} of {adapter.origin}"
+    first, last, step = rows.indices(target.source.shape[0]) if shape else (0, 0, 1)
+    if (
+        target.source.ndim < 2
+        or step != 1
+        or adapter.up.shape[0] != last - first
+        or adapter.down.shape[1] != target.columns
+    ):
+        raise ValueError(
+            f"rows {first}:{last} of a weight of shape {shape} take no product of {tuple(adapter.up.shape)} and "
+            f"{tuple(adapter.down.shape)}: {what} for {target.name}"
+        )
+    if target.dtype not in USED:
+        raise ValueError(
+            f"a weight of {dtype_name(target.dtype)} takes no adapter; attach with dtype=torch.bfloat16, say, and it is "
+            f"converted first: {what} for {target.name}"
+        )
+    if not target.source.is_contiguous():
+        raise ValueError(
+            f"a weight that is not contiguous takes no adapter; make it so before attach: {what} for {target.name}"
+        )
+    return Term(adapter, strength * adapter.scale, first, last)
+
+
+def _runs(terms: Sequence[Term]) -> Iterable[tuple[int, int, list[Term]]]:
+    """Runs of rows that the same terms are for."""
+    edges = sorted({edge for term in terms for edge in (term.first, term.last)})
+    for first, last in itertools.pairwise(edges):
+        of = [term for term in terms if term.first <= first and last <= term.last]
+        if of:
+            yield first, last, of
+
+
+def _called(target: Target, function: Function, device: torch.device) -> torch.Tensor:
+    """What a function makes of a weight, laid out as the weight is."""
+    # A copy of its own, also on the CPU: a function may write to it.
+    value = target.value.to(device, copy=True)
+    result = function(value)
+    if not isinstance(result, torch.Tensor) or (result.shape, result.dtype) != (value.shape, value.dtype):
+        got = (
+            (result.dtype, tuple(result.shape)) if isinstance(result, torch.Tensor) else type(result).__name__
+        )
+        raise ValueError(f"a patch gives a tensor of {value.dtype} and shape {tuple(value.shape)}: {got}")
+    placed = torch.empty_strided(
+        target.source.size(), target.source.stride(), dtype=value.dtype, device=device
+    )
+    return placed.copy_(result.detach())
+
+
+def _is_called(target: Target, name: str) -> bool:
+    return name in target.names or name in (f"{target.label}.{own}" for own in target.names)
+
+
+def _merged(
+    target: Target, function: Function | None, terms: Sequence[Term], device: torch.device
+) -> torch.Tensor:
+    """A weight with its function and terms: sums in float32 on the CPU, rounded once."""
+    value = target.value if function is None else _called(target, function, device).cpu()
+    if not terms:
+        return value
+    merged = value.float()
+    flat = torch.zeros_like(merged).flatten(1)
+    for term in terms:
+        flat[term.first : term.last] += (term.scale * term.adapter.up.float()) @ term.adapter.down.float()
+    return (merged + flat.view(merged.shape)).to(target.dtype)
+
+
+def _report(unmatched: Sequence[str], adapters: Sequence[Adapter], strict: bool) -> None:
+    if not unmatched:
+        return
+    some = ", ".join(repr(name) for name in unmatched[:5]) + (", ..." if len(unmatched) > 5 else "")
+    text = f"{len(unmatched)} of {len(adapters)} adapters are for no weight that is attached"
+    if strict:
+        raise ValueError(f"{text}; strict=False leaves them out, rename= says whose they are: {some}")
+    _log.warning("%s of %s: %s", text, adapters[0].origin, some)

@@ -1,0 +1,81 @@
+//! Patches and conversions of weights as Python gives them.
+
+use std::sync::Arc;
+
+use forebay::device::{DeviceAddr, Element, Factors, StreamHandle};
+use forebay::{Compute, Computed, Conversion, Patch, Product, StoredScale};
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+
+use crate::model::Shared;
+use crate::run::with_interrupts;
+
+/// A product: the rows it is added to, the addresses of up, down and scale, the factors' elements, their rank.
+pub(crate) type PyProduct = (u32, u32, u64, u64, u64, String, u32);
+/// A patch: the weight's elements, elements a row, the products, what keeps their memory, and what computes the weight.
+pub(crate) type PyPatch = (String, u32, Vec<PyProduct>, Py<PyAny>, Option<Py<PyAny>>);
+
+/// A callable that gives a weight's address, the handle of the stream that writes it, and what keeps it.
+struct PyCompute(Py<PyAny>);
+
+impl Compute for PyCompute {
+    fn compute(&self) -> Result<Computed, String> {
+        let called = Python::try_attach(|py| {
+            let call = || -> PyResult<(u64, u64, Py<PyAny>)> { self.0.bind(py).call0()?.extract() };
+            call().map_err(|error| error.to_string())
+        });
+        let (at, stream, keep) = called.unwrap_or_else(|| Err("the interpreter ends".to_owned()))?;
+        // SAFETY: the package passes a stream of torch's on the model's device; torch destroys none of its streams.
+        let written_on = unsafe { StreamHandle::from_raw(stream) };
+        Ok(Computed { at: DeviceAddr::new(at), written_on, keep: Box::new(keep) })
+    }
+}
+
+/// The type of an element by its name in torch.
+pub(crate) fn element(name: &str) -> PyResult<Element> {
+    match name {
+        "float32" => Ok(Element::F32),
+        "float16" => Ok(Element::F16),
+        "bfloat16" => Ok(Element::Bf16),
+        "float8_e4m3fn" => Ok(Element::F8E4m3),
+        "float8_e5m2" => Ok(Element::F8E5m2),
+        name => Err(PyValueError::new_err(format!("is no element that a device computes with: {name}"))),
+    }
+}
+
+/// A conversion: the stored and the used elements, the scale's address, elements a row or 0 for one scale of all, and what
+/// keeps the scale; `None` without.
+pub(crate) type PyConversion = (String, String, u64, u64, Option<Py<PyAny>>);
+
+pub(crate) fn conversion((from, to, scale, columns, keep): PyConversion) -> PyResult<Conversion> {
+    let at = DeviceAddr::new(scale);
+    let scale = match (&keep, columns) {
+        (None, _) => StoredScale::None,
+        (Some(_), 0) => StoredScale::One(at),
+        (Some(_), columns) => StoredScale::Rows { at, columns },
+    };
+    Ok(Conversion { from: element(&from)?, to: element(&to)?, scale, keep: Arc::new(keep) })
+}
+
+fn patch((name, columns, products, keep, compute): PyPatch) -> PyResult<Patch> {
+    let product = |(first, last, up, down, scale, of, rank): PyProduct| {
+        let [up, down, scale] = [up, down, scale].map(DeviceAddr::new);
+        let factors = Factors { up, down, scale, element: element(&of)?, rank, columns, row_base: first };
+        Ok(Product { rows: first..last, factors })
+    };
+    let products = products.into_iter().map(product).collect::<PyResult<_>>()?;
+    let computed = compute.map(|compute| Arc::new(PyCompute(compute)) as Arc<dyn Compute>);
+    Ok(Patch { element: element(&name)?, computed, products, keep: Arc::new(keep) })
+}
+
+/// Gives weights, by number, new patches or none.
+pub(crate) fn change(
+    py: Python<'_>,
+    model: &Shared,
+    changes: Vec<(usize, Option<PyPatch>)>,
+    stream: StreamHandle,
+) -> PyResult<()> {
+    let one = |(weight, given): (usize, Option<PyPatch>)| Ok((weight, given.map(patch).transpose()?));
+    let changes = changes.into_iter().map(one).collect::<PyResult<Vec<_>>>()?;
+    with_interrupts(py, stream, |how| model.attachment.change_patches(changes, how))
+}
