@@ -27,18 +27,21 @@ def replace(module: ModuleType) -> None:
         raise RuntimeError(
             f"native mode takes the place of ModelPatcherDynamic, which this ComfyUI has not: {module.__file__}"
         )
-    import comfy.memory_management
-    import comfy.model_management
+    from comfy import memory_management, model_management
 
     from forebay.comfyui.native.patcher import ForebayModelPatcher
 
     _set(module, "ModelPatcherDynamic", ForebayModelPatcher)
     _set(module, "CoreModelPatcher", ForebayModelPatcher)
     # Files are mapped, and layers wait for their weights instead of allocating memory for them.
-    _set(comfy.memory_management, "aimdo_enabled", True)
-    management = comfy.model_management
-    is_oom = management.is_oom
-    _set(management, "is_oom", lambda error: isinstance(error, OutOfMemoryError) or is_oom(error))
+    _set(memory_management, "aimdo_enabled", True)
+    # Weights of one operation that do not fit are what ComfyUI's retries with smaller tiles are for.
+    known = model_management.OOM_EXCEPTION
+    _set(
+        model_management,
+        "OOM_EXCEPTION",
+        (*(known if isinstance(known, tuple) else (known,)), OutOfMemoryError),
+    )
 
 
 def restore() -> None:
