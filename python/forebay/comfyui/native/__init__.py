@@ -1,0 +1,41 @@
+"""ComfyUI's models on attached weights, in place of its own casting and offloading.
+
+``install()`` replaces the patcher that ComfyUI takes for dynamic VRAM by :class:`patcher.ForebayModelPatcher`: a model is
+attached when ComfyUI loads it, its weights stay where its file is mapped, and adapters (LoRA) are applied on the device,
+by ComfyUI's own arithmetic. Nothing of the model is pinned or copied in RAM.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from forebay.comfyui.native.arrival import on_import, withdraw
+
+_PATCHERS = "comfy.model_patcher"
+
+
+def install() -> None:
+    """From now on ComfyUI's dynamic VRAM is attached weights. Idempotent; needs neither torch nor ComfyUI imported yet.
+
+    Where ComfyUI is imported already, models that are loaded from now on are attached; models loaded before stay what
+    they are. Where it is not, this waits for its import, and ComfyUI decides whether it uses dynamic VRAM at all
+    (``--disable-dynamic-vram``, ``--cpu``).
+    """
+    if _PATCHERS in sys.modules:
+        _replace()
+    else:
+        on_import(_PATCHERS, _replace)
+
+
+def uninstall() -> None:
+    """Undoes it. Models that are attached stay so until ComfyUI unloads them."""
+    withdraw(_PATCHERS)
+    replacing = sys.modules.get("forebay.comfyui.native.replacing")
+    if replacing is not None:
+        replacing.restore()
+
+
+def _replace() -> None:
+    # Not imported before: it needs torch and ComfyUI.
+    importlib.import_module("forebay.comfyui.native.replacing").replace(sys.modules[_PATCHERS])

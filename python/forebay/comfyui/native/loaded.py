@@ -1,0 +1,188 @@
+"""A model of ComfyUI's that is attached: what ComfyUI calls loaded.
+
+One model has one of these, however many patchers share it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import comfy.model_management
+import comfy.ops
+import torch
+from comfy.quant_ops import QuantizedTensor
+from torch import nn
+
+from forebay._forebay import Engine
+from forebay.attachment import Attachment, attach
+from forebay.comfyui.native.patches import Patches
+from forebay.comfyui.native.quantized import ManagedQuantized
+from forebay.converting import STORED, USED
+from forebay.engines import engine
+from forebay.parameter import ForebayTensor
+from forebay.small import small_of
+
+HOST_BUDGET = "FOREBAY_HOST_BUDGET"
+"""Bytes of weights in memory at once where ComfyUI runs on the CPU: what stands for a card there."""
+
+_ATTRIBUTE = "forebay_loaded"
+
+
+def loaded_of(model: nn.Module) -> Loaded | None:
+    """What is attached of a model, or nothing."""
+    found: Loaded | None = model.__dict__.get(_ATTRIBUTE)
+    return found
+
+
+def engine_for(device: torch.device) -> Engine:
+    """The engine of a device that ComfyUI loads models on."""
+    budget = os.environ.get(HOST_BUDGET)
+    if device.type == "cpu" and budget is not None:
+        return engine("host", budget=float(budget))
+    return engine(device)
+
+
+class Loaded:
+    """The weights of one model on one device."""
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        """Attaches a model. Its weights stay where they are: in the mapped file, where they came from one.
+
+        Raises:
+            OutOfMemoryError: Where not even its small weights fit.
+            ValueError: For weights that are elsewhere already.
+        """
+        self.device = device
+        self._model = model
+        self._quantized: list[ManagedQuantized] = []
+        self._attachment: Attachment | None = None
+        self._patches: Patches | None = None
+        try:
+            with torch.inference_mode(False):
+                _initialize(model)
+                self._quantized += [
+                    ManagedQuantized(path, module, name, parameter)
+                    for path, module in list(model.named_modules())
+                    for name, parameter in list(module._parameters.items())
+                    if isinstance(parameter, QuantizedTensor)
+                ]
+                dtypes = _model_dtypes(model)
+                size = _size(model, dtypes)
+                self._attachment = attach(model, engine_for(device), dtype=dtypes or None)
+                for quantized in self._quantized:
+                    quantized.stand_in()
+        except BaseException:
+            self.unload()
+            raise
+        self._patches = Patches(
+            model,
+            self._attachment,
+            {quantized.key: quantized for quantized in self._quantized},
+            at_fill=_fits(size, device),
+        )
+        self._modules = {id(module) for module in model.modules()}
+        model.__dict__[_ATTRIBUTE] = self
+
+    @property
+    def attachment(self) -> Attachment:
+        """Its attachment."""
+        assert self._attachment is not None
+        return self._attachment
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of device memory that its weights take at this moment."""
+        if self._attachment is None:
+            return 0
+        return sum((one["resident"] + one["streamed"]) * one["page_size"] for one in self._attachment.stats())
+
+    def patch(self, patches: Mapping[str, Sequence[Any]]) -> int:
+        """Gives the weights these patches in place of those they have. How many changed."""
+        assert self._patches is not None
+        return self._patches.set(patches)
+
+    def stored(self, key: str, weight: Any) -> Any:
+        """A weight as it is without patches, on the CPU, valid also when the model is unloaded."""
+        path, _, name = key.rpartition(".")
+        layer = self._model.get_submodule(path)
+        for quantized in self._quantized:
+            if quantized.key == (id(layer), name):
+                return quantized.original
+        small = small_of(weight)
+        source = (
+            weight._source if isinstance(weight, ForebayTensor) else None if small is None else small._source
+        )
+        return weight if source is None else source.to(weight.dtype)
+
+    def adopt(self) -> None:
+        """Moves to the device what was put into the model since it was attached, as patches of objects do."""
+        for module in self._model.modules():
+            if id(module) not in self._modules:
+                module.to(self.device)
+
+    def unload(self, keep: bool = False) -> None:
+        """Puts the model's own weights back, which lie on the CPU. Idempotent.
+
+        Args:
+            keep: As for :meth:`forebay.Attachment.detach`.
+        """
+        if self._model.__dict__.get(_ATTRIBUTE) is self:
+            del self._model.__dict__[_ATTRIBUTE]
+        if self._patches is not None:
+            self._patches.withdraw()
+            self._patches = None
+        for quantized in self._quantized:
+            quantized.withdraw()
+        if self._attachment is not None:
+            self._attachment.detach(keep)
+            self._attachment = None
+        while self._quantized:
+            self._quantized.pop().restore()
+
+
+def _initialize(model: nn.Module) -> None:
+    """Gives weights that no file had, and that ComfyUI made without memory, the zeros it gives them."""
+    for module in model.modules():
+        if not hasattr(module, "comfy_cast_weights"):
+            continue
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None and parameter.is_meta:
+                comfy.ops.disable_weight_init._zero_init_parameter(module, name)
+
+
+def _model_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
+    """The dtypes of weights that were taken from a file as they are, where ComfyUI gave the model another one.
+
+    They are converted as they are filled, where the engine can. The others, and buffers, are converted here.
+    """
+    dtypes: dict[str, torch.dtype] = {}
+    for path, module in model.named_modules():
+        for name, parameter in list(module._parameters.items()):
+            dtype = getattr(module, f"{name}_comfy_model_dtype", None)
+            if parameter is None or dtype is None or parameter.dtype == dtype:
+                continue
+            if parameter.dtype in STORED and dtype in USED:
+                dtypes[f"{path}.{name}" if path else name] = dtype
+            else:
+                module._parameters[name] = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
+        for name, buffer in list(module._buffers.items()):
+            dtype = getattr(module, f"{name}_comfy_model_dtype", None)
+            if buffer is not None and dtype is not None and buffer.dtype != dtype:
+                module._buffers[name] = buffer.to(dtype)
+    return dtypes
+
+
+def _size(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> int:
+    """Bytes of all weights as they are on the device."""
+    return sum(
+        parameter.numel() * dtypes.get(name, parameter.dtype).itemsize
+        for name, parameter in model.named_parameters()
+    )
+
+
+def _fits(size: int, device: torch.device) -> bool:
+    """Whether a model of this size may stay on the device as a whole while it runs."""
+    others = 0 if device.type == "cpu" else comfy.model_management.minimum_inference_memory()
+    return bool(size + others <= engine_for(device).budget)

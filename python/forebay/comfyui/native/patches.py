@@ -1,0 +1,240 @@
+"""Patches of weights (LoRA and its kin): what ComfyUI computes for a model that is loaded as a whole.
+
+Its own function is called with one weight at a time, on the device: its arithmetic, dtypes and seeded rounding. So results
+do not depend on what is resident. Where the model fits, a weight is computed when its pages are filled and costs nothing
+afterwards. Where it does not, most pages would be computed again in every step; then a layer's weights are computed when
+it runs, from what is on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import comfy.lora
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import nn
+
+from forebay.attachment import Attachment
+from forebay.comfyui.native.quantized import ManagedQuantized
+from forebay.instance_methods import InstanceMethod
+from forebay.parameter import ForebayTensor
+from forebay.small import small_of
+
+Function = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(eq=False)
+class _Patch:
+    """A weight's patches.
+
+    Attributes:
+        patches: ComfyUI's.
+        filled: The name of the weight that is computed as it is filled, if it is.
+        undo: Takes the rest away.
+    """
+
+    patches: list[Any]
+    filled: str | None
+    undo: Callable[[], None] | None
+
+
+class Patches:
+    """The patches of an attached model, which change with the patcher that is loaded."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        attachment: Attachment,
+        quantized: Mapping[tuple[int, str], ManagedQuantized],
+        *,
+        at_fill: bool,
+    ) -> None:
+        """None at first.
+
+        Args:
+            model: The attached model.
+            attachment: Its attachment.
+            quantized: What is quantized, by its layer's identity and its name there.
+            at_fill: Whether weights are computed when they are filled.
+        """
+        self._model = model
+        self._attachment = attachment
+        self._quantized = quantized
+        self._at_fill = at_fill
+        self._of: dict[str, _Patch] = {}
+        self._layers: dict[int, _PatchedLayer] = {}
+
+    def set(self, patches: Mapping[str, Sequence[Any]]) -> int:
+        """Gives weights these patches in place of those they have. Weights whose patches are the same are left alone.
+
+        Args:
+            patches: ComfyUI's, by the weights' names in the model.
+
+        Returns:
+            How many weights changed.
+        """
+        gone = [key for key, has in self._of.items() if not _same(has.patches, patches.get(key))]
+        functions: dict[str, Function | None] = {}
+        for key in gone:
+            patch = self._of.pop(key)
+            if patch.filled is not None:
+                functions[patch.filled] = None
+            if patch.undo is not None:
+                patch.undo()
+        new = [key for key in patches if key not in self._of]
+        for key in new:
+            self._of[key] = self._patched(key, list(patches[key]), functions)
+        if functions:
+            self._attachment.set_patch(functions)
+        return len({*gone, *new})
+
+    def withdraw(self) -> None:
+        """Takes them from the layers, before the model is detached. What was computed goes with its pages."""
+        for patch in self._of.values():
+            if patch.undo is not None:
+                patch.undo()
+        self._of.clear()
+
+    def _patched(self, key: str, patches: list[Any], functions: dict[str, Function | None]) -> _Patch:
+        path, _, name = key.rpartition(".")
+        layer = self._model.get_submodule(path)
+        weight = getattr(layer, name)
+        compute = WeightPatch(layer, key, patches, self._attachment.device)
+        quantized = self._quantized.get((id(layer), name))
+        keeps_shape = comfy.lora.calculate_shape(patches, weight, key) == weight.shape
+        asks = hasattr(layer, "comfy_cast_weights")
+        if keeps_shape and (self._at_fill or not asks):
+            if quantized is not None and quantized.has_one_scale:
+                functions[quantized.data_name], undo = quantized.patched(compute)
+                return _Patch(patches, quantized.data_name, undo)
+            if quantized is None and _is_managed(weight):
+                functions[key] = compute
+                return _Patch(patches, key, None)
+        known = self._layers.get(id(layer))
+        if known is None:
+            known = self._layers[id(layer)] = _PatchedLayer(layer)
+        known.add(name, compute, quantized)
+
+        def undo_on_use() -> None:
+            if not known.drop(name):
+                self._layers.pop(id(layer), None)
+
+        return _Patch(patches, None, undo_on_use)
+
+
+class WeightPatch:
+    """Computes a patched weight from the stored one."""
+
+    def __init__(self, layer: nn.Module, key: str, patches: Sequence[Any], device: torch.device) -> None:
+        """Takes the patches to the device.
+
+        Args:
+            layer: The module that has the weight.
+            key: The weight's name in the model.
+            patches: ComfyUI's for this weight.
+            device: Where it is computed.
+        """
+        self._name = key.rpartition(".")[2]
+        self._key = key
+        self._layer = layer
+        self._device = device
+        weight = getattr(layer, self._name)
+        self._patches = _on_device(patches, device, weight.nbytes)
+
+    def __call__(self, stored: torch.Tensor) -> Any:
+        """Computes it, in new memory."""
+        view = SimpleNamespace(**{self._name: stored})
+        for method in (f"set_{self._name}", f"convert_{self._name}"):
+            if hasattr(self._layer, method):
+                setattr(view, method, getattr(self._layer, method))
+        patcher = SimpleNamespace(
+            model=_nested(self._key, view),
+            patches={self._key: self._patches},
+            backup={},
+            weight_inplace_update=False,
+        )
+        with torch.no_grad():
+            return ModelPatcher.patch_weight_to_device(
+                patcher, self._key, device_to=self._device, return_weight=True
+            )
+
+
+class _PatchedLayer:
+    """A layer whose forward sees patched weights."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer = layer
+        self._computes: dict[str, tuple[WeightPatch, ManagedQuantized | None]] = {}
+        self._method = InstanceMethod(layer, "forward", self._run)
+
+    def add(self, name: str, compute: WeightPatch, quantized: ManagedQuantized | None) -> None:
+        self._computes[name] = compute, quantized
+
+    def drop(self, name: str) -> bool:
+        """Whether there are others."""
+        self._computes.pop(name, None)
+        if not self._computes:
+            self._method.remove()
+        return bool(self._computes)
+
+    def _run(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        parameters: dict[str, Any] = self._layer._parameters
+        originals = {name: parameters[name] for name in self._computes}
+        for name, (compute, quantized) in self._computes.items():
+            stored = _plain(parameters[name]) if quantized is None else quantized.plain()
+            parameters[name] = compute(stored)
+            if quantized is not None:
+                quantized.covered = True
+        try:
+            return original(*args, **kwargs)
+        finally:
+            for name, (_, quantized) in self._computes.items():
+                parameters[name] = originals[name]
+                if quantized is not None:
+                    quantized.covered = False
+
+
+def _plain(weight: torch.Tensor) -> torch.Tensor:
+    return weight._weight.view() if isinstance(weight, ForebayTensor) else weight
+
+
+def _is_managed(weight: torch.Tensor) -> bool:
+    return isinstance(weight, ForebayTensor) or small_of(weight) is not None
+
+
+def _nested(key: str, layer: Any) -> Any:
+    """A model that has nothing but this layer, in its place."""
+    for name in reversed(key.split(".")[:-1]):
+        layer = SimpleNamespace(**{name: layer})
+    return layer
+
+
+def _on_device(patches: Sequence[Any], device: torch.device, most: int) -> list[Any]:
+    """The patches with their tensors on the device.
+
+    Those that take more than the weight itself stay where they are: whole weights, of models that are merged.
+    """
+    values = [patch[1] for patch in patches]
+    counter = [0]
+    comfy.lora.prefetch_prepared_value(values, counter, None, None, False)
+    if device.type == "cpu" or not 0 < counter[0] <= most:
+        return list(patches)
+    memory = torch.empty(counter[0], dtype=torch.uint8, device=device)
+    moved = comfy.lora.prefetch_prepared_value(values, [0], memory, None, True)
+    return [(patch[0], value, *patch[2:]) for patch, value in zip(patches, moved, strict=True)]
+
+
+def _same(has: Sequence[Any], wanted: Sequence[Any] | None) -> bool:
+    """Whether patches are the same: of the same strengths, and the very same tensors."""
+    return (
+        wanted is not None
+        and len(has) == len(wanted)
+        and all(
+            one[0] == other[0] and one[1] is other[1] and one[2:] == other[2:]
+            for one, other in zip(has, wanted, strict=True)
+        )
+    )

@@ -1,0 +1,143 @@
+"""Quantized weights: tensors made of several, of which each is a weight of its own to the engine."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from comfy.quant_ops import QuantizedTensor
+from torch import nn
+
+from forebay.instance_methods import InstanceMethod
+from forebay.parameter import ForebayTensor
+
+_DATA = "data"
+_SCALE = "scale"
+
+
+class ManagedQuantized:
+    """A quantized weight whose inner tensors are managed.
+
+    While its model is attached they are parameters of a module of their own, and the quantized tensor that stands in the
+    layer is made of their stand-ins. A forward of the layer sees one that is made of plain tensors.
+
+    Attributes:
+        original: The weight as it was.
+        covered: Whether something else stands in the layer for the length of its forward.
+    """
+
+    def __init__(self, path: str, module: nn.Module, name: str, weight: Any) -> None:
+        """Takes the weight out of its layer and lays its parts where :func:`forebay.attach` finds them."""
+        self.original = weight
+        self.covered = False
+        self._module = module
+        self._name = name
+        self._params = weight._params
+        self._forward: InstanceMethod | None = None
+        self._scale: torch.Tensor | None = None
+        self._holder = nn.Module()
+        self._holder_name = f"{name}_parts"
+        self.data_name = f"{path}.{self._holder_name}.{_DATA}" if path else f"{self._holder_name}.{_DATA}"
+        self._fields = [
+            field.name
+            for field in dataclasses.fields(self._params)
+            if isinstance(getattr(self._params, field.name), torch.Tensor)
+        ]
+        parts = {_DATA: weight._qdata, **{field: getattr(self._params, field) for field in self._fields}}
+        for part, tensor in parts.items():
+            self._holder.register_parameter(part, nn.Parameter(tensor, requires_grad=False))
+        module._parameters[name] = None
+        module._modules[self._holder_name] = self._holder
+
+    @property
+    def key(self) -> tuple[int, str]:
+        """Identifies it as long as its layer lives."""
+        return id(self._module), self._name
+
+    @property
+    def has_one_scale(self) -> bool:
+        """Whether there is nothing but data and one number."""
+        return self._fields == [_SCALE] and self._params.scale.numel() == 1
+
+    def stand_in(self) -> None:
+        """Puts a quantized tensor of stand-ins into the layer."""
+        del self._module._modules[self._holder_name]
+        self._put()
+        self._forward = InstanceMethod(self._module, "forward", self._run)
+
+    def withdraw(self) -> None:
+        """Takes it out of the layer again, before the model is detached."""
+        if self._forward is not None:
+            self._forward.remove()
+            self._forward = None
+
+    def restore(self) -> None:
+        """Puts the layer's own weight back."""
+        self._module._modules.pop(self._holder_name, None)
+        self._module._parameters[self._name] = self.original
+
+    def plain(self) -> Any:
+        """The weight, made of plain tensors on the device. They stay as long as it does."""
+        return self._made_of({name: _plain(getattr(self._holder, name)) for name in (_DATA, *self._fields)})
+
+    def patched(
+        self, compute: Callable[[Any], Any]
+    ) -> tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[], None]]:
+        """Has its data computed by a patch, which also gives it another scale.
+
+        Args:
+            compute: Gives the patched quantized weight from the stored one.
+
+        Returns:
+            What computes the data from the stored data, and what gives the weight its own scale back.
+        """
+        stored = _plain(self._holder._parameters[_SCALE])  # type: ignore[arg-type]
+        with torch.inference_mode(False):
+            scale = self._scale = stored.clone()
+        self._put()
+
+        def data(value: torch.Tensor) -> torch.Tensor:
+            params = dataclasses.replace(self._params, scale=stored)
+            found = compute(QuantizedTensor(value, self.original._layout_cls, params))
+            # In the stream that the data is computed in: whoever waits for the data finds its scale.
+            scale.copy_(found._params.scale)
+            result: torch.Tensor = found._qdata
+            return result
+
+        def undo() -> None:
+            if self._scale is scale:
+                self._scale = None
+                self._put()
+
+        return data, undo
+
+    def _put(self) -> None:
+        with torch.inference_mode(False):
+            tensor = self._made_of(self._holder._parameters)
+        tensor._is_param = True
+        self._module._parameters[self._name] = tensor
+
+    def _made_of(self, parts: Any) -> Any:
+        fields = {name: parts[name] for name in self._fields}
+        if self._scale is not None:
+            fields[_SCALE] = self._scale
+        return QuantizedTensor(
+            parts[_DATA], self.original._layout_cls, dataclasses.replace(self._params, **fields)
+        )
+
+    def _run(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self.covered:
+            return original(*args, **kwargs)
+        seen = self._module.__dict__
+        # Python looks here before `_parameters`.
+        seen[self._name] = self.plain()
+        try:
+            return original(*args, **kwargs)
+        finally:
+            seen.pop(self._name, None)
+
+
+def _plain(part: torch.Tensor) -> torch.Tensor:
+    return part._weight.view() if isinstance(part, ForebayTensor) else part.data

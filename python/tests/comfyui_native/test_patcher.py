@@ -1,0 +1,294 @@
+"""What ComfyUI's own calls find: loading, unloading, room for others, clones, adapters that change, hooks."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+if "COMFYUI_ROOT" not in os.environ:
+    pytest.skip("needs a checkout of ComfyUI: COMFYUI_ROOT", allow_module_level=True)
+
+import checkpoints
+import comfy.model_management as management
+import comfy.ops
+import support
+import torch
+from running import load, sample, with_lora
+
+import forebay
+
+_MIB = 1 << 20
+
+
+@pytest.fixture
+def path(folder: Path) -> Path:
+    """A small Flux."""
+    return checkpoints.write(folder, "flux", "bf16")
+
+
+def _held(engine: forebay.Engine) -> int:
+    """Bytes that weights take."""
+    engine.settle()
+    return sum((one["resident"] + one["streamed"]) * one["page_size"] for one in engine.stats()["models"])
+
+
+def test_unloading_gives_the_model_and_the_memory_back(path: Path, native: Callable[..., Any]) -> None:
+    with native() as engine:
+        model = load(path)
+        before = {name: (p.device, p.dtype) for name, p in model.model.named_parameters()}
+        stored = {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
+        first = sample(model, "flux")
+        assert _held(engine) > 0
+        assert model.loaded_size() > 0
+        management.unload_all_models()
+        assert model.loaded_size() == 0
+        assert _held(engine) == 0
+        assert management.loaded_models() == []
+        assert {name: (p.device, p.dtype) for name, p in model.model.named_parameters()} == before
+        assert support.same(dict(model.model.state_dict()), stored)
+        assert support.same(sample(model, "flux"), first)
+
+
+def test_models_stay_loaded_beside_each_other(path: Path, folder: Path, native: Callable[..., Any]) -> None:
+    other_path = checkpoints.write(folder, "wan", "bf16")
+    with native(path.stat().st_size / 4) as engine:
+        model, other = load(path), load(other_path)
+        first, second = sample(model, "flux"), sample(other, "wan")
+        assert {id(one.model) for one in management.loaded_models()} == {id(model.model), id(other.model)}
+        assert _held(engine) <= path.stat().st_size / 4
+        assert support.same(sample(model, "flux"), first)
+        assert support.same(sample(other, "wan"), second)
+
+
+def test_accounts(path: Path, native: Callable[..., Any]) -> None:
+    with native(path.stat().st_size / 4) as engine:
+        model = load(path)
+        size = model.model_size()
+        assert path.stat().st_size * 0.99 < size < path.stat().st_size * 1.01
+        assert model.loaded_size() == 0
+        management.load_models_gpu([model])
+        assert model.is_dynamic() and model.model_size() == size
+        assert model.current_loaded_device() == model.load_device
+        sample(model, "flux")
+        assert 0 < model.loaded_size() <= min(size, engine.budget)
+        assert model.model_size() == size
+        assert model.clone().model_size() == size
+        freed = model.partially_unload(model.offload_device, 1e32)
+        assert freed > 0
+        assert model.loaded_size() < size / 8
+        assert model in management.loaded_models()
+
+
+def test_a_plain_model_gets_room(path: Path, native: Callable[..., Any]) -> None:
+    """Loading a model that cannot leave by itself takes the memory of one that can."""
+    with native() as engine:
+        model = load(path)
+        expected = sample(model, "flux")
+        before = _held(engine)
+        management.free_memory(1e30, model.load_device)
+        assert _held(engine) < before / 4
+        assert support.same(sample(model, "flux"), expected)
+
+
+def test_a_model_that_nobody_has_any_more_leaves(path: Path, native: Callable[..., Any]) -> None:
+    with native() as engine:
+        model = load(path)
+        clone = model.clone()
+        sample(clone, "flux", steps=1)
+        del model
+        assert len(engine.stats()["models"]) == 1
+        del clone
+        management.cleanup_models_gc()
+        gc.collect()
+        assert _held(engine) == 0
+
+
+@pytest.mark.parametrize("stored", ["bf16", "fp8scaled"])
+def test_adapters_change(stored: str, folder: Path, legacy: Any, native: Callable[..., Any]) -> None:
+    path = checkpoints.write(folder, "flux", stored)
+
+    def variants(base: Any) -> list[Any]:
+        # ComfyUI's rounding to fp8 takes seconds a layer on a CPU.
+        every = 5 if stored == "fp8scaled" else 1
+        one, other = checkpoints.lora(base, 7, every=every), checkpoints.lora(base, 8, every=every + 1)
+        return [
+            base,
+            with_lora(base, one),
+            with_lora(base, one, 0.3),
+            with_lora(with_lora(base, one), other),
+            with_lora(base, other),
+        ]
+
+    # Each from a fresh model: ComfyUI's backups are no part of what is compared.
+    expected = []
+    for number in range(5):
+        with legacy():
+            expected.append(sample(variants(load(path))[number], "flux", steps=1))
+    assert not support.same(expected[0], expected[1])
+    with native(12 * _MIB):
+        models = variants(load(path))
+        for number in [0, 1, 2, 1, 3, 4, 0, 3]:
+            assert support.same(sample(models[number], "flux", steps=1), expected[number]), number
+
+
+def test_adapters_do_not_depend_on_what_is_resident(path: Path, native: Callable[..., Any]) -> None:
+    results = []
+    for budget in (12 * _MIB, 1 << 30):
+        with native(budget):
+            model = load(path)
+            results.append(sample(with_lora(model, checkpoints.lora(model)), "flux"))
+    assert support.same(*results)
+
+
+def test_differences_of_biases_and_norms(path: Path, legacy: Any, native: Callable[..., Any]) -> None:
+    """Patches of small weights, and of parameters of modules that cast nothing."""
+    generator = torch.Generator().manual_seed(5)
+
+    def run() -> torch.Tensor:
+        model = load(path).clone()
+        patches = {
+            name: ("diff", (torch.randn(tensor.shape, generator=generator.manual_seed(len(name))) * 0.01,))
+            for name, tensor in model.model.state_dict().items()
+            if name.startswith("diffusion_model.") and tensor.ndim == 1
+        }
+        assert len(model.add_patches(patches, 0.7)) == len(patches) > 10
+        return sample(model, "flux", steps=1)
+
+    with legacy():
+        expected = run()
+    with native(12 * _MIB):
+        assert support.same(run(), expected)
+
+
+def test_merged_models(path: Path, folder: Path, legacy: Any, native: Callable[..., Any]) -> None:
+    """As ComfyUI's merge nodes: the weights of one model are patches of the other, also once it is unloaded."""
+    other_folder = folder / "other"
+    other_folder.mkdir(exist_ok=True)
+    other_path = checkpoints.write(other_folder, "flux", "fp16")
+
+    def run(load_other: bool) -> torch.Tensor:
+        model, other = load(path), load(other_path)
+        if load_other:
+            sample(other, "flux", steps=1)
+        merged = model.clone()
+        for key, patches in other.get_key_patches("diffusion_model.").items():
+            merged.add_patches({key: patches}, 0.25, 0.75)
+        management.unload_all_models()
+        return sample(merged, "flux", steps=1)
+
+    with legacy():
+        expected = run(False)
+    with native(12 * _MIB):
+        assert support.same(run(True), expected)
+
+
+def test_patched_objects(path: Path, legacy: Any, native: Callable[..., Any]) -> None:
+    """A layer that is put in another's place comes to the device, and the first comes back."""
+
+    def run() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        model = load(path)
+        first = sample(model, "flux", steps=1)
+        clone = model.clone()
+        layer = comfy.ops.manual_cast.Linear(64, 512, dtype=torch.bfloat16)
+        weight = torch.randn(512, 64, generator=torch.Generator().manual_seed(2))
+        layer.load_state_dict({"weight": weight.bfloat16(), "bias": torch.ones(512).bfloat16()})
+        clone.add_object_patch("diffusion_model.img_in", layer)
+        return first, sample(clone, "flux", steps=1), sample(model, "flux", steps=1)
+
+    with legacy():
+        expected = run()
+    assert not support.same(expected[0], expected[1])
+    with native(12 * _MIB):
+        assert support.same(run(), expected)
+
+
+def test_weight_wrappers(path: Path, legacy: Any, native: Callable[..., Any]) -> None:
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
+        model = load(path)
+        clone = model.clone()
+        clone.add_weight_wrapper("diffusion_model.img_in.weight", lambda weight: weight * 1.5)
+        return sample(clone, "flux", steps=1), sample(model, "flux", steps=1)
+
+    with legacy():
+        expected = run()
+    assert not support.same(*expected)
+    with native(12 * _MIB):
+        assert support.same(run(), expected)
+
+
+def test_another_compute_dtype(path: Path, legacy: Any, native: Callable[..., Any]) -> None:
+    def run() -> torch.Tensor:
+        model = load(path).clone()
+        model.set_model_compute_dtype(torch.float32)
+        return sample(model, "flux", steps=1)
+
+    with legacy():
+        expected = run()
+    with native(12 * _MIB):
+        assert support.same(run(), expected)
+
+
+def test_weight_hooks_run_on_a_plain_copy(path: Path, native: Callable[..., Any]) -> None:
+    with native():
+        model = load(path)
+        expected = sample(model, "flux", steps=1)
+        plain = model.get_non_dynamic_delegate()
+        assert not plain.is_dynamic() and plain.model is not model.model
+        assert support.same(sample(plain, "flux", steps=1), expected)
+
+
+def test_out_of_memory_is_what_comfyui_retries() -> None:
+    assert management.is_oom(torch.cuda.OutOfMemoryError("none left"))
+
+
+def test_an_operation_that_cannot_fit(path: Path, native: Callable[..., Any]) -> None:
+    with native(4 * _MIB):
+        model = load(path)
+        with pytest.raises(forebay.OutOfMemoryError, match="needs") as caught:
+            sample(model, "flux", steps=1)
+        assert management.is_oom(caught.value)
+        management.raise_non_oom(caught.value)
+
+
+def test_the_file_is_mapped_not_copied(folder: Path, native: Callable[..., Any]) -> None:
+    path = checkpoints.write(folder, "sd15", "fp16")
+    with native(256 * _MIB):
+        before = _anonymous()
+        model = load(path, torch.float16)
+        management.load_models_gpu([model])
+        assert _anonymous() - before < path.stat().st_size / 8
+
+
+def _anonymous() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) << 10
+
+
+def test_installing_before_comfyui_is_imported() -> None:
+    program = """
+import sys
+from forebay.comfyui import native, substitute
+native.install()
+native.install()
+assert "torch" not in sys.modules
+substitute.install()
+sys.path[:0] = sys.argv[1:3]
+import sound
+sound.import_or_stand_in()
+import comfy.cli_args
+comfy.cli_args.args.cpu = sys.argv[3] == "host"
+import comfy.ops
+assert comfy.model_patcher.ModelPatcherDynamic.__name__ == "ForebayModelPatcher"
+native.uninstall()
+assert comfy.model_patcher.ModelPatcherDynamic.__name__ == "ModelPatcherDynamic"
+assert comfy.model_patcher.CoreModelPatcher is comfy.model_patcher.ModelPatcher
+"""
+    folders = [os.environ["COMFYUI_ROOT"], str(Path(__file__).parent)]
+    subprocess.run([sys.executable, "-c", program, *folders, support.DEVICE], check=True, timeout=200)
