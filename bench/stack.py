@@ -16,6 +16,7 @@ import shutil
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def write_weights(path: Path, blocks: int, width: int) -> int:
+def write_weights(path: Path, blocks: int, width: int, device: str | torch.device = "cuda") -> int:
     """A file of random bf16 weights, written block by block; bytes of its data."""
     with torch.device("meta"):
         shapes = {name: tuple(value.shape) for name, value in Block(width, 40).state_dict().items()}
@@ -111,13 +112,13 @@ def write_weights(path: Path, blocks: int, width: int) -> int:
         raise SystemExit(f"the weights take {offset / GIB:.1f} GiB on disk, more than is free: {path.parent}")
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    generator = torch.Generator(device="cuda").manual_seed(1)
+    generator = torch.Generator(device).manual_seed(1)
     with path.open("wb", buffering=0) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for _ in range(blocks):
             for name, shape in shapes.items():
                 scale = 1.0 if name.startswith("norm") and name.endswith("weight") else shape[-1] ** -0.5
-                values = torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16) * scale
+                values = torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16) * scale
                 file.write(values.cpu().view(torch.uint8).numpy().data)
     return offset
 
@@ -126,16 +127,23 @@ def load(path: Path, blocks: int, width: int) -> Stack:
     """The first blocks of the file; where there are not enough, the file over again."""
     with torch.device("meta"):
         stack = Stack(*(Block(width, 40) for _ in range(blocks))).to(torch.bfloat16)
-    in_file = 1 + max(int(name.split(".", 1)[0]) for name in forebay.load(path))
+    stack.load_state_dict(state_of(path, blocks), assign=True)
+    return stack.eval().requires_grad_(False)
+
+
+def state_of(
+    path: Path, blocks: int, loader: Callable[[Path], dict[str, torch.Tensor]] = forebay.load
+) -> dict[str, torch.Tensor]:
+    """The weights of so many blocks; where the file has not enough, the file over again."""
+    in_file = 1 + max(int(name.split(".", 1)[0]) for name in loader(path))
     state = {}
     # Mapped once more for every round, so that bytes that are the same in the file are weights of their own.
     for first in range(0, blocks, in_file):
-        for name, tensor in forebay.load(path).items():
+        for name, tensor in loader(path).items():
             block, rest = name.split(".", 1)
             if first + int(block) < blocks:
                 state[f"{first + int(block)}.{rest}"] = tensor
-    stack.load_state_dict(state, assign=True)
-    return stack.eval().requires_grad_(False)
+    return state
 
 
 def link_rate(nbytes: int = GIB) -> float:

@@ -12,6 +12,7 @@ from typing import Any
 import loaders
 import peers
 import plot
+import pressure
 
 RESULTS = Path(__file__).parent / "results"
 GIB = 1 << 30
@@ -35,6 +36,9 @@ should be read from disk a step: at most 1.10 x (streamed - 0.8 x the cgroup's m
 **What fits** (`bench/fits.py`) is timed in turn with plain torch. **Warm starts** (`bench/warm.py`) use three models in turn.
 **Growth** (`bench/scale.py`) has more and larger weights. **The ring's shape** (`bench/ring.py`) is what streamed pages go
 through where they are not registered.
+
+**Pressure** (`bench/pressure.py`) runs stacks of up to four times a card in it while activations and another process take its
+memory.
 
 **The peers** (`bench/peers.py`) run the stack's blocks from the same file, each in a process of its own, and
 `bench/loaders.py` loads the whole file to the GPU, where everything fits.
@@ -276,6 +280,10 @@ def side_by_side(
     return section
 
 
+def under_pressure(path: Path) -> str:
+    return f"### Under pressure\n\n{pressure.markdown(json.loads(path.read_text()))}"
+
+
 def checks(path: Path) -> str:
     return (
         f"### The whole suite on the GPU\n\n`bench/gpu_check.sh`\n\n```text\n{path.read_text().strip()}\n```"
@@ -295,6 +303,7 @@ SECTIONS: list[tuple[str, Callable[[Path], str]]] = [
     ("ring.json", ring),
     ("peers.json", side_by_side("Forebay and its peers", peers.markdown, peers.picture)),
     ("loaders.json", side_by_side("Loading a file to the GPU", loaders.markdown, loaders.picture)),
+    ("pressure.json", under_pressure),
     ("tests.txt", checks),
     ("summary.txt", summary),
 ]
