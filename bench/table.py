@@ -38,7 +38,7 @@ should be read from disk a step: at most 1.10 x (streamed - 0.8 x the cgroup's m
 through where they are not registered.
 
 **Pressure** (`bench/pressure.py`) runs stacks of up to four times a card in it while activations and another process take its
-memory.
+memory. **Switches** (`bench/switch.py`) are from one model that does not fit to another.
 
 **The peers** (`bench/peers.py`) run the stack's blocks from the same file, each in a process of its own, and
 `bench/loaders.py` loads the whole file to the GPU, where everything fits.
@@ -284,6 +284,19 @@ def under_pressure(path: Path) -> str:
     return f"### Under pressure\n\n{pressure.markdown(json.loads(path.read_text()))}"
 
 
+def switch(path: Path) -> str:
+    result = json.loads(path.read_text())
+    rows = [
+        [
+            "the GPU idles at a switch",
+            f"{result['median_idle_ms']:.2f} ms",
+            f"{result['longest_idle_ms']:.2f} ms",
+        ]
+    ]
+    title = f"### Two models in turn, {result['free_gib']:g} GiB free"
+    return "\n\n".join([title, described(path, result), table(["", "median", "longest"], rows)])
+
+
 def checks(path: Path) -> str:
     return (
         f"### The whole suite on the GPU\n\n`bench/gpu_check.sh`\n\n```text\n{path.read_text().strip()}\n```"
@@ -304,6 +317,7 @@ SECTIONS: list[tuple[str, Callable[[Path], str]]] = [
     ("peers.json", side_by_side("Forebay and its peers", peers.markdown, peers.picture)),
     ("loaders.json", side_by_side("Loading a file to the GPU", loaders.markdown, loaders.picture)),
     ("pressure.json", under_pressure),
+    ("switch.json", switch),
     ("tests.txt", checks),
     ("summary.txt", summary),
 ]
