@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from forebay._forebay import Engine, Model, Weight
+from forebay.allocations import redirect_for
 from forebay.conversions import refusing_conversions, refusing_loads
 from forebay.engines import engine as engine_of
 from forebay.engines import torch_device
@@ -21,7 +22,9 @@ from forebay.instance_methods import InstanceMethod
 from forebay.lending import lend_in_forward, plain_tensor, restore, takes_loans
 from forebay.parameter import ForebayParameter, ForebayTensor
 from forebay.places import Place
-from forebay.shadows import shadow_in_forward
+from forebay.reclaiming import Reclaimer
+from forebay.rerunning import Rerun, rerun_in_forward
+from forebay.shadows import entries, shadow_in_forward
 from forebay.small import small_of, small_parameter
 
 _log = logging.getLogger("forebay")
@@ -40,6 +43,7 @@ def attach(
     page_size: int | None = None,
     small: int | None = None,
     lend: Sequence[type[nn.Module]] = (),
+    rerun: Rerun = True,
     name: str | None = None,
 ) -> Attachment:
     """Runs a model on a device whose memory may be far smaller than its weights.
@@ -60,6 +64,9 @@ def attach(
         small: Weights below this many bytes (default 64 KiB) stay on the device as ordinary tensors.
         lend: Module classes whose weights are to be lent as plain tensors for the length of their ``forward``, as
             ``nn.MultiheadAttention``'s are: for kernels that take raw pointers.
+        rerun: Whether a forward that ran out of device memory is run once more with all weights gone, where it cannot have
+            changed what it was given; ``"always"``: also where it was given tensors made under
+            ``torch.inference_mode``, of which that cannot be told.
         name: The model's name in reports. Default: its class.
 
     Returns:
@@ -74,11 +81,12 @@ def attach(
     """
     modules = _modules_of(module, name)
     chosen = engine_of(device, budget=budget, headroom=headroom)
+    redirect_for(chosen)
     attachment = Attachment(module, chosen)
     try:
         with torch.inference_mode(False):
             for label, root in modules:
-                attachment._add(label, root, page_size, small, tuple(lend))
+                attachment._add(label, root, page_size, small, tuple(lend), rerun)
     except BaseException:
         attachment.detach()
         raise
@@ -197,6 +205,7 @@ class Attachment:
         page_size: int | None,
         small: int | None,
         lend: tuple[type[nn.Module], ...],
+        rerun: Rerun,
     ) -> None:
         weights = _Weights(label, root, self._stand_ins)
         model = self._engine.attach(label, weights.specs(), page_size=page_size, small=small)
@@ -219,6 +228,11 @@ class Attachment:
         before, after = shadow_in_forward(model, root, lend, self.device)
         self._undo[:0] = after
         self._undo.extend(reversed(before))
+        # Around what lends: whoever runs out of memory gives that back as well.
+        self._undo.extend(rerun_in_forward(self._engine, [root, *entries(root, lend)], self.device, rerun))
+        if self.device.type == "cuda":
+            reclaimer = Reclaimer(self._engine, model)
+            self._undo.append(InstanceMethod(root, "forward", reclaimer.run).remove)
 
     def _replace(self, weight: Weight, found: _Weight) -> None:
         source = found.source
