@@ -185,9 +185,10 @@ class Aimdo(Runner):
         self.file = chosen.file.open("rb", buffering=0)
         self.stream = torch.cuda.Stream(self.device)
         offsets = data_offsets(chosen.file)
+        in_file = 1 + max(int(name.split(".", 1)[0]) for name in offsets)
         self.layers = [
             [
-                AimdoLayer(module, f"{i}.{name}", offsets)
+                AimdoLayer(module, f"{i % in_file}.{name}", offsets)
                 for name, module in block.named_modules()
                 if module._parameters
             ]

@@ -16,6 +16,7 @@ import shutil
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -136,16 +137,23 @@ def load(path: Path, blocks: int, width: int) -> Stack:
     """The first blocks of the file; where there are not enough, the file over again."""
     with torch.device("meta"):
         stack = Stack(*(Block(width, 40) for _ in range(blocks))).to(torch.bfloat16)
-    in_file = 1 + max(int(name.split(".", 1)[0]) for name in forebay.load(path))
+    stack.load_state_dict(state_of(path, blocks), assign=True)
+    return stack.eval().requires_grad_(False)
+
+
+def state_of(
+    path: Path, blocks: int, loader: Callable[[Path], dict[str, torch.Tensor]] = forebay.load
+) -> dict[str, torch.Tensor]:
+    """The weights of so many blocks; where the file has not enough, the file over again."""
+    in_file = 1 + max(int(name.split(".", 1)[0]) for name in loader(path))
     state = {}
     # Mapped once more for every round, so that bytes that are the same in the file are weights of their own.
     for first in range(0, blocks, in_file):
-        for name, tensor in forebay.load(path).items():
+        for name, tensor in loader(path).items():
             block, rest = name.split(".", 1)
             if first + int(block) < blocks:
                 state[f"{first + int(block)}.{rest}"] = tensor
-    stack.load_state_dict(state, assign=True)
-    return stack.eval().requires_grad_(False)
+    return state
 
 
 def link_rate(nbytes: int = GIB) -> float:

@@ -13,6 +13,7 @@ import comfyui
 import loaders
 import peers
 import plot
+import pressure
 
 RESULTS = Path(__file__).parent / "results"
 GIB = 1 << 30
@@ -43,6 +44,9 @@ the pages of the weights that it touches, which may begin and end in other weigh
 streamed blocks that are stored as float8 and used as bf16, all through the ring; the limit is what is stored over the link.
 
 **ComfyUI** (`bench/comfyui.py`) samples random weights of the real shapes under its own offloading, comfy-aimdo and Forebay.
+
+**Pressure** (`bench/pressure.py`) runs stacks of up to four times a card in it while activations and another process take its
+memory. **Switches** (`bench/switch.py`) are from one model that does not fit to another.
 
 **The peers** (`bench/peers.py`) run the stack's blocks from the same file, each in a process of its own, and
 `bench/loaders.py` loads the whole file to the GPU, where everything fits.
@@ -335,6 +339,23 @@ def comfyui_cells(path: Path) -> str:
     return "\n\n".join(["### ComfyUI", described(path, result), comfyui.markdown(result)])
 
 
+def under_pressure(path: Path) -> str:
+    return f"### Under pressure\n\n{pressure.markdown(json.loads(path.read_text()))}"
+
+
+def switch(path: Path) -> str:
+    result = json.loads(path.read_text())
+    rows = [
+        [
+            "the GPU idles at a switch",
+            f"{result['median_idle_ms']:.2f} ms",
+            f"{result['longest_idle_ms']:.2f} ms",
+        ]
+    ]
+    title = f"### Two models in turn, {result['free_gib']:g} GiB free"
+    return "\n\n".join([title, described(path, result), table(["", "median", "longest"], rows)])
+
+
 def checks(path: Path) -> str:
     return (
         f"### The whole suite on the GPU\n\n`bench/gpu_check.sh`\n\n```text\n{path.read_text().strip()}\n```"
@@ -357,6 +378,8 @@ SECTIONS: list[tuple[str, Callable[[Path], str]]] = [
     ("peers.json", side_by_side("Forebay and its peers", peers.markdown, peers.picture)),
     ("comfyui*.json", comfyui_cells),
     ("loaders.json", side_by_side("Loading a file to the GPU", loaders.markdown, loaders.picture)),
+    ("pressure.json", under_pressure),
+    ("switch.json", switch),
     ("tests.txt", checks),
     ("summary.txt", summary),
 ]

@@ -27,6 +27,7 @@ from forebay._forebay import (
 )
 
 if TYPE_CHECKING:
+    from forebay.allocations import redirect_allocations
     from forebay.attachment import Attachment, attach, detach
     from forebay.engines import engine, make_room, memory_summary, set_budget, set_headroom, stats
     from forebay.examination import doctor
@@ -53,6 +54,7 @@ _HOMES = {
     "load": "loading",
     "make_room": "engines",
     "memory_summary": "engines",
+    "redirect_allocations": "allocations",
     "set_budget": "engines",
     "set_headroom": "engines",
     "signature": "explicit",
@@ -83,6 +85,7 @@ __all__ = [
     "load",
     "make_room",
     "memory_summary",
+    "redirect_allocations",
     "set_budget",
     "set_headroom",
     "signature",

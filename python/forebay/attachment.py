@@ -15,6 +15,7 @@ from torch import nn
 
 from forebay._forebay import Engine, Model, Weight
 from forebay.adapters import Source
+from forebay.allocations import redirect_for
 from forebay.conversions import refusing_conversions, refusing_loads
 from forebay.converting import Dtypes
 from forebay.engines import engine as engine_of
@@ -24,7 +25,9 @@ from forebay.lending import lend_in_forward, plain_tensor, restore, takes_loans
 from forebay.parameter import ForebayParameter, ForebayTensor
 from forebay.patching import Function, Patches, Rename, Target
 from forebay.places import Place
-from forebay.shadows import shadow_in_forward
+from forebay.reclaiming import Reclaimer
+from forebay.rerunning import Rerun, rerun_in_forward
+from forebay.shadows import entries, shadow_in_forward
 from forebay.small import small_of, small_parameter
 from forebay.weights import ManagedWeight, Weights
 
@@ -46,6 +49,7 @@ def attach(
     lend: Sequence[type[nn.Module]] = (),
     dtype: Dtypes | None = None,
     scales: Mapping[str, torch.Tensor] | None = None,
+    rerun: Rerun = True,
     name: str | None = None,
 ) -> Attachment:
     """Runs a model on a device whose memory may be far smaller than its weights.
@@ -73,6 +77,9 @@ def attach(
         scales: What converted weights are multiplied with, in float32: one number, or one for each row, under the name of
             the weight with ``_scale`` behind it, or with ``scale_weight`` in place of ``weight``. The state dict of a
             checkpoint that has such tensors will do.
+        rerun: Whether a forward that ran out of device memory is run once more with all weights gone, where it cannot have
+            changed what it was given; ``"always"``: also where it was given tensors made under
+            ``torch.inference_mode``, of which that cannot be told.
         name: The model's name in reports. Default: its class.
 
     Returns:
@@ -87,12 +94,13 @@ def attach(
     """
     modules = _modules_of(module, name)
     chosen = engine_of(device, budget=budget, headroom=headroom)
+    redirect_for(chosen)
     attachment = Attachment(module, chosen)
     try:
         with torch.inference_mode(False):
             for label, root in modules:
                 weights = Weights(label, root, attachment._stand_ins, dtype, scales)
-                attachment._add(label, root, weights, page_size, small, tuple(lend))
+                attachment._add(label, root, weights, page_size, small, tuple(lend), rerun)
     except BaseException:
         attachment.detach()
         raise
@@ -268,6 +276,7 @@ class Attachment:
         page_size: int | None,
         small: int | None,
         lend: tuple[type[nn.Module], ...],
+        rerun: Rerun,
     ) -> None:
         conversions = weights.conversions(self.device)
         model = self._engine.attach(
@@ -294,6 +303,11 @@ class Attachment:
         before, after = shadow_in_forward(model, root, lend, self.device)
         self._undo[:0] = after
         self._undo.extend(reversed(before))
+        # Around what lends: whoever runs out of memory gives that back as well.
+        self._undo.extend(rerun_in_forward(self._engine, [root, *entries(root, lend)], self.device, rerun))
+        if self.device.type == "cuda":
+            reclaimer = Reclaimer(self._engine, model)
+            self._undo.append(InstanceMethod(root, "forward", reclaimer.run).remove)
 
     def _replace(self, weight: Weight, found: ManagedWeight) -> nn.Parameter | None:
         """Puts a stand-in in a weight's places. A small weight's parameter."""

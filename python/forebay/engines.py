@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from forebay._forebay import DeviceError, Engine, shut_down_engines
+from forebay.allocations import redirect_for
 
 _engines: dict[str, Engine] = {}
 _lock = threading.Lock()
@@ -47,6 +48,7 @@ def engine(
         found = _engines.get(name)
         if found is None:
             found = _engines[name] = Engine(name, budget=budget, headroom=headroom)
+            redirect_for(found)
             return found
     if budget is not None or headroom is not None:
         found.set_budget(budget=budget, headroom=headroom)

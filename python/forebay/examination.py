@@ -7,7 +7,7 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 
-from forebay._forebay import __version__, examine
+from forebay._forebay import __version__, examine, redirected_allocations
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Check:
 
 def doctor() -> list[Check]:
     """Tries what Forebay needs on this machine, torch included."""
-    return [Check(*found) for found in examine()] + [_torch()]
+    return [Check(*found) for found in examine()] + [_torch(), _allocations()]
 
 
 def _torch() -> Check:
@@ -46,6 +46,43 @@ def _torch() -> Check:
         f"{torch.__version__} ({built}) sees no GPU; models run on the host device",
         "on a machine with an NVIDIA GPU, install its driver and a CUDA build of torch",
     )
+
+
+def _allocations() -> Check:
+    """Whether torch's own allocations press weights out, by what, and if not, why."""
+    name = "torch's allocations"
+    try:
+        import torch
+    except ImportError as error:
+        return Check(name, "missing", str(error), "pip install torch")
+    polled = (
+        "weights follow the free memory by polling, and a forward that ran out of memory is run once more"
+    )
+    if torch.version.cuda is None:
+        return Check(
+            name, "limited", f"this build of torch has no CUDA; {polled}", "install a CUDA build of torch"
+        )
+    from forebay import allocations
+
+    if not allocations.is_wanted():
+        remedy = f"unset {allocations.SWITCH}, or call forebay.redirect_allocations()"
+        return Check(name, "limited", f"redirection is switched off; {polled}", remedy)
+    redirected = redirected_allocations()
+    if redirected["functions"]:
+        functions = ", ".join(redirected["functions"])
+        detail = f"{functions} of {redirected['object']} press weights out (on)"
+        if allocations.has_expandable_segments():
+            return Check(
+                name,
+                "limited",
+                f"{detail}, but torch has expandable segments, which call neither; {polled}",
+                "unset expandable_segments in PYTORCH_CUDA_ALLOC_CONF for allocations that press weights out",
+            )
+        return Check(name, "works", detail, None)
+    why = allocations.why_off() or allocations.why_not()
+    if why is not None:
+        return Check(name, "limited", f"{why}; {polled}", "use torch's own wheels for Linux on x86-64")
+    return Check(name, "works", f"can be redirected in {allocations.LIBRARY} (off until a GPU is used)", None)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -73,12 +73,12 @@ def shadow_in_forward(
     streams = None if device.type != "cuda" else _Streams(device)
     shadows = Shadows(model, list(weights.values()), places, _parameter, streams)
     scope = shadows.scope(0, list(range(len(places))), None)
-    entries: list[tuple[nn.Module, Scope]] = [(root, scope)]
-    for number, child in enumerate(_entries(root, lend), start=1):
+    scopes: list[tuple[nn.Module, Scope]] = [(root, scope)]
+    for number, child in enumerate(entries(root, lend), start=1):
         below = [place for module in child.modules() for place in places_of.get(id(module), ())]
         if below:
-            entries.append((child, shadows.scope(number, below, scope)))
-    before.extend(InstanceMethod(module, "forward", scope.run).remove for module, scope in entries)
+            scopes.append((child, shadows.scope(number, below, scope)))
+    before.extend(InstanceMethod(module, "forward", scope.run).remove for module, scope in scopes)
     return [shadows.close, *before], after
 
 
@@ -193,7 +193,7 @@ def _outside_loans(module: nn.Module, lend: tuple[type[nn.Module], ...]) -> Iter
         yield from _outside_loans(child, lend)
 
 
-def _entries(root: nn.Module, lend: tuple[type[nn.Module], ...]) -> Iterable[nn.Module]:
+def entries(root: nn.Module, lend: tuple[type[nn.Module], ...]) -> Iterable[nn.Module]:
     """The parts that are called without the whole, as an autoencoder's are. Single layers are not worth it."""
     for child in root.children():
         has_parts = any(True for _ in child.children())

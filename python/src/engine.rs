@@ -13,10 +13,12 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
 
+use crate::ballast::{Ballast, Squeeze};
 use crate::bytes::size;
 use crate::errors::{raised, source};
 use crate::model::{Model, letters};
 use crate::patches::{PyConversion, conversion};
+use crate::reclaim::with_reclaim;
 use crate::vbar::ExplicitVbar;
 
 /// Host memory that a `host` engine may use unless told otherwise: this share of what is available at its start.
@@ -47,13 +49,19 @@ pub(crate) fn shut_down_engines(py: Python<'_>) {
     });
 }
 
+/// The engines of a device that live.
+pub(crate) fn of_device(id: DeviceId) -> Vec<Arc<forebay::Engine>> {
+    let engines = ENGINES.lock();
+    engines.iter().filter_map(Weak::upgrade).filter(|engine| engine.device() == id).collect()
+}
+
 /// A weight to attach: name, address, bytes, what keeps the address alive, and whether it is a table.
 type PyWeight = (String, u64, u64, Py<PyAny>, bool);
 
 #[pymethods]
 impl Engine {
     #[new]
-    #[pyo3(signature = (device, *, budget=None, headroom=None, readers=None, slots=None, chunk=None, registered=None, page_cache=None, poison=false))]
+    #[pyo3(signature = (device, *, budget=None, headroom=None, readers=None, slots=None, chunk=None, registered=None, page_cache=None, poison=false, capacity=None))]
     #[expect(clippy::too_many_arguments, reason = "keyword arguments of a Python class")]
     fn new(
         py: Python<'_>,
@@ -66,6 +74,7 @@ impl Engine {
         registered: Option<&Bound<'_, PyAny>>,
         page_cache: Option<&Bound<'_, PyAny>>,
         poison: bool,
+        capacity: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
         let id: DeviceId = device
             .parse()
@@ -76,12 +85,16 @@ impl Engine {
         let chunk = chunk.map(|value| size("chunk", value)).transpose()?.unwrap_or(default.chunk);
         let ring = RingConfig { readers, slots: slots.unwrap_or(default.slots), chunk };
         let page_cache = page_cache.map(|value| size("page_cache", value)).transpose()?;
+        let capacity = capacity.map(|value| size("capacity", value)).transpose()?;
+        if capacity.is_some() && id != DeviceId::Host {
+            return Err(PyValueError::new_err(format!("only the host device can be made smaller: {id}")));
+        }
         let config = EngineConfig { budget, ring, registered, page_cache };
         py.detach(|| {
             let device: Arc<dyn Device> = match id {
                 DeviceId::Host => {
                     // What is free must mean something to those who ask for room.
-                    let capacity = available_memory().max(Bytes::gib(1));
+                    let capacity = capacity.unwrap_or_else(|| available_memory().max(Bytes::gib(1)));
                     let config = HostConfig { capacity, poison, ..HostConfig::default() };
                     Arc::new(HostDevice::new(config).map_err(crate::errors::device)?)
                 }
@@ -148,6 +161,23 @@ impl Engine {
         py.detach(|| self.inner.make_room(bytes)).map(Bytes::get).map_err(raised)
     }
 
+    /// Free and total memory of the device.
+    fn memory(&self, py: Python<'_>) -> PyResult<(u64, u64)> {
+        let memory = py.detach(|| self.inner.memory()).map_err(raised)?;
+        Ok((memory.free.get(), memory.total.get()))
+    }
+
+    /// Takes device memory as another program would.
+    fn ballast(&self, py: Python<'_>, nbytes: &Bound<'_, PyAny>) -> PyResult<Ballast> {
+        let bytes = size("nbytes", nbytes)?;
+        py.detach(|| self.inner.ballast(bytes)).map(Ballast::new).map_err(raised)
+    }
+
+    /// Lets weights take as little memory as can be, until the result is closed.
+    fn squeeze(&self, py: Python<'_>) -> PyResult<Squeeze> {
+        py.detach(|| self.inner.squeeze()).map(Squeeze::new).map_err(raised)
+    }
+
     /// Waits until everything decided so far is done.
     fn settle(&self, py: Python<'_>) -> PyResult<()> {
         py.detach(|| self.inner.settle()).map_err(raised)
@@ -169,11 +199,14 @@ impl Engine {
         let small = small.map(|value| size("small", value)).transpose()?.unwrap_or(default.small);
         let conversions = conversions.into_iter().map(|given| given.map(conversion).transpose());
         let conversions = conversions.collect::<PyResult<Vec<_>>>()?;
-        let attachment = py.detach(|| {
+        let specs: Vec<WeightSpec> = py.detach(|| {
             let maps = ProcessMaps::snapshot().map_err(source)?;
-            let specs = weights.into_iter().map(|weight| spec(&maps, weight)).collect();
-            let options = LayoutOptions { page_size, small };
-            self.inner.attach_converting(name, specs, conversions, options).map_err(raised)
+            Ok::<_, PyErr>(weights.into_iter().map(|weight| spec(&maps, weight)).collect())
+        })?;
+        let options = LayoutOptions { page_size, small };
+        let attachment = with_reclaim(py, &self.inner, || {
+            py.detach(|| self.inner.attach_converting(name, specs.clone(), conversions.clone(), options))
+                .map_err(raised)
         })?;
         Ok(Model::new(attachment))
     }
@@ -193,6 +226,9 @@ impl Engine {
         dict.set_item("budget", stats.budget.get())?;
         dict.set_item("held", stats.held.get())?;
         dict.set_item("free_frames", stats.free_frames.get())?;
+        dict.set_item("operations", stats.operations)?;
+        dict.set_item("views", stats.views)?;
+        dict.set_item("reserved", stats.reserved.get())?;
         dict.set_item("pinned_host", stats.ring.get())?;
         dict.set_item("registered", stats.registered.get())?;
         let models: Vec<_> = stats.vbars.iter().map(|vbar| vbar_stats(py, vbar)).collect::<PyResult<_>>()?;

@@ -3,6 +3,8 @@
 //! Python is never called while a lock of the engine is held, and the interpreter lock is never held while the engine
 //! waits.
 
+mod allocations;
+mod ballast;
 mod bytes;
 mod checkpoint;
 mod dlpack;
@@ -15,6 +17,7 @@ mod logs;
 mod model;
 mod patches;
 mod recalls;
+mod reclaim;
 mod run;
 mod shadows;
 mod transfer;
@@ -28,6 +31,8 @@ fn _forebay(module: &Bound<'_, PyModule>) -> PyResult<()> {
     logs::install();
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add_class::<engine::Engine>()?;
+    module.add_class::<ballast::Ballast>()?;
+    module.add_class::<ballast::Squeeze>()?;
     module.add_class::<model::Model>()?;
     module.add_class::<model::Weight>()?;
     module.add_class::<shadows::Shadows>()?;
@@ -40,11 +45,16 @@ fn _forebay(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(transfer::write_from_device, module)?)?;
     module.add_function(wrap_pyfunction!(transfer::write_from_host, module)?)?;
     module.add_function(wrap_pyfunction!(transfer::foreign_capsule, module)?)?;
+    module.add_function(wrap_pyfunction!(allocations::redirect_allocations, module)?)?;
+    module.add_function(wrap_pyfunction!(allocations::import_of, module)?)?;
+    module.add_function(wrap_pyfunction!(allocations::restore_allocations, module)?)?;
+    module.add_function(wrap_pyfunction!(allocations::redirected_allocations, module)?)?;
     module.add_function(wrap_pyfunction!(doctor::examine, module)?)?;
     module.add_function(wrap_pyfunction!(intercept::intercept, module)?)?;
     module.add_function(wrap_pyfunction!(intercept::set_interception, module)?)?;
     module.add_function(wrap_pyfunction!(run::run, module)?)?;
     module.add_function(wrap_pyfunction!(run::lend_all, module)?)?;
+    module.add_function(wrap_pyfunction!(reclaim::set_reclaim, module)?)?;
     module.add_function(wrap_pyfunction!(run::set_managed_types, module)?)?;
     module.add_function(wrap_pyfunction!(engine::shut_down_engines, module)?)?;
     module.add_function(wrap_pyfunction!(recalls::open_recalls, module)?)?;

@@ -91,6 +91,11 @@ impl Model {
         py.detach(|| self.shared.attachment.deprioritize());
     }
 
+    /// Whether it has less memory than it would use.
+    fn lacks_memory(&self, py: Python<'_>) -> bool {
+        py.detach(|| self.shared.attachment.lacks_memory())
+    }
+
     /// One character a page: ``R`` resident, ``S`` streamed and backed now, ``.`` absent.
     fn page_map(&self, py: Python<'_>) -> String {
         letters(&py.detach(|| self.shared.attachment.page_states()))

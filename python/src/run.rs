@@ -15,6 +15,7 @@ use smallvec::{SmallVec, smallvec};
 
 use crate::errors::{ForebayError, raised};
 use crate::model::Weight;
+use crate::reclaim::with_reclaim;
 
 /// The weights of one call: a weight and its bias take no allocation.
 type Weights<'py> = SmallVec<[Bound<'py, Weight>; 2]>;
@@ -170,10 +171,10 @@ fn acquire<'a>(py: Python<'_>, weights: &'a [Bound<'_, Weight>]) -> PyResult<Sma
         .map(|group| {
             let stream = group[0].shared.current_stream(py)?;
             let engine = group[0].shared.attachment.engine();
-            match engine.begin(&pairs(&group), stream).map_err(raised)? {
+            with_reclaim(py, engine, || match engine.begin(&pairs(&group), stream).map_err(raised)? {
                 Begun::Ready(pinned) => Ok(pinned),
                 Begun::Waiting(waiting) => with_interrupts(py, stream, |how| waiting.wait(how.interrupted)),
-            }
+            })
         })
         .collect()
 }
@@ -210,7 +211,8 @@ fn pinning<'py>(
         let stream = group[0].shared.current_stream(py)?;
         let engine = Arc::clone(group[0].shared.attachment.engine());
         let pairs = pairs(&group);
-        let pinned: Vec<View> = with_interrupts(py, stream, |how| pin(&engine, &pairs, how))?;
+        let pinned: Vec<View> =
+            with_reclaim(py, &engine, || with_interrupts(py, stream, |how| pin(&engine, &pairs, how)))?;
         for (weight, view) in group.iter().zip(pinned) {
             let tensor = weight.viewed(weight.capsule_kept_by(py, view)?)?;
             let place =

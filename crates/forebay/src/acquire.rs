@@ -331,12 +331,18 @@ impl Shared {
             self.work.notify_one();
             match outcome {
                 Outcome::Granted => return Ok(true),
+                Outcome::TooLarge { needed } if state.may_rise(needed + reserved) => {
+                    state.follow_memory(&*self.device, Bytes::new(1))?;
+                }
                 Outcome::TooLarge { .. } if wait.looks_again(self, state) => {}
                 Outcome::Refused if above == Above::Refuse => return Ok(false),
                 Outcome::TooLarge { .. } if above == Above::Refuse => return Ok(false),
                 Outcome::TooLarge { needed } => {
                     let budget = state.policy.budget();
                     return Err(EngineError::TooLarge { device: self.id, needed, budget, reserved });
+                }
+                Outcome::Blocked if state.rises_beyond_pins(distinct) => {
+                    state.follow_memory(&*self.device, Bytes::new(1))?;
                 }
                 Outcome::Refused | Outcome::Blocked => {
                     // Nothing is lent as a whole meanwhile.
@@ -397,16 +403,11 @@ impl Shared {
     }
 
     fn all_pinned(&self, state: &State, distinct: &[PageRef], wait: &Wait<'_>) -> EngineError {
-        let size = |id| state.books.vbars.get(&id).map_or(Bytes::ZERO, |book| book.vbar.page_size);
-        let pinned = state.books.vbars.values().map(|book| {
-            let pages = book.vbar.cells.iter().filter(|cell| cell.load().pins() > 0).count();
-            book.vbar.page_size * pages as u64
-        });
         EngineError::AllPinned {
             device: self.id,
-            needed: distinct.iter().map(|page| size(page.vbar)).sum(),
+            needed: state.size_of(distinct),
             budget: state.policy.budget(),
-            pinned: pinned.sum(),
+            pinned: state.pinned(),
             operations: self.operations.load(Ordering::Relaxed),
             views: self.views.load(Ordering::Relaxed),
             waited_s: wait.elapsed().as_secs_f64(),

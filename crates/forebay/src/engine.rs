@@ -3,7 +3,7 @@
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Once};
 use std::thread::{Builder, JoinHandle};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use forebay_core::{Bytes, Mode, PageIndex, PageRef, RankOrder, Schedule, VbarId, VbarSpec};
 use forebay_device::{Device, DeviceId, Reservation, StreamHandle};
@@ -29,9 +29,6 @@ use crate::{EngineError, Result};
 
 /// The pages of an explicit VBAR (ComfyUI's contract).
 const EXPLICIT_PAGE: Bytes = Bytes::mib(32);
-
-/// How long a call that makes room waits for models that were lent as a whole.
-const RECALL_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Keeps the weights of any number of models on one device, within a budget. See the crate's documentation.
 #[derive(Debug)]
@@ -215,28 +212,6 @@ impl Engine {
         views
     }
 
-    /// Gives at least `bytes` of device memory back, as far as there are unpinned pages, lowest priority first. The
-    /// memory is free when this returns, and for a moment the engine leaves `bytes` to others, unless an operation
-    /// could not be done without. Returns how much was given back.
-    ///
-    /// # Errors
-    /// What the device reports.
-    pub fn make_room(&self, bytes: Bytes) -> Result<Bytes> {
-        let mut state = self.shared.state.lock();
-        state.begin_room();
-        let mut freed = state.make_room(&*self.shared.device, bytes);
-        let start = Instant::now();
-        while freed < bytes && state.recalled > 0 && start.elapsed() < RECALL_PATIENCE {
-            self.shared.changed.wait_for(&mut state, Duration::from_millis(10));
-            freed += state.make_room(&*self.shared.device, bytes.saturating_sub(freed));
-        }
-        drop(state);
-        let settled = self.settle();
-        self.shared.state.lock().room_was_made();
-        settled?;
-        Ok(freed)
-    }
-
     /// Sets how much of the device may be used. What is over leaves at once, or with its last pin.
     ///
     /// # Errors
@@ -310,6 +285,9 @@ impl Engine {
             budget: state.policy.budget(),
             held: state.policy.held(),
             free_frames: state.policy.free_frames(),
+            operations: self.shared.operations.load(Ordering::Relaxed),
+            views: self.shared.views.load(Ordering::Relaxed),
+            reserved: self.shared.reserved(),
             ring: Bytes::new(self.shared.ring.load(Ordering::Relaxed)),
             registered: state.registering.held(),
             vbars: state

@@ -17,6 +17,7 @@ use crate::books::{Books, VbarBook};
 use crate::cache::registering::Registering;
 use crate::computed::Computing;
 use crate::config::{EngineConfig, RingConfig};
+use crate::room::Squeezed;
 use crate::timeline::Timeline;
 use crate::vbar::Vbar;
 use crate::{EngineError, Result};
@@ -29,9 +30,6 @@ pub enum Budget {
     /// Everything that is free, but for this many bytes, which are kept free for everyone else.
     Headroom(Bytes),
 }
-
-/// How long memory that was made free is left to others.
-const GRACE: Duration = Duration::from_millis(200);
 
 /// Bytes read ahead that are not filled yet: 10 ms of the link.
 const MOST_UNDER_WAY: Bytes = Bytes::mib(512);
@@ -88,9 +86,11 @@ pub(crate) struct State {
     executing: usize,
     pub(crate) stop: bool,
     /// When the device's memory is to be looked at the next time.
-    look_after: Instant,
+    pub(crate) look_after: Instant,
     /// Calls that wait for memory to be free.
-    making_room: usize,
+    pub(crate) making_room: usize,
+    /// What the budget may not rise beyond, while somebody runs with as little memory for weights as can be.
+    pub(crate) squeezed: Option<Squeezed>,
     /// Demands that wait for memory.
     pub(crate) waiting: usize,
     /// Leases that are recalled and not returned yet.
@@ -119,6 +119,7 @@ impl Shared {
                 stop: false,
                 look_after: Instant::now(),
                 making_room: 0,
+                squeezed: None,
                 waiting: 0,
                 recalled: 0,
                 scratch: Vec::new(),
@@ -324,30 +325,9 @@ impl State {
         }
     }
 
-    /// Somebody waits for memory to be free, until [`room_was_made`](State::room_was_made).
-    pub(crate) fn begin_room(&mut self) {
-        self.making_room += 1;
-    }
-
     /// Whether somebody waits for memory.
     pub(crate) fn is_wanted(&self) -> bool {
         self.waiting > 0 || self.making_room > 0 || self.recalled > 0
-    }
-
-    /// Gives memory back, and leaves `bytes` to others until the device's memory is looked at the next time.
-    pub(crate) fn make_room(&mut self, device: &dyn Device, bytes: Bytes) -> Bytes {
-        let left = self.usable(device).unwrap_or(Bytes::ZERO).saturating_sub(bytes);
-        self.decide(|policy, books, out| {
-            let freed = policy.make_room(bytes, books, out);
-            policy.set_budget(policy.budget().min(left.max(policy.held())), books, out);
-            freed
-        })
-    }
-
-    /// The memory that a call of [`make_room`](State::make_room) gave up is free.
-    pub(crate) fn room_was_made(&mut self) {
-        self.making_room -= 1;
-        self.look_after = Instant::now() + GRACE;
     }
 
     /// Whether it is time to look at the device's memory; the next time is after `period`.
@@ -369,6 +349,7 @@ impl State {
             Budget::Fixed(bytes) => self.usable(device)?.min(bytes).max(now),
             Budget::Headroom(headroom) => self.usable(device)?.saturating_sub(headroom),
         };
+        let target = self.squeezed.map_or(target, |squeezed| target.min(squeezed.most));
         let is_whole = self.budget == Budget::Fixed(target);
         let rises = target > now && (is_whole || target - now >= least);
         if rises || target < now {
@@ -378,7 +359,7 @@ impl State {
     }
 
     /// What the engine has and what nobody has.
-    fn usable(&self, device: &dyn Device) -> Result<Bytes> {
+    pub(crate) fn usable(&self, device: &dyn Device) -> Result<Bytes> {
         let own: Bytes = self.books.frames.values().map(|book| book.frame.size()).sum();
         Ok(own.checked_add(device.memory()?.free).unwrap_or(Bytes::MAX))
     }

@@ -104,6 +104,12 @@ pub struct EngineStats {
     pub held: Bytes,
     /// Bytes of frames that back nothing.
     pub free_frames: Bytes,
+    /// Operations that hold weights at this moment.
+    pub operations: usize,
+    /// Exported tensors that hold weights for as long as they live.
+    pub views: usize,
+    /// Bytes of the small weights' pages, which stay as long as their models are attached.
+    pub reserved: Bytes,
     /// Bytes of pinned host memory for copies.
     pub ring: Bytes,
     /// Bytes of page cache that the copy engine reads by itself.

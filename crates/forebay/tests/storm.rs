@@ -9,13 +9,19 @@ use std::sync::{Arc, RwLock};
 use std::time::{Duration, Instant};
 
 use common::{Consumer, Random, Rig, Weights};
+use forebay::device::host::HostConfig;
 use forebay::device::{Device, Event, PinnedBuffer, StreamHandle};
-use forebay::{Attachment, Budget, Bytes, Engine, EngineError, ExplicitVbar, Result, Signature, Use, View};
+use forebay::{
+    Attachment, Ballast, Budget, Bytes, Engine, EngineError, ExplicitVbar, Leases, Result, Signature, Use,
+    View,
+};
 
 const MIB: usize = 1 << 20;
 const THREADS: usize = 4;
 /// How long the storm blows, unless `FOREBAY_STORM_STEPS` says how many steps each thread makes.
 const TIME: Duration = Duration::from_secs(8);
+/// Of the host device: less than threads, models and spikes want together.
+const CAPACITY: Bytes = Bytes::mib(224);
 /// An explicit VBAR's page.
 const EXPLICIT_PAGE: Bytes = Bytes::mib(32);
 
@@ -30,6 +36,8 @@ struct World {
     models: RwLock<Vec<Arc<Model>>>,
     steps: AtomicU64,
     refusals: AtomicU64,
+    /// Spikes that got what they asked for.
+    spikes: AtomicU64,
 }
 
 /// One thread's part.
@@ -42,6 +50,8 @@ struct Sailor<'a> {
     /// What each page of the explicit VBAR holds, as of a signature.
     filled: HashMap<u64, (Signature, Arc<Vec<u8>>)>,
     device: Arc<dyn Device>,
+    /// Memory that others have at this moment.
+    spikes: Vec<Ballast>,
 }
 
 impl World {
@@ -68,16 +78,22 @@ impl Sailor<'_> {
         let weight = self.random.below(count) as usize;
         let engine = &self.world.engine;
         match self.random.below(100) {
-            0..45 => self.use_some(&[(&model, weight)]),
+            0..41 => self.use_some(&[(&model, weight)]),
+            41..45 => self.spike(),
             45..55 => {
                 let Some(other) = self.world.some_model(&mut self.random) else { return Ok(()) };
                 let second = self.random.below(other.weights.contents.len() as u64) as usize;
                 self.use_some(&[(&model, weight), (&other, second), (&model, (weight + 1) % count as usize)])
             }
             55..65 => self.look_at_views(&model, weight),
-            65..70 => {
+            65..68 => {
                 let pages = 12 + self.random.below(40);
                 engine.set_budget(Budget::Fixed(Bytes::mib(2) * pages))
+            }
+            68..70 => {
+                let usable = engine.memory()?.free + engine.stats().held;
+                let pages = 12 + self.random.below(40);
+                engine.set_budget(Budget::Headroom(usable.saturating_sub(Bytes::mib(2) * pages)))
             }
             70..74 => engine.make_room(Bytes::mib(self.random.below(40))).map(drop),
             74..78 if self.world.models.read().unwrap().len() < 4 => self.world.attach(&mut self.random),
@@ -128,6 +144,33 @@ impl Sailor<'_> {
         which.iter().for_each(|(model, weight)| consumer.read(&model.attachment, &model.weights, *weight));
         drop(pinned);
         Ok(())
+    }
+
+    /// Somebody else takes memory, and gives it back some spikes later.
+    fn spike(&mut self) -> Result<()> {
+        let engine = &self.world.engine;
+        if self.spikes.len() == 2 || self.random.below(3) == 0 {
+            self.spikes.clear();
+            return Ok(());
+        }
+        let bytes = Bytes::mib(2 + 2 * self.random.below(40));
+        let leases = if self.random.below(2) == 0 { Leases::Ask } else { Leases::Await };
+        engine.room_for(bytes, leases)?;
+        // Another thread may have been faster.
+        match engine.ballast(bytes) {
+            Ok(ballast) => {
+                self.spikes.push(ballast);
+                self.world.spikes.fetch_add(1, Ordering::Relaxed);
+                Ok(())
+            }
+            Err(EngineError::Device(error)) if error.is_out_of_memory() => {
+                self.spikes.clear();
+                let squeezed = engine.squeeze()?;
+                drop(squeezed);
+                Ok(())
+            }
+            Err(error) => Err(error),
+        }
     }
 
     fn look_at_views(&mut self, model: &Model, weight: usize) -> Result<()> {
@@ -189,7 +232,8 @@ fn everything_at_once_is_right() {
     let steps: Option<u64> = std::env::var("FOREBAY_STORM_STEPS").ok().map(|steps| steps.parse().unwrap());
     let limit = steps.map_or(60, |steps| 60 + steps / 10);
     let mut random = Random::seeded_for(Duration::from_secs(limit));
-    let rig = Rig::new();
+    let small = HostConfig { capacity: CAPACITY, poison: true, registers: true, ..HostConfig::default() };
+    let rig = Rig::host(small).unwrap_or_else(Rig::new);
     let kinds: [&[usize]; 3] = [
         &[3 * MIB, 100, 2 * MIB, 5 * MIB, 70_000, MIB],
         &[2 * MIB; 8],
@@ -208,6 +252,7 @@ fn everything_at_once_is_right() {
         models: RwLock::default(),
         steps: AtomicU64::new(0),
         refusals: AtomicU64::new(0),
+        spikes: AtomicU64::new(0),
     };
     // Streams live longer than the models that use them.
     let streams: Vec<_> = (0..THREADS).map(|_| rig.stream()).collect();
@@ -228,6 +273,7 @@ fn everything_at_once_is_right() {
                     explicit: world.engine.vbar("explicit", EXPLICIT_PAGE * 2).unwrap(),
                     filled: HashMap::new(),
                     device: Arc::clone(&rig.device),
+                    spikes: Vec::new(),
                 };
                 let mut done = 0;
                 while steps.map_or_else(|| start.elapsed() < TIME, |steps| done < steps) {
@@ -247,7 +293,14 @@ fn everything_at_once_is_right() {
             });
         }
     });
-    println!("{:?} steps, {:?} refused\n{}", world.steps, world.refusals, world.engine.stats());
+    println!(
+        "{:?} steps, {:?} refused, {:?} spikes\n{}",
+        world.steps,
+        world.refusals,
+        world.spikes,
+        world.engine.stats()
+    );
+    assert!(world.spikes.load(Ordering::Relaxed) > 0, "nobody else got memory");
     world.models.write().unwrap().clear();
     world.engine.clear_parked();
     world.engine.settle().unwrap();

@@ -18,6 +18,9 @@ macro_rules! driver_table {
             $(pub(super) $field: unsafe extern "C" fn($($arg: $kind),*) -> Code,)*
         }
 
+        #[cfg(test)]
+        const SYMBOLS: &[&str] = &[$($symbol),*];
+
         impl Table {
             /// Resolves every function, or names the first one that is missing.
             pub(super) fn resolve(library: &Library) -> Result<Table, &'static str> {
@@ -138,4 +141,19 @@ pub(super) fn text(
     }
     // SAFETY: the driver answers with a string constant of its own, which lives as long as the library.
     unsafe { CStr::from_ptr(text) }.to_str().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::SYMBOLS;
+
+    #[test]
+    fn nothing_in_the_table_waits_for_more_than_an_event() {
+        let waits: Vec<_> = SYMBOLS.iter().filter(|symbol| symbol.contains("Synchronize")).collect();
+        assert_eq!(waits, [&"cuEventSynchronize"]);
+        // Copies that are not asynchronous wait, and freeing memory of the old kind waits for the whole device.
+        let copies = SYMBOLS.iter().filter(|symbol| symbol.contains("Memcpy") || symbol.contains("Memset"));
+        assert!(copies.clone().all(|symbol| symbol.contains("Async")), "{:?}", copies.collect::<Vec<_>>());
+        assert!(!SYMBOLS.iter().any(|symbol| symbol.starts_with("cuMemFree") && *symbol != "cuMemFreeHost"));
+    }
 }
