@@ -442,6 +442,24 @@ def test_weights_that_take_no_adapter_are_named(engine: EngineMaker) -> None:
         attachment.set_loras([(dotted("", PEFT, {"0": factors}), 1.0)])
 
 
+@pytest.mark.parametrize("how", ["adapters", "written"])
+def test_a_small_weight_that_is_another_is_not_kept(how: str, engine: EngineMaker, tmp_path: Path) -> None:
+    expected = randomize(nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 16))).state_dict()
+    save_file({key: tensor.clone() for key, tensor in expected.items()}, tmp_path / "model.safetensors")
+    chosen = engine()
+    for _ in range(2):
+        module = nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 16)).requires_grad_(False)
+        module.load_state_dict(forebay.load(tmp_path / "model.safetensors"), assign=True)
+        with forebay.attach(module, chosen) as attachment:
+            assert same(stored(module[1].weight), expected["1.weight"])
+            if how == "written":
+                module[1].weight.mul_(2)
+            else:
+                attachment.set_loras([(dotted("", PEFT, {"1": adapter(expected["1.weight"])}), 1.0)])
+            assert not same(stored(module[1].weight), expected["1.weight"])
+            attachment.detach(keep=True)
+
+
 def test_factors_are_given_back(engine: EngineMaker) -> None:
     """Nothing of the adapters stays once they are gone."""
     import gc
