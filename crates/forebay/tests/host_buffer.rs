@@ -1,4 +1,5 @@
 //! Host memory that grows at one address: what is registered when, and what copies still find.
+#![allow(clippy::unwrap_used, reason = "tests end where their setting fails")]
 
 mod common;
 
