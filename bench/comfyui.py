@@ -3,9 +3,9 @@
 A cell is a model, a format, with or without a LoRA, text encoders and decoder, on a card of so many GiB: another process
 holds the rest of the device's memory. Every system runs every cell in a process of its own, one after the other, with the
 same seed; results are compared by hash with those of ComfyUI's own offloading (``--disable-dynamic-vram``), with a LoRA with
-those of comfy-aimdo. A first step
-counts from the call that samples; later steps are the median of all others. The limit of a later step is the larger of the
-fastest later step on a card that holds everything, measured here, and the bytes that were not resident over the link's rate.
+those of comfy-aimdo. A first step counts from the call that samples; later steps are the median of all others. The limit of
+a later step is the larger of the fastest later step on a card that holds everything, measured here, and the bytes that were
+not resident over the link's rate.
 
 What runs is a tool that starts ComfyUI without a server (``--tool``), over a checkout (``--comfyui``, a folder or a tar.gz
 of one). ``bench/comfyui_wheels.sh`` gathers both and what ComfyUI imports, for a machine without a network.
