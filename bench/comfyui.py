@@ -2,9 +2,10 @@
 
 A cell is a model, a format, with or without a LoRA, text encoders and decoder, on a card of so many GiB: another process
 holds the rest of the device's memory. Every system runs every cell in a process of its own, one after the other, with the
-same seed; results are compared by hash with those of ComfyUI's own offloading (``--disable-dynamic-vram``). A first step
-counts from the call that samples; later steps are the median of all others. The limit of a later step is the larger of the
-fastest later step on a card that holds everything, measured here, and the bytes that were not resident over the link's rate.
+same seed; results are compared by hash with those of ComfyUI's own offloading (``--disable-dynamic-vram``), with a LoRA with
+those of comfy-aimdo. A first step counts from the call that samples; later steps are the median of all others. The limit of
+a later step is the larger of the fastest later step on a card that holds everything, measured here, and the bytes that were
+not resident over the link's rate.
 
 What runs is a tool that starts ComfyUI without a server (``--tool``), over a checkout (``--comfyui``, a folder or a tar.gz
 of one). ``bench/comfyui_wheels.sh`` gathers both and what ComfyUI imports, for a machine without a network.
@@ -256,20 +257,13 @@ def measured() -> Row:
     row = {"torch": torch.__version__, "cores": os.cpu_count(), "python": platform.python_version()}
     if not torch.cuda.is_available():
         return {**row, "gpu": "none", "memory_bytes": 0, "link_gb_s": 0}
-    source = torch.empty(GIB, dtype=torch.uint8, pin_memory=True)
-    target = torch.empty(GIB, dtype=torch.uint8, device="cuda")
-    seconds = []
-    for _ in range(5):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        target.copy_(source, non_blocking=True)
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    del source, target
+    from stack import link_rate
+
+    rate = link_rate()
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
     gpu = torch.cuda.get_device_name()
-    return {**row, "gpu": gpu, "memory_bytes": free, "link_gb_s": GIB / min(seconds) / 1e9}
+    return {**row, "gpu": gpu, "memory_bytes": free, "link_gb_s": rate / 1e9}
 
 
 def row_of(cell: Cell, system: str, outcome: Outcome, steps: int) -> Row:
@@ -302,7 +296,12 @@ def row_of(cell: Cell, system: str, outcome: Outcome, steps: int) -> Row:
 
 def gathered(machine: Row, rows: list[Row]) -> Row:
     """All rows, compared."""
-    of_legacy = {row["cell"]: row.get("hashes") for row in rows if row["system"] == LEGACY}
+    # With a LoRA ComfyUI's dynamic path rounds elsewhere than its own offloading does, whatever package it runs on.
+    found = {(row["cell"], row["system"]): row.get("hashes") for row in rows}
+    reference = {
+        name: found.get((name, "aimdo")) if Cell.parse(name).lora else found.get((name, LEGACY))
+        for name, _ in found
+    }
     computing: dict[tuple[str, ...], float] = {}
     for row in rows:
         cell = Cell.parse(row["cell"])
@@ -313,8 +312,9 @@ def gathered(machine: Row, rows: list[Row]) -> Row:
     compared = []
     for row in rows:
         cell, more = Cell.parse(row["cell"]), {}
-        if row.get("hashes") and of_legacy.get(row["cell"]):
-            more["same"] = row["hashes"] == of_legacy[row["cell"]]
+        rounds_elsewhere = cell.lora and row["system"] == LEGACY
+        if row.get("hashes") and reference.get(row["cell"]) and not rounds_elsewhere:
+            more["same"] = row["hashes"] == reference[row["cell"]]
         compute = computing.get((cell.arch, cell.quant, cell.size))
         if row.get("later_s") and compute and link:
             moved = max(0, row["weights_bytes"] - row["resident_bytes"])
@@ -339,7 +339,7 @@ def markdown(result: Row) -> str:
     parts = [
         "Seconds; a first step for each model. GiB of anonymous memory (the process's peak), of memory that ComfyUI has "
         "pinned, and of the device's memory in use, others' included. The same: every result's hash is that of ComfyUI's "
-        "own offloading."
+        "own offloading; with a LoRA that of comfy-aimdo, as ComfyUI rounds patched weights elsewhere where memory is dynamic."
     ]
     cells = list(dict.fromkeys(row["cell"] for row in result["rows"]))
     for cell in cells:

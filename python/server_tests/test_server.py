@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 from browser import answers, browser, free_port, until
+from checkout import CHECKOUT, environment
 
-CHECKOUT = Path(os.environ.get("COMFYUI") or "ComfyUI").resolve()
 PICTURE = os.environ.get("FOREBAY_PANEL_PICTURE")
 HERE = Path(__file__).parent
 GIB = 1 << 30
@@ -73,17 +73,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     (base / "user" / "default").mkdir()
     (base / "user" / "default" / "comfy.settings.json").write_text('{"Comfy.TutorialCompleted": true}')
     (base / "custom_nodes" / "forebay_tests").symlink_to(HERE / "nodes" / "forebay_tests")
-    paths = [str(stub_of_torchaudio(base))] if not can_import("torchaudio") else []
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")]).strip(":"),
-    }
+    settings = environment(base)
     script = [sys.executable, HERE / "make_models.py", base / "models"]
     subprocess.run(
         script,
         check=True,
         cwd=CHECKOUT,
-        env={**environment, "PYTHONPATH": os.pathsep.join([*paths, str(CHECKOUT)])},
+        env={**settings, "PYTHONPATH": f"{settings['PYTHONPATH']}{os.pathsep}{CHECKOUT}"},
     )
     port = free_port()
     command = [
@@ -98,9 +94,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     command += ["--base-directory", str(base), "--database-url", "sqlite:///:memory:", "--disable-api-nodes"]
     log = base / "log"
     with log.open("w") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=base
-        )
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=settings, cwd=base)
     url = f"http://127.0.0.1:{port}"
     try:
         until(lambda: answers(f"{url}/forebay/state") or process.poll() is not None, "the server starts", 180)
@@ -109,19 +103,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     finally:
         process.terminate()
         process.wait(30)
-
-
-def can_import(name: str) -> bool:
-    return subprocess.run([sys.executable, "-c", f"import {name}"], capture_output=True).returncode == 0
-
-
-def stub_of_torchaudio(base: Path) -> Path:
-    """For environments whose torch has no matching torchaudio: ComfyUI imports it, and only audio models use it."""
-    package = base / "stubs" / "torchaudio"
-    package.mkdir(parents=True)
-    for name in ("__init__", "functional", "transforms"):
-        (package / f"{name}.py").touch()
-    return package.parent
 
 
 def test_a_workflow_runs_to_an_image(server: Server) -> None:

@@ -1,7 +1,6 @@
 //! Bytes between open files and memory, as the application asks for them.
 
 use std::os::fd::BorrowedFd;
-use std::sync::Arc;
 
 use forebay::device::{DeviceAddr, DeviceId, StreamHandle};
 use forebay::store::{MappedFile, SourceFile};
@@ -25,9 +24,9 @@ pub(crate) fn read_to_device(
     stream: u64,
 ) -> PyResult<()> {
     let part = file_part(descriptor, file_offset, nbytes)?;
-    let (engine, to) = (Arc::clone(engine.get().inner()), on_device(address, stream));
+    let engine = engine.get().inner();
     // SAFETY: the package passes memory and streams of torch's on this device.
-    py.detach(|| unsafe { engine.read_to_device(&part, to) }).map_err(raised)
+    py.detach(|| unsafe { engine.read_to_device(&part, on_device(address, stream)) }).map_err(raised)
 }
 
 /// Writes memory on the engine's device to a part of an open file, behind what is in the stream.
@@ -42,9 +41,9 @@ pub(crate) fn write_from_device(
     stream: u64,
 ) -> PyResult<()> {
     let part = file_part(descriptor, file_offset, nbytes)?;
-    let (engine, from) = (Arc::clone(engine.get().inner()), on_device(address, stream));
+    let engine = engine.get().inner();
     // SAFETY: as in `read_to_device`.
-    py.detach(|| unsafe { engine.write_from_device(&part, from) }).map_err(raised)
+    py.detach(|| unsafe { engine.write_from_device(&part, on_device(address, stream)) }).map_err(raised)
 }
 
 /// Writes host memory to a part of an open file.
