@@ -284,7 +284,7 @@ import sound
 sound.import_or_stand_in()
 import comfy.cli_args
 comfy.cli_args.args.cpu = sys.argv[3] == "host"
-import comfy.ops
+import comfy.model_patcher
 assert comfy.model_patcher.ModelPatcherDynamic.__name__ == "ForebayModelPatcher"
 native.uninstall()
 assert comfy.model_patcher.ModelPatcherDynamic.__name__ == "ModelPatcherDynamic"
