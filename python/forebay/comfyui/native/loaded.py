@@ -175,5 +175,8 @@ def _size(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> int:
 
 def _fits(size: int, device: torch.device) -> bool:
     """Whether a model of this size may stay on the device as a whole while it runs."""
-    others = 0 if device.type == "cpu" else comfy.model_management.minimum_inference_memory()
+    management = comfy.model_management
+    # What the user reserves is no part of the budget.
+    least = management.minimum_inference_memory() - management.extra_reserved_memory()
+    others = 0 if device.type == "cpu" else least
     return bool(size + others <= engine_for(device).budget)
