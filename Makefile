@@ -99,6 +99,11 @@ storm: ## Run the randomised tests for long: STEPS=100000 CASES=100000
 	FOREBAY_STORM_STEPS=$(STEPS) PROPTEST_CASES=$(CASES) cargo $(CARGO_TEST) $(if $(NEXTEST),--profile storm) \
 	  --release $(RUST_TESTS)
 
+.PHONY: comfyui-native
+comfyui-native: build ## Test ComfyUI's models on attached weights: COMFYUI=path of a checkout, its requirements in .venv
+	@test -f '$(COMFYUI)/main.py' || { echo 'Give a checkout of ComfyUI: make comfyui-native COMFYUI=PATH' >&2; exit 2; }
+	cd python && COMFYUI_ROOT='$(abspath $(COMFYUI))' $(VIRTUAL_ENV)/bin/python -m pytest tests/comfyui_native $(ARGS)
+
 clean: ## Remove everything that was built or installed
 	cargo clean
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis python/.pytest_cache python/.mypy_cache \

@@ -36,7 +36,7 @@ def path(folder: Path) -> Path:
 def _held(engine: forebay.Engine) -> int:
     """Bytes that weights take."""
     engine.settle()
-    return sum((one["resident"] + one["streamed"]) * one["page_size"] for one in engine.stats()["models"])
+    return sum(one["resident"] + one["streamed"] for one in engine.stats()["models"])
 
 
 def test_unloading_gives_the_model_and_the_memory_back(path: Path, native: Callable[..., Any]) -> None:
@@ -284,7 +284,7 @@ import sound
 sound.import_or_stand_in()
 import comfy.cli_args
 comfy.cli_args.args.cpu = sys.argv[3] == "host"
-import comfy.ops
+import comfy.model_patcher
 assert comfy.model_patcher.ModelPatcherDynamic.__name__ == "ForebayModelPatcher"
 native.uninstall()
 assert comfy.model_patcher.ModelPatcherDynamic.__name__ == "ModelPatcherDynamic"

@@ -1,16 +1,21 @@
 """ComfyUI's models on attached weights, in place of its own casting and offloading.
 
 ``install()`` replaces the patcher that ComfyUI takes for dynamic VRAM by :class:`patcher.ForebayModelPatcher`: a model is
-attached when ComfyUI loads it, its weights stay where its file is mapped, and adapters (LoRA) are applied on the device,
-by ComfyUI's own arithmetic. Nothing of the model is pinned or copied in RAM.
+attached where ComfyUI would load it, its weights stay where its file is mapped, and adapters (LoRA) are applied on the
+device, by ComfyUI's own arithmetic. Nothing of the model is pinned or copied in RAM.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 from forebay.comfyui.native.arrival import on_import, withdraw
+
+HOST_BUDGET = "FOREBAY_HOST_BUDGET"
+"""An environment variable: has native mode stand in for ComfyUI's plain loading where it runs on the CPU, with so many bytes
+of weights in memory at once. For tests of what otherwise needs a card."""
 
 _PATCHERS = "comfy.model_patcher"
 
@@ -23,9 +28,9 @@ def install() -> None:
     (``--disable-dynamic-vram``, ``--cpu``).
     """
     if _PATCHERS in sys.modules:
-        _replace()
+        _replace(True)
     else:
-        on_import(_PATCHERS, _replace)
+        on_import(_PATCHERS, lambda: _replace(HOST_BUDGET in os.environ))
 
 
 def uninstall() -> None:
@@ -36,6 +41,9 @@ def uninstall() -> None:
         replacing.restore()
 
 
-def _replace() -> None:
+def _replace(activate: bool) -> None:
     # Not imported before: it needs torch and ComfyUI.
-    importlib.import_module("forebay.comfyui.native.replacing").replace(sys.modules[_PATCHERS])
+    importlib.import_module("forebay.comfyui.native.replacing").replace(activate)
+
+
+__all__ = ["HOST_BUDGET", "install", "uninstall"]

@@ -17,15 +17,13 @@ from torch import nn
 
 from forebay._forebay import Engine
 from forebay.attachment import Attachment, attach
+from forebay.comfyui.native import HOST_BUDGET
 from forebay.comfyui.native.patches import Patches
-from forebay.comfyui.native.quantized import ManagedQuantized
+from forebay.comfyui.native.quantized import ManagedQuantized, quantized_of
 from forebay.converting import STORED, USED
 from forebay.engines import engine
 from forebay.parameter import ForebayTensor
 from forebay.small import small_of
-
-HOST_BUDGET = "FOREBAY_HOST_BUDGET"
-"""Bytes of weights in memory at once where ComfyUI runs on the CPU: what stands for a card there."""
 
 _ATTRIBUTE = "forebay_loaded"
 
@@ -76,12 +74,7 @@ class Loaded:
         except BaseException:
             self.unload()
             raise
-        self._patches = Patches(
-            model,
-            self._attachment,
-            {quantized.key: quantized for quantized in self._quantized},
-            at_fill=_fits(size, device),
-        )
+        self._patches = Patches(model, self._attachment, at_fill=_fits(size, device))
         self._modules = {id(module) for module in model.modules()}
         model.__dict__[_ATTRIBUTE] = self
 
@@ -96,7 +89,7 @@ class Loaded:
         """Bytes of device memory that its weights take at this moment."""
         if self._attachment is None:
             return 0
-        return sum((one["resident"] + one["streamed"]) * one["page_size"] for one in self._attachment.stats())
+        return sum(one["resident"] + one["streamed"] for one in self._attachment.stats())
 
     def patch(self, patches: Mapping[str, Sequence[Any]]) -> int:
         """Gives the weights these patches in place of those they have. How many changed."""
@@ -107,9 +100,9 @@ class Loaded:
         """A weight as it is without patches, on the CPU, valid also when the model is unloaded."""
         path, _, name = key.rpartition(".")
         layer = self._model.get_submodule(path)
-        for quantized in self._quantized:
-            if quantized.key == (id(layer), name):
-                return quantized.original
+        quantized = quantized_of(layer, name)
+        if quantized is not None:
+            return quantized.original
         small = small_of(weight)
         source = (
             weight._source if isinstance(weight, ForebayTensor) else None if small is None else small._source
@@ -133,8 +126,6 @@ class Loaded:
         if self._patches is not None:
             self._patches.withdraw()
             self._patches = None
-        for quantized in self._quantized:
-            quantized.withdraw()
         if self._attachment is not None:
             self._attachment.detach(keep)
             self._attachment = None
@@ -184,5 +175,8 @@ def _size(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> int:
 
 def _fits(size: int, device: torch.device) -> bool:
     """Whether a model of this size may stay on the device as a whole while it runs."""
-    others = 0 if device.type == "cpu" else comfy.model_management.minimum_inference_memory()
+    management = comfy.model_management
+    # What the user reserves is no part of the budget.
+    least = management.minimum_inference_memory() - management.extra_reserved_memory()
+    others = 0 if device.type == "cpu" else least
     return bool(size + others <= engine_for(device).budget)

@@ -19,7 +19,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import nn
 
 from forebay.attachment import Attachment
-from forebay.comfyui.native.quantized import ManagedQuantized
+from forebay.comfyui.native.quantized import ManagedQuantized, quantized_of
 from forebay.instance_methods import InstanceMethod
 from forebay.parameter import ForebayTensor
 from forebay.small import small_of
@@ -49,7 +49,6 @@ class Patches:
         self,
         model: nn.Module,
         attachment: Attachment,
-        quantized: Mapping[tuple[int, str], ManagedQuantized],
         *,
         at_fill: bool,
     ) -> None:
@@ -58,12 +57,10 @@ class Patches:
         Args:
             model: The attached model.
             attachment: Its attachment.
-            quantized: What is quantized, by its layer's identity and its name there.
             at_fill: Whether weights are computed when they are filled.
         """
         self._model = model
         self._attachment = attachment
-        self._quantized = quantized
         self._at_fill = at_fill
         self._of: dict[str, _Patch] = {}
         self._layers: dict[int, _PatchedLayer] = {}
@@ -89,6 +86,9 @@ class Patches:
         for key in new:
             self._of[key] = self._patched(key, list(patches[key]), functions)
         if functions:
+            if self._attachment.device.type == "cuda":
+                # Weights are computed in another stream than this one, which takes the patches to the device.
+                torch.cuda.current_stream(self._attachment.device).synchronize()
             self._attachment.set_patch(functions)
         return len({*gone, *new})
 
@@ -104,7 +104,7 @@ class Patches:
         layer = self._model.get_submodule(path)
         weight = getattr(layer, name)
         compute = WeightPatch(layer, key, patches, self._attachment.device)
-        quantized = self._quantized.get((id(layer), name))
+        quantized = quantized_of(layer, name)
         keeps_shape = comfy.lora.calculate_shape(patches, weight, key) == weight.shape
         asks = hasattr(layer, "comfy_cast_weights")
         if keeps_shape and (self._at_fill or not asks):
@@ -143,10 +143,13 @@ class WeightPatch:
         self._layer = layer
         self._device = device
         weight = getattr(layer, self._name)
-        self._patches = _on_device(patches, device, weight.nbytes)
+        self._memory, self._patches = _on_device(patches, device, weight.nbytes)
 
     def __call__(self, stored: torch.Tensor) -> Any:
-        """Computes it, in new memory."""
+        """Computes it, in new memory, in the current stream."""
+        if self._memory is not None:
+            # What it reads is not given to others before it has read it.
+            self._memory.record_stream(torch.cuda.current_stream(self._device))
         view = SimpleNamespace(**{self._name: stored})
         for method in (f"set_{self._name}", f"convert_{self._name}"):
             if hasattr(self._layer, method):
@@ -187,15 +190,10 @@ class _PatchedLayer:
         for name, (compute, quantized) in self._computes.items():
             stored = _plain(parameters[name]) if quantized is None else quantized.plain()
             parameters[name] = compute(stored)
-            if quantized is not None:
-                quantized.covered = True
         try:
             return original(*args, **kwargs)
         finally:
-            for name, (_, quantized) in self._computes.items():
-                parameters[name] = originals[name]
-                if quantized is not None:
-                    quantized.covered = False
+            parameters.update(originals)
 
 
 def _plain(weight: torch.Tensor) -> torch.Tensor:
@@ -213,8 +211,10 @@ def _nested(key: str, layer: Any) -> Any:
     return layer
 
 
-def _on_device(patches: Sequence[Any], device: torch.device, most: int) -> list[Any]:
-    """The patches with their tensors on the device.
+def _on_device(
+    patches: Sequence[Any], device: torch.device, most: int
+) -> tuple[torch.Tensor | None, list[Any]]:
+    """The patches with their tensors on the device, and the memory they are in there.
 
     Those that take more than the weight itself stay where they are: whole weights, of models that are merged.
     """
@@ -222,10 +222,10 @@ def _on_device(patches: Sequence[Any], device: torch.device, most: int) -> list[
     counter = [0]
     comfy.lora.prefetch_prepared_value(values, counter, None, None, False)
     if device.type == "cpu" or not 0 < counter[0] <= most:
-        return list(patches)
+        return None, list(patches)
     memory = torch.empty(counter[0], dtype=torch.uint8, device=device)
     moved = comfy.lora.prefetch_prepared_value(values, [0], memory, None, True)
-    return [(patch[0], value, *patch[2:]) for patch, value in zip(patches, moved, strict=True)]
+    return memory, [(patch[0], value, *patch[2:]) for patch, value in zip(patches, moved, strict=True)]
 
 
 def _same(has: Sequence[Any], wanted: Sequence[Any] | None) -> bool:

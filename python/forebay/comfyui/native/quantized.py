@@ -10,32 +10,39 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 from torch import nn
 
-from forebay.instance_methods import InstanceMethod
 from forebay.parameter import ForebayTensor
 
 _DATA = "data"
 _SCALE = "scale"
+_ATTRIBUTE = "forebay_quantized"
+
+
+def quantized_of(module: nn.Module, name: str) -> ManagedQuantized | None:
+    """What is known of a layer's weight, where it is a quantized one that is managed."""
+    known = module.__dict__.get(_ATTRIBUTE)
+    found: ManagedQuantized | None = None if known is None else known.get(name)
+    return found
 
 
 class ManagedQuantized:
     """A quantized weight whose inner tensors are managed.
 
     While its model is attached they are parameters of a module of their own, and the quantized tensor that stands in the
-    layer is made of their stand-ins. A forward of the layer sees one that is made of plain tensors.
+    layer is made of their stand-ins. What computes gets one that is made of plain tensors.
 
     Attributes:
         original: The weight as it was.
-        covered: Whether something else stands in the layer for the length of its forward.
+        tensor: What stands in the layer, made of stand-ins.
+        data_name: The name of its data in the model that is attached.
     """
 
     def __init__(self, path: str, module: nn.Module, name: str, weight: Any) -> None:
         """Takes the weight out of its layer and lays its parts where :func:`forebay.attach` finds them."""
         self.original = weight
-        self.covered = False
+        self.tensor: Any = None
         self._module = module
         self._name = name
         self._params = weight._params
-        self._forward: InstanceMethod | None = None
         self._scale: torch.Tensor | None = None
         self._holder = nn.Module()
         self._holder_name = f"{name}_parts"
@@ -52,11 +59,6 @@ class ManagedQuantized:
         module._modules[self._holder_name] = self._holder
 
     @property
-    def key(self) -> tuple[int, str]:
-        """Identifies it as long as its layer lives."""
-        return id(self._module), self._name
-
-    @property
     def has_one_scale(self) -> bool:
         """Whether there is nothing but data and one number."""
         return self._fields == [_SCALE] and self._params.scale.numel() == 1
@@ -65,16 +67,11 @@ class ManagedQuantized:
         """Puts a quantized tensor of stand-ins into the layer."""
         del self._module._modules[self._holder_name]
         self._put()
-        self._forward = InstanceMethod(self._module, "forward", self._run)
-
-    def withdraw(self) -> None:
-        """Takes it out of the layer again, before the model is detached."""
-        if self._forward is not None:
-            self._forward.remove()
-            self._forward = None
+        self._module.__dict__.setdefault(_ATTRIBUTE, {})[self._name] = self
 
     def restore(self) -> None:
-        """Puts the layer's own weight back."""
+        """Puts the layer's own weight back, once the model is detached."""
+        self._module.__dict__.pop(_ATTRIBUTE, None)
         self._module._modules.pop(self._holder_name, None)
         self._module._parameters[self._name] = self.original
 
@@ -103,6 +100,8 @@ class ManagedQuantized:
             found = compute(QuantizedTensor(value, self.original._layout_cls, params))
             # In the stream that the data is computed in: whoever waits for the data finds its scale.
             scale.copy_(found._params.scale)
+            if scale.is_cuda:
+                scale.record_stream(torch.cuda.current_stream(scale.device))
             result: torch.Tensor = found._qdata
             return result
 
@@ -117,6 +116,7 @@ class ManagedQuantized:
         with torch.inference_mode(False):
             tensor = self._made_of(self._holder._parameters)
         tensor._is_param = True
+        self.tensor = tensor
         self._module._parameters[self._name] = tensor
 
     def _made_of(self, parts: Any) -> Any:
@@ -126,17 +126,6 @@ class ManagedQuantized:
         return QuantizedTensor(
             parts[_DATA], self.original._layout_cls, dataclasses.replace(self._params, **fields)
         )
-
-    def _run(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self.covered:
-            return original(*args, **kwargs)
-        seen = self._module.__dict__
-        # Python looks here before `_parameters`.
-        seen[self._name] = self.plain()
-        try:
-            return original(*args, **kwargs)
-        finally:
-            seen.pop(self._name, None)
 
 
 def _plain(part: torch.Tensor) -> torch.Tensor:

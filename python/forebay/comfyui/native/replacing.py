@@ -2,52 +2,46 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
+# By these names: while model_patcher is being imported, its package does not have it yet.
+import comfy.memory_management as memory_management
+import comfy.model_management as model_management
+import comfy.model_patcher as model_patcher
+import comfy.ops as ops
+
 from forebay._forebay import OutOfMemoryError
+from forebay.comfyui.native.casting import lending
+from forebay.comfyui.native.patcher import ForebayModelPatcher
 
 _undo: list[tuple[Any, str, Any]] = []
 
 
-def replace(module: ModuleType) -> None:
+def replace(activate: bool) -> None:
     """Puts Forebay's patcher in the place of the dynamic one.
 
-    Both names are replaced: ComfyUI makes its patchers of the one and sets it to the other once its devices are known.
-
     Args:
-        module: ``comfy.model_patcher``.
-
-    Raises:
-        RuntimeError: Where it has no dynamic patcher.
+        activate: Also makes it the patcher that models get from now on, and has files mapped instead of read. Otherwise
+            ComfyUI's start does that, where dynamic VRAM is on.
     """
-    if _undo:
-        return
-    if not hasattr(module, "ModelPatcherDynamic"):
-        raise RuntimeError(
-            f"native mode takes the place of ModelPatcherDynamic, which this ComfyUI has not: {module.__file__}"
-        )
-    from comfy import memory_management, model_management
-
-    from forebay.comfyui.native.patcher import ForebayModelPatcher
-
-    _set(module, "ModelPatcherDynamic", ForebayModelPatcher)
-    _set(module, "CoreModelPatcher", ForebayModelPatcher)
-    # Files are mapped, and layers wait for their weights instead of allocating memory for them.
-    _set(memory_management, "aimdo_enabled", True)
-    # Weights of one operation that do not fit are what ComfyUI's retries with smaller tiles are for.
-    known = model_management.OOM_EXCEPTION
-    _set(
-        model_management,
-        "OOM_EXCEPTION",
-        (*(known if isinstance(known, tuple) else (known,)), OutOfMemoryError),
-    )
+    if not _undo:
+        _set(model_patcher, "ModelPatcherDynamic", ForebayModelPatcher)
+        _set(ops, "cast_bias_weight", lending(ops.cast_bias_weight))
+        # Weights of one operation that do not fit are what ComfyUI's retries with smaller tiles are for.
+        known = model_management.OOM_EXCEPTION
+        classes = known if isinstance(known, tuple) else (known,)
+        _set(model_management, "OOM_EXCEPTION", (*classes, OutOfMemoryError))
+    if activate and model_patcher.CoreModelPatcher is not ForebayModelPatcher:
+        _set(model_patcher, "CoreModelPatcher", ForebayModelPatcher)
+        _set(memory_management, "aimdo_enabled", True)
 
 
 def restore() -> None:
     """Puts back what was there."""
     while _undo:
         setattr(*_undo.pop())
+    if model_patcher.CoreModelPatcher is ForebayModelPatcher:
+        model_patcher.CoreModelPatcher = model_patcher.ModelPatcherDynamic
 
 
 def _set(owner: Any, name: str, value: Any) -> None:
