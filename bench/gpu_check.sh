@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Checks, runs and times everything on a GPU machine with torch, from what bench/bundle.sh built. Full results go to $OUT.
-# Usage: bench/gpu_check.sh [FOLDER] [all|tests|stack|demo|peers|loaders] [WHEELS], defaults .carry, all and .whl. "all" is
-# the first three; WHEELS is what bench/peer_wheels.sh fetched, $ARGS goes to bench/peers.py or bench/loaders.py.
+# Usage: bench/gpu_check.sh [FOLDER] [all|tests|stack|demo|peers|loaders|pressure] [WHEELS], defaults .carry, all and .whl. "all"
+# is the first three; WHEELS is what bench/peer_wheels.sh fetched, $ARGS goes to the last three's bench/NAME.py.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 bundle=$(realpath "${1:-.carry}")
@@ -48,7 +48,7 @@ if [ "$what" = all ] || [ "$what" = stack ]; then
     step stack 400 python3 bench/stack.py --out "$out/stack.json"
     cat "$out/stack.log"
 fi
-if [ "$what" = peers ] || [ "$what" = loaders ]; then
+if [ "$what" = peers ] || [ "$what" = loaders ] || [ "$what" = pressure ]; then
     # shellcheck disable=SC2086 # words are meant to be split
     step "$what" 590 python3 "bench/$what.py" --wheels "$wheels" --out "$out" ${ARGS:-}
     cat "$out/$what.log"

@@ -22,6 +22,7 @@ from typing import Any
 import stack
 import torch
 from children import Row, reason_of
+from pressure import SETUP, patience
 from runners import RUNNERS, Layers, Runner
 from safetensors.torch import load_file
 from stack import GIB, Block
@@ -86,12 +87,12 @@ def measure(chosen: argparse.Namespace, setting: dict[str, Any], report: Report)
             if any(cell["kind"] == "process" for cell in cells):
                 others = opened.enter_context(OtherProcess(torch.cuda.current_device()))
             ballast(card)
-        world = World(
-            chosen, setting["system"], card, blocks, "video" if is_video else f"{setting['times']:g}", others
-        )
-        world.x = inputs(chosen, is_video)
+        with watched(chosen.timeout * SETUP, report):
+            name = "video" if is_video else f"{setting['times']:g}"
+            world = World(chosen, setting["system"], card, blocks, name, others)
+            world.x = inputs(chosen, is_video)
         for cell in cells:
-            with watched(chosen.timeout, report):
+            with watched(chosen.timeout * patience(cell["kind"]), report):
                 row = world.run(cell)
             report({"cell": cell["kind"], **row})
             if "reason" in row and setting["system"] != "forebay":
@@ -113,7 +114,8 @@ class World:
     ) -> None:
         self.chosen = chosen
         self.card = card
-        self.expected = torch.load(reference_file(chosen, name)).to(torch_device(chosen))
+        # Not on the card, where it would take room.
+        self.expected = torch.load(reference_file(chosen, name))
         with torch.device("meta"):
             self.model = Layers(blocks, chosen.width).to(torch.bfloat16)
         loader = forebay.load if system == "forebay" else load_file
@@ -157,16 +159,19 @@ class World:
         row["again"] = self.activation.again
         row["told"] = self.runner.told() if isinstance(self.runner, Ours) else ""
         gc.collect()
+        self._empty_cache()
+        return row
+
+    def _empty_cache(self) -> None:
         if self.chosen.device != "host":
             torch.cuda.empty_cache()
-        return row
 
     def _step(self, row: Row) -> None:
         calls = self.activation.calls
         seconds, y = timed(self.chosen, lambda: self.runner(self.x))
         self.activation.again += self.activation.calls - calls - 1
         row["steps_s"].append(seconds)
-        row["same"] = row["same"] and torch.equal(y, self.expected)
+        row["same"] = row["same"] and torch.equal(y.cpu(), self.expected)
 
     def _process(self, row: Row, nbytes: int) -> None:
         """Half of the card goes in the middle of the second step and comes back in the middle of the fourth."""
@@ -188,6 +193,7 @@ class World:
         for _ in range(count):
             self.activation.nbytes = nbytes
             self._step(row)
+            self._empty_cache()  # what torch keeps is no spike the next time
         refilled = (self.runner.moved_bytes() - filled) / count
         self.activation.nbytes = 0
         page = self.runner.stats()["page_size"]

@@ -70,8 +70,20 @@ impl Call {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Failure {
     OutOfMemory,
+    /// As a driver answers now and then under pressure.
+    NotReady,
     Refused,
     Lost,
+}
+
+/// What was made on the device and not given back. What a failure kept from being given back does not count.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Live {
+    pub frames: i64,
+    pub reservations: i64,
+    pub events: i64,
+    pub pinned: i64,
+    pub registered: i64,
 }
 
 /// Passes everything on to another device, but for the calls that are to fail.
@@ -82,6 +94,7 @@ pub struct Faulty {
     /// What the next failing call waits for before it fails.
     held: Mutex<Option<mpsc::Receiver<()>>>,
     recorded: Mutex<HashSet<StreamHandle>>,
+    live: Mutex<Live>,
 }
 
 #[derive(Debug, Default)]
@@ -98,7 +111,13 @@ struct Plan {
 
 impl Faulty {
     pub fn new(inner: Arc<dyn Device>) -> Arc<Self> {
-        Arc::new(Faulty { inner, plan: Mutex::default(), held: Mutex::default(), recorded: Mutex::default() })
+        Arc::new(Faulty {
+            inner,
+            plan: Mutex::default(),
+            held: Mutex::default(),
+            recorded: Mutex::default(),
+            live: Mutex::default(),
+        })
     }
 
     /// Lets `pass` calls of this kind through, then fails the next `fail`.
@@ -122,6 +141,23 @@ impl Faulty {
     /// The streams recorded since the last time this was asked.
     pub fn take_recorded(&self) -> HashSet<StreamHandle> {
         std::mem::take(&mut self.recorded.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// What there is now.
+    pub fn live(&self) -> Live {
+        *self.live.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Counts what was made, where it was.
+    fn made<T>(&self, result: Result<T>, count: impl FnOnce(&mut Live)) -> Result<T> {
+        if result.is_ok() {
+            count(&mut self.live.lock().unwrap_or_else(PoisonError::into_inner));
+        }
+        result
+    }
+
+    fn gone(&self, count: impl FnOnce(&mut Live)) {
+        count(&mut self.live.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
     fn plan(&self) -> MutexGuard<'_, Plan> {
@@ -156,6 +192,7 @@ impl Failure {
             Failure::OutOfMemory => {
                 DeviceError::OutOfMemory { call: "injected", wanted: Bytes::new(1), free: None }
             }
+            Failure::NotReady => DeviceError::Driver { call: "injected", code: 600, name, context },
             Failure::Refused => DeviceError::Driver { call: "injected", code: 999, name, context },
             Failure::Lost => DeviceError::Lost { call: "injected", code: 719, name, context },
         }
@@ -182,10 +219,11 @@ impl Device for Faulty {
 
     fn reserve(&self, size: Bytes, align: Bytes) -> Result<DeviceAddr> {
         self.check(Call::Reserve)?;
-        self.inner.reserve(size, align)
+        self.made(self.inner.reserve(size, align), |live| live.reservations += 1)
     }
 
     unsafe fn free_reservation(&self, addr: DeviceAddr, size: Bytes) -> Result<()> {
+        self.gone(|live| live.reservations -= 1);
         self.check(Call::FreeReservation)?;
         // SAFETY: passed on as it came.
         unsafe { self.inner.free_reservation(addr, size) }
@@ -193,10 +231,11 @@ impl Device for Faulty {
 
     fn create_frame(&self, size: Bytes) -> Result<FrameHandle> {
         self.check(Call::CreateFrame)?;
-        self.inner.create_frame(size)
+        self.made(self.inner.create_frame(size), |live| live.frames += 1)
     }
 
     unsafe fn release_frame(&self, frame: FrameHandle, size: Bytes) -> Result<()> {
+        self.gone(|live| live.frames -= 1);
         self.check(Call::ReleaseFrame)?;
         // SAFETY: passed on as it came.
         unsafe { self.inner.release_frame(frame, size) }
@@ -232,10 +271,11 @@ impl Device for Faulty {
 
     fn create_event(&self) -> Result<EventHandle> {
         self.check(Call::CreateEvent)?;
-        self.inner.create_event()
+        self.made(self.inner.create_event(), |live| live.events += 1)
     }
 
     unsafe fn destroy_event(&self, event: EventHandle) -> Result<()> {
+        self.gone(|live| live.events -= 1);
         self.check(Call::DestroyEvent)?;
         // SAFETY: passed on as it came.
         unsafe { self.inner.destroy_event(event) }
@@ -268,10 +308,11 @@ impl Device for Faulty {
 
     fn alloc_pinned(&self, size: Bytes) -> Result<*mut u8> {
         self.check(Call::AllocPinned)?;
-        self.inner.alloc_pinned(size)
+        self.made(self.inner.alloc_pinned(size), |live| live.pinned += 1)
     }
 
     unsafe fn free_pinned(&self, ptr: *mut u8, size: Bytes) -> Result<()> {
+        self.gone(|live| live.pinned -= 1);
         self.check(Call::FreePinned)?;
         // SAFETY: passed on as it came.
         unsafe { self.inner.free_pinned(ptr, size) }
@@ -280,7 +321,8 @@ impl Device for Faulty {
     unsafe fn register_host(&self, ptr: *const u8, size: Bytes) -> Result<()> {
         self.check(Call::RegisterHost)?;
         // SAFETY: passed on as it came.
-        unsafe { self.inner.register_host(ptr, size) }
+        let registered = unsafe { self.inner.register_host(ptr, size) };
+        self.made(registered, |live| live.registered += 1)
     }
 
     unsafe fn register_memory(&self, ptr: *mut u8, size: Bytes) -> Result<()> {
@@ -290,6 +332,7 @@ impl Device for Faulty {
     }
 
     unsafe fn unregister_host(&self, ptr: *const u8, size: Bytes) -> Result<()> {
+        self.gone(|live| live.registered -= 1);
         self.check(Call::UnregisterHost)?;
         // SAFETY: passed on as it came.
         unsafe { self.inner.unregister_host(ptr, size) }
