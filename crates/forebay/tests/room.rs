@@ -3,6 +3,7 @@
 
 mod common;
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use common::{Consumer, Random, Rig, Weights, assert_no_pins, try_engine_on};
@@ -14,17 +15,20 @@ const MIB: usize = 1 << 20;
 const PAGE: Bytes = Bytes::mib(2);
 
 /// A device of 128 MiB; elsewhere the whole GPU, but for what a ballast takes.
-fn small_device() -> (Rig, Option<Frame>) {
+fn small_device() -> (Rig, Option<(Frame, MutexGuard<'static, ()>)>) {
+    // What one test leaves free of a GPU is not another's.
+    static WHOLE_GPU: Mutex<()> = Mutex::new(());
     let config = HostConfig { capacity: Bytes::mib(128), poison: true, ..HostConfig::default() };
     match Rig::host(config) {
         Some(rig) => (rig, None),
         None => {
+            let turn = WHOLE_GPU.lock().unwrap_or_else(PoisonError::into_inner);
             let rig = Rig::new();
             let free = rig.device.memory().unwrap().free;
             let ballast = free.saturating_sub(Bytes::mib(512));
             let ballast = PAGE * (ballast.get() / PAGE.get());
             let frame = Frame::new(rig.device.clone(), ballast).unwrap();
-            (rig, Some(frame))
+            (rig, Some((frame, turn)))
         }
     }
 }

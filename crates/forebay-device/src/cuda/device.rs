@@ -394,6 +394,8 @@ fn no_context(driver: &Driver, device: &str, code: Code) -> DeviceError {
 
 impl Drop for CudaDevice {
     fn drop(&mut self) {
+        // Buffers whose end failed are registered still: the driver must not meet other memory at their addresses.
+        self.pinned.get_mut().drain().for_each(|(_, mapping)| std::mem::forget(mapping));
         let Ok(_current) = self.context.enter() else { return };
         for stream in std::mem::take(self.idle_streams.get_mut()) {
             // SAFETY: made by this device, of which nothing is left that could use it.
