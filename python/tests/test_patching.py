@@ -69,8 +69,12 @@ def test_one_call_serves_all_pages_of_a_weight(engine: EngineMaker) -> None:
         assert same(module[0].weight.clone().cpu(), expected)
         assert len(calls) == 1, "the weight has 16 pages"
         assert same(module[0].weight.clone().cpu(), expected) and len(calls) == 1
-        press(attachment.engine)
-        module[0].weight.clone()
+        end = time.monotonic() + 60
+        while len(calls) == 1:
+            # What was computed serves fills of about the same time.
+            assert time.monotonic() < end
+            press(attachment.engine)
+            module[0].weight.clone()
         assert len(calls) == 2
     assert same(module[0].weight.detach(), -expected), "what is stored was not written to"
 
