@@ -12,6 +12,7 @@ use std::any::Any;
 use std::collections::VecDeque;
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::thread::Builder;
 use std::time::Duration;
 
@@ -86,11 +87,14 @@ impl Shared {
         let job = Job { vbar: Arc::clone(vbar), page, filled: Arc::clone(filled) };
         let mut queue = self.computing.queue.lock();
         // Before a model's jobs are abandoned it is marked as closed.
-        let is_gone = queue.stop || vbar.closed.load(std::sync::atomic::Ordering::Acquire);
-        let started = if is_gone { Ok(()) } else { self.start_computing(&mut queue) };
-        if is_gone || started.is_err() {
+        let refused = match queue.stop {
+            true => Some(Some(self.shut_down())),
+            false if vbar.closed.load(Ordering::Acquire) => Some(None),
+            false => self.start_computing(&mut queue).err().map(Some),
+        };
+        if let Some(reason) = refused {
             drop(queue);
-            return filler::finished(self, vbar, page, started.map_err(Some).and(Err(None)));
+            return filler::finished(self, vbar, page, Err(reason));
         }
         queue.waiting.push_back(job);
         drop(queue);
@@ -123,8 +127,10 @@ impl Shared {
         let running = queue.running.take_if(|job| is_of(job));
         drop(queue);
         self.computing.handed_in.notify_one();
+        // Whoever waits for a model that goes asks again, and is told so. For an engine that ends that would never end.
+        let reason = of.is_none().then(|| self.shut_down());
         for job in gone.into_iter().chain(running) {
-            filler::finished(self, &job.vbar, job.page, Err(None));
+            filler::finished(self, &job.vbar, job.page, Err(reason.clone()));
         }
     }
 

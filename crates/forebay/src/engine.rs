@@ -260,8 +260,7 @@ impl Engine {
     /// its threads end, and no later call reaches the device. Such calls fail with [`EngineError::Stopped`]. Idempotent.
     pub fn shut_down(&self) {
         self.end_threads();
-        let reason = "it was shut down, as at the end of a process".to_owned();
-        self.shared.state.lock().books.lost(EngineError::Stopped { device: self.shared.id, reason });
+        self.shared.state.lock().books.lost(self.shared.shut_down());
         self.shared.changed.notify_all();
     }
 

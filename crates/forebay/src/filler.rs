@@ -210,7 +210,7 @@ impl Fill {
         }
         let stream = self.shared.copy.lock();
         let completed = match self.has_failed.load(Ordering::Acquire) {
-            true => mark_filled(&self.filled, &stream).map(|()| true),
+            true => self.shared.mark_enqueued(&self.vbar, self.page, &self.filled, &stream).map(|()| true),
             false => self.shared.complete(&self.vbar, self.page, &self.filled, &stream),
         };
         drop(stream);

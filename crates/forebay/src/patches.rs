@@ -244,7 +244,7 @@ impl Shared {
         let set = vbar.patches.current();
         let is_computed = vbar.layout.as_ref().is_some_and(|layout| is_computed(&set, layout, vbar, page));
         match is_computed {
-            true => mark_filled(filled, copies)?,
+            true => self.mark_enqueued(vbar, page, filled, copies)?,
             false => self.complete_now(vbar, &set, page, filled, copies)?,
         }
         Ok(!is_computed)
@@ -261,13 +261,11 @@ impl Shared {
     ) -> std::result::Result<(), Incomplete> {
         let Some(layout) = &vbar.layout else { return mark_filled(filled, copies) };
         let transforms = transforms(set, layout, vbar, page);
-        let is_copied_alone =
-            layout.converted[page as usize].is_empty() && !is_computed(set, layout, vbar, page);
-        if transforms.is_empty() && is_copied_alone {
-            return mark_filled(filled, copies);
+        self.mark_enqueued(vbar, page, filled, copies)?;
+        if transforms.is_empty() && !is_computed(set, layout, vbar, page) {
+            return Ok(());
         }
-        // Behind the copies, in the other stream; marked again behind what is done there.
-        mark_filled(filled, copies)?;
+        // Behind that, in the other stream; marked again behind what is done there.
         let patching = &self.patching;
         // SAFETY: the stream lives as long as `self`.
         unsafe { filled.wait_on(patching.handle()) }.map_err(|error| Incomplete::Unpatched(error.into()))?;
@@ -278,6 +276,29 @@ impl Shared {
         });
         mark_filled(filled, patching)?;
         patched.map_err(|error| Incomplete::Unpatched(error.into()))
+    }
+
+    /// Marks a page behind everything that is enqueued for it by now: its copies, and what writes converted parts to it in
+    /// the other stream. Under the copy lock. Also for a page that failed: it stays mapped until then.
+    pub(crate) fn mark_enqueued(
+        &self,
+        vbar: &Vbar,
+        page: u32,
+        filled: &Event,
+        copies: &Stream,
+    ) -> std::result::Result<(), Incomplete> {
+        mark_filled(filled, copies)?;
+        let is_converted =
+            vbar.layout.as_ref().is_some_and(|layout| !layout.converted[page as usize].is_empty());
+        if !is_converted {
+            return Ok(());
+        }
+        // SAFETY: the stream lives as long as `self`.
+        let waited = unsafe { filled.wait_on(self.patching.handle()) };
+        // SAFETY: as before. A driver that refused once is asked once more.
+        let waited = waited.or_else(|_| unsafe { filled.wait_on(self.patching.handle()) });
+        waited.map_err(|error| Incomplete::Unmarked(error.into()))?;
+        mark_filled(filled, &self.patching)
     }
 }
 

@@ -154,6 +154,12 @@ pub(crate) struct SoFar {
 }
 
 impl Shared {
+    /// The error of an engine that ended.
+    pub(crate) fn shut_down(&self) -> EngineError {
+        let reason = "it was shut down, as at the end of a process".to_owned();
+        EngineError::Stopped { device: self.id, reason }
+    }
+
     /// To be called as a thread of the engine ends: one that panicked takes the engine with it, instead of leaving callers
     /// waiting.
     pub(crate) fn ends_with_panic(&self, thread: &str) {

@@ -5,13 +5,16 @@
 mod common;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
+use common::gate::Gate;
 use common::on_device::OnDevice;
 use common::{Consumer, Random, Rig, Weights};
 use forebay::device::{Element, Factors};
 use forebay::store::{Source, SourceFile};
 use forebay::{
-    Attachment, Bytes, Conversion, Engine, EngineError, LayoutOptions, Patch, Product, StoredScale, Use,
+    Attachment, Budget, Bytes, Conversion, Engine, EngineConfig, EngineError, LayoutOptions, Patch, Product,
+    StoredScale, Use, WeightKind, WeightSpec,
 };
 
 const COLUMNS: u64 = 384;
@@ -219,6 +222,63 @@ fn patches_come_after_the_conversion() {
     for _ in 0..3 {
         pass(&model, &weights, &mut consumer);
     }
+}
+
+#[test]
+fn a_page_that_failed_stays_until_what_is_converted_for_it_has_been_written() {
+    let mut random = Random::seeded();
+    let rig = Rig::new();
+    // Two that are converted to half of this make a page.
+    let bytes = random.bytes(2 << 20);
+    let path = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(path.path(), &bytes).unwrap();
+    let bad = Source::file(&SourceFile::open(path.path()).unwrap(), 0, Bytes::new(bytes.len() as u64));
+    let memory = |bytes: Vec<u8>| Source::memory(Arc::new(bytes));
+    let spec = |name: &str, source, kind| WeightSpec { name: name.into(), source, kind };
+    let specs = vec![
+        spec("good", memory(bytes), WeightKind::Whole),
+        spec("bad", bad, WeightKind::Whole),
+        spec("other", memory(random.bytes(2 << 20)), WeightKind::Whole),
+        spec("table", memory(random.bytes(8 << 20)), WeightKind::Table),
+    ];
+    let half =
+        Conversion { from: Element::F32, to: Element::Bf16, scale: StoredScale::None, keep: Arc::new(()) };
+    // One reader takes one weight after the other; there is memory for one page.
+    let config = EngineConfig {
+        budget: Budget::Fixed(Bytes::mib(2)),
+        ring: common::readers(1),
+        ..EngineConfig::default()
+    };
+    let engine = Engine::new(Arc::clone(&rig.device), config).unwrap();
+    let options = LayoutOptions { page_size: Some(Bytes::mib(2)), ..LayoutOptions::default() };
+    let conversions = vec![Some(half.clone()), Some(half), None, None];
+    let model = engine.attach_converting("model", specs, conversions, options).unwrap();
+    std::fs::write(path.path(), b"short").unwrap();
+    // What is patched waits for the factors, and these for the gate; and so does what is converted.
+    let (uploads, consumer) = (rig.stream(), rig.consumer());
+    let gate = Gate::close(&rig, uploads.handle());
+    let one = OnDevice::new(&rig.device, &[0x3f; 1 << 14]);
+    let (at, columns) = (one.addr, 1024);
+    let factors =
+        Factors { up: at, down: at, scale: at, element: Element::F32, rank: 1, columns, row_base: 0 };
+    let products = vec![Product { rows: 0..9, factors }];
+    let patch = Patch { element: Element::F32, computed: None, products, keep: Arc::new(one) };
+    std::thread::scope(|threads| {
+        threads.spawn(|| model.change_patches(vec![(3, Some(patch))], Use::on(uploads.handle())).unwrap());
+        while !model.is_kept(3).unwrap() {
+            std::thread::yield_now();
+        }
+        let error = model.acquire(0, Use::on(consumer.stream())).unwrap_err();
+        assert!(matches!(&error, EngineError::Source { weight, .. } if weight == "bad"), "{error}");
+        let asked = AtomicU32::new(0);
+        let interrupted = || asked.fetch_add(1, Ordering::Relaxed) > 3;
+        let how = Use { stream: consumer.stream(), interrupted: &interrupted };
+        let result = model.acquire(2, how);
+        assert!(matches!(result, Err(EngineError::Interrupted { .. })), "{result:?}");
+        gate.open();
+    });
+    drop(model.acquire(2, Use::on(consumer.stream())).unwrap());
+    engine.settle().unwrap();
 }
 
 #[test]
