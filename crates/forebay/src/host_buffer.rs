@@ -24,7 +24,7 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 use self::helper::GiveBack;
 pub(crate) use self::helper::{Helper, run};
 use self::memory::HostMemory;
-use crate::cache::ram::Ram;
+use crate::cache::ram::{Cgroup, Ram};
 use crate::engine::Engine;
 use crate::filler::Reader;
 use crate::{EngineError, Result};
@@ -32,15 +32,17 @@ use crate::{EngineError, Result};
 /// Memory that is taken ahead of need, at most and at least.
 const MOST_AHEAD: Bytes = Bytes::mib(256);
 const LEAST_AHEAD: Bytes = Bytes::mib(8);
-/// Memory that is left to others, at most; a sixteenth of a small machine's.
+/// Memory of a cgroup that is left to others, at most; a sixteenth of a small one's.
 const LEAST_LEFT: Bytes = Bytes::gib(2);
+/// What a range without a limit has reserved before it grows, at most.
+const NOTHING: Bytes = Bytes::mib(2);
 /// Memory that one reader takes at once.
 const PIECE: u64 = 32 << 20;
 
 /// How a buffer is to be.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct HostBufferOptions {
-    /// How far it may grow. [`Bytes::ZERO`]: as far as the machine has memory.
+    /// How far it may grow. [`Bytes::ZERO`]: as far as the machine has memory; its address is then known once it has bytes.
     pub limit: Bytes,
     /// How much memory is taken ahead of need, at least. It is given back where nobody needs it for a second.
     pub ahead: Bytes,
@@ -99,8 +101,8 @@ impl HostBuffer {
     /// # Errors
     /// [`EngineError::Device`] where the system has no such address range.
     pub fn new(engine: Option<&Arc<Engine>>, options: HostBufferOptions) -> Result<Self> {
-        let limit = if options.limit == Bytes::ZERO { machine_memory() } else { options.limit };
-        let range = HostRange::new(engine.cloned(), limit)?;
+        // One that is never used takes nothing: without a limit addresses are reserved once it grows.
+        let range = HostRange::new(engine.cloned(), options.limit)?;
         Ok(HostBuffer { options, range: Mutex::new(range) })
     }
 
@@ -111,7 +113,9 @@ impl HostBuffer {
     pub fn extend(&self, bytes: Bytes, growth: Growth) -> Result<()> {
         let mut range = self.range.lock();
         let size = range.len();
-        let limit = range.memory.limit();
+        let reserved = range.memory.limit();
+        let begins = self.options.limit == Bytes::ZERO && reserved <= NOTHING;
+        let limit = if begins { reserved.max(machine_memory()) } else { reserved };
         let Some(to) = size.checked_add(bytes).filter(|to| growth.may_move || *to <= limit) else {
             return Err(EngineError::Invalid(format!(
                 "a buffer of {size} grows up to {limit}, not by {bytes}"
@@ -119,6 +123,8 @@ impl HostBuffer {
         };
         if to > limit {
             *range = range.moved(to.checked_add(to).unwrap_or(to))?;
+        } else if limit > reserved {
+            *range = HostRange::new(range.engine.clone(), limit)?;
         }
         range.grow(to, growth.register, self.ahead(to))
     }
@@ -260,7 +266,10 @@ impl HostRange {
         let limit = self.memory.limit();
         let wanted = Bytes::new(to.get() + ahead.get() / 2);
         if books.populated < wanted && to > from {
-            check_room(Ram::read(), to.saturating_sub(books.populated.max(from)).max(ahead))?;
+            check_room(
+                Ram::read().and_then(|ram| ram.cgroup),
+                to.saturating_sub(books.populated.max(from)).max(ahead),
+            )?;
         }
         if to > books.ready {
             let ready = to.checked_add(ahead).map_or(limit, |ready| ready.min(limit));
@@ -477,12 +486,12 @@ fn have_ended(copies: &[Arc<Event>]) -> bool {
     ended.inspect_err(log).is_ok()
 }
 
-/// Refuses what would press out others, or have a memory cgroup end the process: where memory is short the bytes are better
-/// read again from the page cache.
-fn check_room(ram: Option<Ram>, wanted: Bytes) -> Result<()> {
-    let Some(ram) = ram else { return Ok(()) };
-    let reserve = LEAST_LEFT.min(Bytes::new(ram.limit().get() / 16));
-    let free = ram.cache_room().saturating_sub(reserve);
+/// Refuses what would have a memory cgroup end the process: there the bytes are better read again from the page cache. What
+/// the machine has is its user's to look at.
+fn check_room(cgroup: Option<Cgroup>, wanted: Bytes) -> Result<()> {
+    let Some(cgroup) = cgroup else { return Ok(()) };
+    let reserve = LEAST_LEFT.min(Bytes::new(cgroup.limit.get() / 16));
+    let free = cgroup.room().saturating_sub(reserve);
     if wanted <= free {
         return Ok(());
     }
@@ -499,12 +508,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_buffer_grows_as_far_as_memory_is_free_beside_what_is_left_to_others() {
-        let ram = |available| Some(Ram { total: Bytes::gib(64), available, cgroup: None, pressure: 0.0 });
+    fn a_buffer_grows_as_far_as_its_cgroup_has_room_beside_what_is_left_to_others() {
+        let with_room = |room: Bytes| Some(Cgroup::new(Bytes::gib(64), Bytes::gib(64), room));
         assert!(check_room(None, Bytes::gib(1)).is_ok());
-        assert!(check_room(ram(Bytes::gib(3)), Bytes::gib(1)).is_ok());
-        let refused = check_room(ram(Bytes::gib(3)), Bytes::mib(1025)).unwrap_err();
+        assert!(check_room(with_room(Bytes::gib(3)), Bytes::gib(1)).is_ok());
+        let refused = check_room(with_room(Bytes::gib(3)), Bytes::mib(1025)).unwrap_err();
         assert!(refused.is_out_of_memory());
-        assert!(check_room(ram(Bytes::gib(1)), Bytes::mib(1)).is_err());
+        assert!(check_room(with_room(Bytes::gib(1)), Bytes::mib(1)).is_err());
     }
 }

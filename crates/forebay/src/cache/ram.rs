@@ -52,8 +52,14 @@ impl Ram {
 }
 
 impl Cgroup {
+    /// One without pressure.
+    #[cfg(test)]
+    pub(crate) fn new(limit: Bytes, used: Bytes, file: Bytes) -> Self {
+        Cgroup { limit, used, file, pressure: 0.0 }
+    }
+
     /// What is left when all that can be had again was given back.
-    fn room(&self) -> Bytes {
+    pub(crate) fn room(&self) -> Bytes {
         self.limit.saturating_sub(self.used.saturating_sub(self.file))
     }
 }

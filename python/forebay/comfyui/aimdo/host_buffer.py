@@ -56,7 +56,7 @@ class HostBuffer:
         return self._buffer.nbytes
 
     def get_raw_address(self) -> int:
-        """The first address."""
+        """The first address. Without ``max_grow_size`` it is another before the buffer has bytes."""
         return self._buffer.address
 
     def extend(self, size: int, reallocate: bool = False, register: bool = True) -> int:
@@ -71,8 +71,8 @@ class HostBuffer:
             The buffer's address.
 
         Raises:
-            RuntimeError: Past its range or the limit of all buffers, where memory is short, and where the system or a device
-                refuses.
+            RuntimeError: Past its range or the limit of all buffers, where the process's memory cgroup has no room, and where
+                the system or a device refuses.
             ValueError: For a negative number.
         """
         size = devices.count("size", size)
