@@ -17,6 +17,7 @@ if "COMFYUI_ROOT" not in os.environ:
 
 import checkpoints
 import comfy.model_management as management
+import comfy.model_patcher
 import comfy.ops
 import support
 import torch
@@ -242,6 +243,18 @@ def test_weight_hooks_run_on_a_plain_copy(path: Path, native: Callable[..., Any]
         plain = model.get_non_dynamic_delegate()
         assert not plain.is_dynamic() and plain.model is not model.model
         assert support.same(sample(plain, "flux", steps=1), expected)
+
+
+def test_models_on_the_processor_beside_a_card_are_plain(
+    path: Path, native: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu = torch.device("cpu")
+    with native():
+        model = load(path).model
+        monkeypatch.setattr(management, "cpu_mode", lambda: False)
+        kind = comfy.model_patcher.CoreModelPatcher
+        assert not kind(model, load_device=cpu, offload_device=cpu).is_dynamic()
+        assert kind(model, load_device=torch.device("cuda:0"), offload_device=cpu).is_dynamic()
 
 
 def test_out_of_memory_is_what_comfyui_retries() -> None:

@@ -20,10 +20,18 @@ _MOST = 1 << 60
 class ForebayModelPatcher(ModelPatcherDynamic):  # type: ignore[misc]
     """Loads a model by attaching it. To ComfyUI it is a dynamic patcher: one whose weights leave by themselves."""
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> ForebayModelPatcher:
-        """The dynamic patcher leaves the CPU to another one; Forebay has a device there as well."""
-        self: ForebayModelPatcher = object.__new__(cls)
-        return self
+    def __new__(
+        cls,
+        model: Any = None,
+        load_device: torch.device | None = None,
+        offload_device: torch.device | None = None,
+        size: int = 0,
+        weight_inplace_update: bool = False,
+    ) -> Any:
+        """Where there is a card, models that ComfyUI runs on the CPU are plain ones: their weights are where they are used."""
+        if load_device is not None and load_device.type == "cpu" and not model_management.cpu_mode():
+            return ModelPatcher(model, load_device, offload_device, size, weight_inplace_update)
+        return object.__new__(cls)
 
     def __del__(self) -> None:
         model = getattr(self, "model", None)

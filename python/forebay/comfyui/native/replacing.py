@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 # By these names: while model_patcher is being imported, its package does not have it yet.
@@ -9,6 +11,7 @@ import comfy.memory_management as memory_management
 import comfy.model_management as model_management
 import comfy.model_patcher as model_patcher
 import comfy.ops as ops
+import comfy.utils as utils
 
 from forebay._forebay import OutOfMemoryError
 from forebay.comfyui.native.casting import lending
@@ -31,6 +34,8 @@ def replace(activate: bool) -> None:
         known = model_management.OOM_EXCEPTION
         classes = known if isinstance(known, tuple) else (known,)
         _set(model_management, "OOM_EXCEPTION", (*classes, OutOfMemoryError))
+        # A loop over bits in Python, for every patched weight of every step where it is computed on use.
+        _set(utils, "string_to_seed", _remembering(utils.string_to_seed))
     if activate and model_patcher.CoreModelPatcher is not ForebayModelPatcher:
         _set(model_patcher, "CoreModelPatcher", ForebayModelPatcher)
         _set(memory_management, "aimdo_enabled", True)
@@ -42,6 +47,17 @@ def restore() -> None:
         setattr(*_undo.pop())
     if model_patcher.CoreModelPatcher is ForebayModelPatcher:
         model_patcher.CoreModelPatcher = model_patcher.ModelPatcherDynamic
+
+
+def _remembering(function: Callable[[Any], int]) -> Callable[[Any], int]:
+    """A pure function that remembers what it gave for strings."""
+    known = functools.cache(function)
+
+    @functools.wraps(function)
+    def remembered(data: Any) -> int:
+        return known(data) if isinstance(data, str) else function(data)
+
+    return remembered
 
 
 def _set(owner: Any, name: str, value: Any) -> None:
