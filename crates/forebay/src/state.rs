@@ -251,6 +251,10 @@ impl State {
 
     /// Reads ahead for the model in use, as far as frames may be taken for it.
     pub(crate) fn read_ahead(&mut self) {
+        // What a demand gave back would be taken before it asks again.
+        if self.waiting > 0 {
+            return;
+        }
         let Some(id) = self.policy.priorities().next() else { return };
         let Some(book) = self.books.vbars.get(&id) else { return };
         let vbar = Arc::clone(&book.vbar);
