@@ -188,7 +188,7 @@ fn moved(
     (0..passes).for_each(|_| pass(consumer, model, weights));
     consumer.check();
     engine.settle().unwrap();
-    (model.stats().filled_pages - before) / passes
+    (model.stats().filled_pages - before).div_ceil(passes)
 }
 
 #[test]
