@@ -9,7 +9,7 @@ use forebay_store::{Source, read_rows};
 use parking_lot::Mutex;
 use smallvec::SmallVec;
 
-use crate::acquire::{Above, Found, Use, Used};
+use crate::acquire::{Above, Found, OwnOperation, Use, Used};
 use crate::engine::{Engine, note_uses};
 use crate::layout::{Class, Layout, Placed};
 use crate::stats::VbarStats;
@@ -69,6 +69,8 @@ pub struct View {
     addr: DeviceAddr,
     bytes: Bytes,
     counted: Counted,
+    /// Of a loan: demands of its thread do not wait for it.
+    _own: Option<OwnOperation>,
 }
 
 /// What a view is to those who wait for its pages.
@@ -401,7 +403,8 @@ impl View {
         let span = Span { vbar, first: placed.first_page, last: placed.last_page };
         let addr = attachment.address(weight)?;
         let counted = if placed.class == Class::Small { Counted::Nothing } else { counted };
-        let view = View { engine: Arc::clone(engine), span, addr, bytes: placed.bytes, counted };
+        let own = (counted == Counted::Operation).then(OwnOperation::begin);
+        let view = View { engine: Arc::clone(engine), span, addr, bytes: placed.bytes, counted, _own: own };
         if let Some(count) = view.count() {
             count.fetch_add(1, Ordering::AcqRel);
         }
