@@ -245,7 +245,9 @@ fn a_loan_is_waited_for_longer_than_a_view() {
     let engine = rig.engine(PAGE * 3);
     let model = weights.attach(&engine, "model");
     let mut consumer = rig.consumer();
-    let loan = Mutex::new(Some(engine.loans(&[(&model, 0)], Use::on(consumer.stream())).unwrap()));
+    // Of another thread: a demand inside of its own thread's loans would wait for itself.
+    let lend = || engine.loans(&[(&model, 0)], Use::on(StreamHandle::DEFAULT)).unwrap();
+    let loan = Mutex::new(Some(std::thread::scope(|scope| scope.spawn(lend).join().unwrap())));
     let start = Instant::now();
     let give_back_late = || {
         // A view would have been an error by now.
@@ -258,6 +260,20 @@ fn a_loan_is_waited_for_longer_than_a_view() {
     drop(model.acquire(1, how).unwrap());
     consumer.use_weight(&model, &weights, 0).unwrap();
     assert_no_pins(&engine, 0);
+}
+
+#[test]
+fn a_demand_inside_of_its_threads_own_loan_waits_as_for_a_view() {
+    let mut random = Random::seeded();
+    let rig = Rig::new();
+    let weights = Weights::new(&mut random, &[4 * MIB, 4 * MIB]);
+    let engine = rig.engine(PAGE * 3);
+    let model = weights.attach(&engine, "model");
+    let loan = engine.loans(&[(&model, 0)], Use::on(StreamHandle::DEFAULT)).unwrap();
+    let error = model.acquire(1, Use::on(StreamHandle::DEFAULT)).map(drop).unwrap_err();
+    assert!(matches!(error, EngineError::AllPinned { waited_s, .. } if waited_s < 10.0), "{error}");
+    drop(loan);
+    drop(model.acquire(1, Use::on(StreamHandle::DEFAULT)).unwrap());
 }
 
 #[test]
