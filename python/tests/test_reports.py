@@ -62,6 +62,9 @@ def test_stats_and_summary(engine) -> None:
             "free_frames",
             "pinned_host",
             "registered",
+            "operations",
+            "views",
+            "reserved",
             "models",
         }
         assert stats["device"] == DEVICE
