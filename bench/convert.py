@@ -10,17 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import sys
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 from fits import seconds
-from stack import Stack, inputs, link_rate, load, write_weights
+from stack import Stack, inputs, link_rate, load, setting, write_weights
 
 import forebay
 
@@ -133,12 +130,7 @@ def main() -> int:
             streamed(chosen, kind, path, link)
             for kind, path in (("bf16", chosen.file), ("float8", eight), ("float8, scaled by row", eight))
         ]
-    result = {
-        "command": " ".join(["python", *sys.argv]), "date": date.today().isoformat(),
-        "gpu": torch.cuda.get_device_name() if is_cuda else "none", "torch": torch.__version__,
-        "forebay": forebay.__version__, "cores": os.cpu_count(), "kernel": platform.release(),
-        "link_gb_s": link / 1e9 if link else None, "rows": rows,
-    }  # fmt: skip
+    result = {**setting(is_cuda), "link_gb_s": link / 1e9 if link else None, "rows": rows}
     if chosen.out:
         chosen.out.write_text(json.dumps(result, indent=1))
     return 0 if all(row["same"] for row in rows) else 1

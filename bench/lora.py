@@ -10,18 +10,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
-from stack import GIB, Stack, inputs, load, write_weights
+from stack import GIB, Stack, inputs, load, setting, write_weights
 from torch import nn
 
 import forebay
@@ -195,9 +192,7 @@ def main() -> int:
             run.close()
             del run
     result = {
-        "command": " ".join(["python", *sys.argv]), "date": date.today().isoformat(),
-        "gpu": torch.cuda.get_device_name() if is_cuda else "none", "torch": torch.__version__,
-        "forebay": forebay.__version__, "cores": os.cpu_count(), "kernel": platform.release(), "rank": chosen.rank,
+        **setting(is_cuda), "rank": chosen.rank,
         "weights_bytes": nbytes, "factors_bytes": sum(factor.nbytes for factor in lora.values()), "rows": rows,
         "changes": changes,
     }  # fmt: skip

@@ -325,6 +325,15 @@ def table_row(row: dict[str, Any]) -> str:
     )
 
 
+def setting(is_cuda: bool = True) -> dict[str, Any]:
+    """What was run when, and where."""
+    return {
+        "command": " ".join(["python", *sys.argv]), "date": date.today().isoformat(),
+        "gpu": torch.cuda.get_device_name() if is_cuda else "none", "torch": torch.__version__,
+        "forebay": forebay.__version__, "cores": os.cpu_count(), "kernel": platform.release(),
+    }  # fmt: skip
+
+
 def main() -> int:
     chosen = parse()
     torch.cuda.set_device(chosen.device)
@@ -338,12 +347,7 @@ def main() -> int:
         for free in chosen.free:
             for source in chosen.source:
                 rows += streamed_run(chosen, link, nbytes, plain, free, source)
-    result = {
-        "command": " ".join(["python", *sys.argv]), "date": date.today().isoformat(),
-        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "forebay": forebay.__version__,
-        "cores": os.cpu_count(), "kernel": platform.release(), "weights_bytes": nbytes,
-        "link_gb_s": link / 1e9, "rows": rows,
-    }  # fmt: skip
+    result = {**setting(), "weights_bytes": nbytes, "link_gb_s": link / 1e9, "rows": rows}
     if chosen.out:
         chosen.out.write_text(json.dumps(result, indent=1))
     return 0 if all(row["same"] for row in rows) else 1

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from forebay import streams
 from forebay._forebay import Engine, Model, Weight
 from forebay.adapters import Source
 from forebay.allocations import redirect_for
@@ -283,8 +284,7 @@ class Attachment:
             label, weights.specs(), page_size=page_size, small=small, conversions=conversions
         )
         self._models.append(model)
-        if self.device.type == "cuda":
-            model.set_stream_source(functools.partial(torch._C._cuda_getCurrentRawStream, self.device.index))
+        streams.follow_current(model, self.device)
         for index, weight in enumerate(weights.managed):
             always_there = self._replace(model.weight(index), weight)
             target = Target(label, weight.names, model, index, weight.source, weight.conversion, always_there)

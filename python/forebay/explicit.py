@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from forebay import streams
 from forebay._forebay import Engine, ExplicitVbar
 from forebay.engines import engine as engine_of
 from forebay.lending import plain_tensor
@@ -109,9 +110,7 @@ class Vbar:
     def _stream(self) -> int:
         if self._engine.device == "host":
             return 0
-        device = torch.device(self._engine.device)
-        stream: int = torch._C._cuda_getCurrentRawStream(device.index)
-        return stream
+        return streams.current(torch.device(self._engine.device))
 
 
 @dataclass(frozen=True)

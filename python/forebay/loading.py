@@ -7,6 +7,7 @@ import os
 
 import torch
 
+from forebay import streams
 from forebay._forebay import Checkpoint, Engine, OutOfMemoryError
 from forebay.engines import engine as engine_of
 from forebay.engines import torch_device
@@ -65,8 +66,7 @@ def _on_device(path: str, tensors: dict[str, torch.Tensor], engine: Engine) -> d
     # No region for small ones: it would be pinned as long as the model is attached, and these are pinned one by one.
     model = engine.attach(os.path.basename(path), specs, small=0)
     where = torch_device(engine)
-    if where.type == "cuda":
-        model.set_stream_source(functools.partial(torch._C._cuda_getCurrentRawStream, where.index))
+    streams.follow_current(model, where)
     loaded = {name: tensor.to(where) for name, tensor in tensors.items() if not tensor.numel()}
     try:
         for index, (name, tensor) in enumerate(with_bytes.items()):

@@ -9,6 +9,7 @@ at any moment; the forward then goes on with stand-ins.
 from __future__ import annotations
 
 import atexit
+import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from forebay import streams
 from forebay._forebay import Model, Scope, Shadows, Weight, close_recalls, open_recalls, serve_recalls
 from forebay.instance_methods import InstanceMethod
 from forebay.lending import takes_loans
@@ -27,8 +29,7 @@ _own = frozenset({"_weight", "_source", "_lookup", "_conversion"})
 """What a stand-in has in its ``__dict__`` beside what applications noted there."""
 
 _PRIORITIES = range(0, -4, -1)
-_STREAMS = 32
-"""torch hands streams out from pools of this size, one for each of these priorities."""
+"""Of the streams that torch hands out. A forward may use them without a call that tells."""
 
 _lock = threading.Lock()
 _server: threading.Thread | None = None
@@ -70,8 +71,10 @@ def shadow_in_forward(
     if not places:
         return before, after
     _serve_recalls()
-    streams = None if device.type != "cuda" else _Streams(device)
-    shadows = Shadows(model, list(weights.values()), places, _parameter, streams)
+    all_streams = (
+        functools.partial(streams.handed_out, device, _PRIORITIES) if device.type == "cuda" else None
+    )
+    shadows = Shadows(model, list(weights.values()), places, _parameter, all_streams)
     scope = shadows.scope(0, list(range(len(places))), None)
     scopes: list[tuple[nn.Module, Scope]] = [(root, scope)]
     for number, child in enumerate(entries(root, lend), start=1):
@@ -145,21 +148,6 @@ class WatchedParameters(dict[str, Any]):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return (type(self._replaced), (), None, None, iter(self.items()))
-
-
-class _Streams:
-    """Gives every stream that torch may hand out, and its own. A forward may use them without a call that tells."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def __call__(self) -> list[int]:
-        pools = [
-            torch.cuda.Stream(self._device, priority=priority).cuda_stream  # type: ignore[no-untyped-call]
-            for priority in _PRIORITIES
-            for _ in range(_STREAMS)
-        ]
-        return [torch.cuda.default_stream(self._device).cuda_stream, *dict.fromkeys(pools)]
 
 
 def _owners(root: nn.Module, lend: tuple[type[nn.Module], ...]) -> Iterator[nn.Module]:

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use forebay_core::{FrameId, PageRef, Pins, Schedule, VbarId};
+use forebay_core::{Bytes, FrameId, PageRef, Pins, Schedule, VbarId};
 use forebay_device::{Device, DeviceError, Event, Frame, StreamHandle};
 
 use crate::cache::registered::RegisteredPage;
@@ -107,6 +107,11 @@ impl Books {
             fatal: None,
             warnings: Vec::new(),
         }
+    }
+
+    /// Bytes of all frames that exist, those that are on their way back to the device included.
+    pub(crate) fn frame_bytes(&self) -> Bytes {
+        self.frames.values().map(|book| book.frame.size()).sum()
     }
 
     pub(crate) fn page(&mut self, page: PageRef) -> &mut PageBook {

@@ -219,8 +219,7 @@ impl Engine {
     pub fn set_budget(&self, budget: Budget) -> Result<()> {
         check_budget(budget, &*self.shared.device)?;
         let mut state = self.shared.state.lock();
-        let own: Bytes = state.books.frames.values().map(|book| book.frame.size()).sum();
-        let effective = effective_budget(budget, &*self.shared.device, own)?;
+        let effective = effective_budget(budget, &*self.shared.device, state.books.frame_bytes())?;
         state.budget = budget;
         state.decide(|policy, books, out| policy.set_budget(effective, books, out));
         drop(state);

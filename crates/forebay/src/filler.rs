@@ -187,11 +187,7 @@ impl Fill {
 
     /// What a reader read is on its way, marked by its slot's event.
     fn slot_used(&self, recorded: forebay_device::Result<()>, reader: &mut Reader, len: Bytes) -> Result<()> {
-        if let Err(error) = recorded {
-            // Nobody can know any more when the slot is free, so it stays for ever.
-            std::mem::forget(reader.slots.take());
-            return Err(error.into());
-        }
+        reader.slot_marked(recorded)?;
         self.vbar.counters.filled_bytes.fetch_add(len.get(), Ordering::Relaxed);
         if self.past_cache {
             self.vbar.counters.past_cache_bytes.fetch_add(len.get(), Ordering::Relaxed);
@@ -446,12 +442,17 @@ impl Reader {
             Some(slots) => unsafe { slots.copied[copied].record(stream) },
             None => Ok(()),
         };
+        self.slot_marked(recorded)?;
+        self.slots.as_ref().ok_or_else(|| EngineError::Invalid("a reader without slots".into()))
+    }
+
+    /// The end of a slot's use was marked, or could not be: nobody can know any more when the slot is free then, so it stays
+    /// for ever.
+    fn slot_marked(&mut self, recorded: forebay_device::Result<()>) -> Result<()> {
         if recorded.is_err() {
-            // Nobody can know any more when the copy ends, so its slot stays for ever.
             std::mem::forget(self.slots.take());
         }
-        recorded?;
-        self.slots.as_ref().ok_or_else(|| EngineError::Invalid("a reader without slots".into()))
+        recorded.map_err(Into::into)
     }
 
     /// The slots, made now if they are not there yet, and the buffer.

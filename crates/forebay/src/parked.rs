@@ -24,8 +24,7 @@ impl Attachment {
     /// [`EngineError::Detached`](crate::EngineError::Detached) until then.
     ///
     /// A model with weights that lie in memory is detached as by [`detach`](Attachment::detach): nobody could tell that
-    /// they are the same. So is one with patches or
-    /// conversions, which the next attachment may not have.
+    /// they are the same. So is one with patches or conversions, which the next attachment may not have.
     pub fn park(&self) {
         let is_in_files = self.layout().sources.iter().all(|source| source.is_file());
         if !is_in_files || self.has_patches() || !self.layout().conversions.is_empty() {

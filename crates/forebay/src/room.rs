@@ -217,6 +217,18 @@ impl State {
     /// Gives memory back, and leaves `bytes` to others until the device's memory is looked at the next time.
     fn make_room(&mut self, device: &dyn Device, bytes: Bytes) -> Bytes {
         let left = self.usable(device).unwrap_or(Bytes::ZERO).saturating_sub(bytes);
+        self.give_up(bytes, left)
+    }
+
+    /// Gives `more` back, so that `wanted` may be free, and leaves that to others as
+    /// [`make_room`](State::make_room) does. What was given up.
+    fn leave(&mut self, device: &dyn Device, wanted: Bytes, more: Bytes) -> Result<Bytes> {
+        let left = self.usable(device)?.saturating_sub(wanted);
+        Ok(self.give_up(more, left))
+    }
+
+    /// Gives `bytes` back as far as they can leave; from now on the budget is at most `left`, or what is held beyond that.
+    fn give_up(&mut self, bytes: Bytes, left: Bytes) -> Bytes {
         self.decide(|policy, books, out| {
             let freed = policy.make_room(bytes, books, out);
             policy.set_budget(policy.budget().min(left.max(policy.held())), books, out);
@@ -224,21 +236,9 @@ impl State {
         })
     }
 
-    /// Gives `more` back, so that `wanted` may be free, and leaves that to others as
-    /// [`make_room`](State::make_room) does. What was given up.
-    fn leave(&mut self, device: &dyn Device, wanted: Bytes, more: Bytes) -> Result<Bytes> {
-        let left = self.usable(device)?.saturating_sub(wanted);
-        Ok(self.decide(|policy, books, out| {
-            let freed = policy.make_room(more, books, out);
-            policy.set_budget(policy.budget().min(left.max(policy.held())), books, out);
-            freed
-        }))
-    }
-
     /// Bytes of frames that were given up and are not given back yet.
     fn leaving(&self) -> Bytes {
-        let own: Bytes = self.books.frames.values().map(|book| book.frame.size()).sum();
-        own.saturating_sub(self.policy.held())
+        self.books.frame_bytes().saturating_sub(self.policy.held())
     }
 
     /// Lets a squeezed budget rise beyond what is pinned for longer. Whether it did.

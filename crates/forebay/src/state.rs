@@ -1,8 +1,9 @@
 //! The engine's one lock and what is under it.
 //!
 //! Lock order: the state lock, then a VBAR's [`KnownStreams`](crate::streams::KnownStreams), then nothing. The copy lock
-//! ([`Shared::copy`]) is never taken together with it; a VBAR's [patches](crate::patches) are a leaf under that. Under the state lock nobody waits for the device, calls Python,
-//! logs, reads a source, maps or unmaps; recording and querying events is allowed, as neither waits.
+//! ([`Shared::copy`]) is never taken together with it; a VBAR's [patches](crate::patches) are a leaf under that. Under the
+//! state lock nobody waits for the device, calls Python, logs, reads a source, maps or unmaps; recording and querying events
+//! is allowed, as neither waits.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
@@ -370,8 +371,7 @@ impl State {
 
     /// What the engine has and what nobody has.
     pub(crate) fn usable(&self, device: &dyn Device) -> Result<Bytes> {
-        let own: Bytes = self.books.frames.values().map(|book| book.frame.size()).sum();
-        Ok(own.checked_add(device.memory()?.free).unwrap_or(Bytes::MAX))
+        Ok(self.books.frame_bytes().checked_add(device.memory()?.free).unwrap_or(Bytes::MAX))
     }
 
     /// Takes a closed VBAR of which nothing is mapped any more out of the books. The caller drops it without the lock:

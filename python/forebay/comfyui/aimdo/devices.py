@@ -21,9 +21,8 @@ PAGE = 32 << 20
 DEFAULT_HEADROOM = 512 << 20
 """Bytes of device memory that the engine leaves to others where nobody says otherwise."""
 
-_STREAMS = 32
 _PRIORITIES = (0, -1)
-"""torch hands streams out from pools of this size. ComfyUI's own have the first of these priorities."""
+"""Of the streams that torch hands out. ComfyUI's own have the first of these."""
 
 
 @dataclass(eq=False)
@@ -46,10 +45,9 @@ class DevCtx:
         """torch's current stream on it."""
         if not isinstance(self.id, int):
             return 0
-        import torch
+        from forebay import streams
 
-        stream: int = torch._C._cuda_getCurrentRawStream(self.id)
-        return stream
+        return streams.current(self.device)
 
     def tell_streams(self, vbar: ExplicitVbar) -> None:
         """Tells a range of every stream that may use it. ComfyUI unpins before its kernels have ended, and some of its
@@ -57,14 +55,9 @@ class DevCtx:
         if self.engine.device == "host":
             return
         if self._pools is None:
-            import torch
+            from forebay import streams
 
-            pools = [
-                torch.cuda.Stream(self.device, priority=priority).cuda_stream  # type: ignore[no-untyped-call]
-                for priority in _PRIORITIES
-                for _ in range(_STREAMS)
-            ]
-            self._pools = [torch.cuda.default_stream(self.device).cuda_stream, *dict.fromkeys(pools)]
+            self._pools = streams.handed_out(self.device, _PRIORITIES)
         vbar.know(self._pools)
 
 
