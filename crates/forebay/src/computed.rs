@@ -1,9 +1,9 @@
 //! Weights that the application computes: patches that are no products of low rank.
 //!
 //! A page that holds a part of such a weight is handed to one thread when its copies are enqueued. The thread has the
-//! application compute the weight, copies its part to the page, and completes the page. The result is kept for as long as
-//! pages of the weight follow. Lock order: the queue,
-//! then the copy lock; nothing is computed under either, and the state lock is not taken with it.
+//! application compute the weight, copies its part to the page, and completes the page. The results of two weights are kept
+//! for as long as pages of them follow: a page may hold parts of both, and pages come in no strict order. Lock order: the queue, then the copy lock; nothing is computed under either, and the state
+//! lock is not taken with it.
 //!
 //! The application may need locks that whoever detaches the model holds (Python's). So nobody waits for it then: what is
 //! computed for a model that goes is abandoned.
@@ -17,18 +17,19 @@ use std::thread::Builder;
 use std::time::Duration;
 
 use forebay_core::VbarId;
-use forebay_device::{DeviceAddr, Event, Stream, StreamHandle, Transform};
+use forebay_device::{DeviceAddr, Event, StreamHandle, Transform};
 use parking_lot::{Condvar, Mutex};
 
 use crate::filler::{self, incomplete};
 use crate::layout::Layout;
-use crate::patches::{PatchSet, mark_filled, parts_of};
+use crate::patches::{Incomplete, PatchSet, parts_of};
 use crate::state::Shared;
 use crate::vbar::Vbar;
 use crate::{EngineError, Result};
 
-/// How long a result is kept without a further page of its weight.
-const KEPT: Duration = Duration::from_millis(200);
+/// How many results are kept, and how long without a further page.
+const MOST_KEPT: usize = 2;
+const KEPT_FOR: Duration = Duration::from_millis(200);
 
 /// Computes a weight as a whole.
 pub trait Compute: Send + Sync {
@@ -136,7 +137,7 @@ impl Shared {
 
     fn compute_until_stopped(&self) {
         let _guard = EndsWithPanic(self);
-        let mut kept: Option<Kept> = None;
+        let mut kept: VecDeque<Kept> = VecDeque::new();
         let done = Event::new(Arc::clone(&self.device));
         loop {
             let mut queue = self.computing.queue.lock();
@@ -144,8 +145,10 @@ impl Shared {
                 match queue.waiting.pop_front() {
                     Some(job) => break Some(job),
                     None if queue.stop => break None,
-                    None if kept.is_none() => self.computing.handed_in.wait(&mut queue),
-                    None if self.computing.handed_in.wait_for(&mut queue, KEPT).timed_out() => break None,
+                    None if kept.is_empty() => self.computing.handed_in.wait(&mut queue),
+                    None if self.computing.handed_in.wait_for(&mut queue, KEPT_FOR).timed_out() => {
+                        break None;
+                    }
                     None => {}
                 }
             };
@@ -154,15 +157,15 @@ impl Shared {
             drop(queue);
             match job {
                 Some(job) => self.compute_page(&job, &mut kept, done.as_ref().ok()),
-                None => self.let_go_of(&mut kept, done.as_ref().ok()),
+                None => self.keep_at_most(0, &mut kept, done.as_ref().ok()),
             }
             if stop {
-                return self.let_go_of(&mut kept, done.as_ref().ok());
+                return self.keep_at_most(0, &mut kept, done.as_ref().ok());
             }
         }
     }
 
-    fn compute_page(&self, job: &Job, kept: &mut Option<Kept>, done: Option<&Event>) {
+    fn compute_page(&self, job: &Job, kept: &mut VecDeque<Kept>, done: Option<&Event>) {
         let Some(layout) = &job.vbar.layout else { return };
         let result = self.computed_page(job, layout, kept, done);
         // Where it was abandoned, somebody else has told.
@@ -176,82 +179,90 @@ impl Shared {
         &self,
         job: &Job,
         layout: &Layout,
-        kept: &mut Option<Kept>,
+        kept: &mut VecDeque<Kept>,
         done: Option<&Event>,
     ) -> std::result::Result<(), Option<EngineError>> {
         let set = job.vbar.patches.current();
         for part in parts_of(layout, &job.vbar, job.page) {
             let Some(by) = set.get(&part.weight).and_then(|patch| patch.computed.clone()) else { continue };
-            if !kept.as_ref().is_some_and(|kept| Arc::ptr_eq(&kept.by, &by)) {
-                self.let_go_of(kept, done);
-                let computed = by.compute().map_err(|reason| EngineError::Computed {
-                    model: job.vbar.name.clone(),
-                    weight: layout.names[part.weight as usize].clone(),
-                    reason,
-                })?;
-                *kept = Some(Kept { by, computed });
-            }
-            let Some(Kept { computed, .. }) = kept.as_ref() else { continue };
+            let place = kept.iter().position(|kept| Arc::ptr_eq(&kept.by, &by));
+            let latest = match place.and_then(|place| kept.remove(place)) {
+                Some(found) => found,
+                None => {
+                    self.keep_at_most(MOST_KEPT - 1, kept, done);
+                    let computed = by.compute().map_err(|reason| EngineError::Computed {
+                        model: job.vbar.name.clone(),
+                        weight: layout.names[part.weight as usize].clone(),
+                        reason,
+                    })?;
+                    Kept { by, computed }
+                }
+            };
+            let Computed { at, written_on, .. } = latest.computed;
+            kept.push_back(latest);
             let copy = Transform::Copy {
                 to: job.vbar.base().offset(part.start),
-                from: computed.at.offset(part.start - layout.weights[part.weight as usize].offset),
+                from: at.offset(part.start - layout.weights[part.weight as usize].offset),
                 len: part.end - part.start,
             };
-            self.enqueue(job, |_| self.copy_computed(&copy, computed.written_on, &job.filled))?
-                .map_err(Some)?;
+            self.enqueue(|| {
+                self.patch_behind(&job.filled, |patching| self.copy_computed(&copy, written_on, patching))
+            })?;
         }
-        self.enqueue(job, |copies| match job.vbar.patches.is(&set) {
-            true => self.complete_now(&job.vbar, &set, job.page, &job.filled, copies).map_err(Some),
-            // What is on the page is neither the one nor the other.
-            false => Err(None),
-        })?
-        .map_err(|error| error.map(|error| incomplete(self, error)))
+        let is_current = self.enqueue(|| match job.vbar.patches.is(&set) {
+            true => self.add_products(&job.vbar, &set, job.page, &job.filled).map(|()| true),
+            false => Ok(false),
+        })?;
+        // Otherwise what is on the page is neither the one nor the other.
+        is_current.then_some(()).ok_or(None)
     }
 
-    /// Enqueues work on a page, under the copy lock, unless the page was abandoned. Its fill event covers the work.
+    /// Enqueues work on the page that is worked on, under the copy lock, unless it was abandoned.
     fn enqueue<T>(
         &self,
-        job: &Job,
-        work: impl FnOnce(&Stream) -> T,
+        work: impl FnOnce() -> std::result::Result<T, Incomplete>,
     ) -> std::result::Result<T, Option<EngineError>> {
         let queue = self.computing.queue.lock();
         if queue.running.is_none() {
             return Err(None);
         }
         let copies = self.copy.lock();
-        let worked = work(&copies);
-        let marked = mark_filled(&job.filled, &self.patching);
+        let worked = work();
         drop(copies);
         drop(queue);
-        marked.map_err(|error| Some(incomplete(self, error)))?;
-        Ok(worked)
+        worked.map_err(|error| Some(incomplete(self, error)))
     }
 
-    /// Puts a part of a result behind what is copied to its page.
-    fn copy_computed(&self, copy: &Transform, written_on: StreamHandle, filled: &Event) -> Result<()> {
+    /// Copies a part of a result to its page, in the patching stream.
+    fn copy_computed(
+        &self,
+        copy: &Transform,
+        written_on: StreamHandle,
+        patching: StreamHandle,
+    ) -> Result<()> {
         let written = Event::new(Arc::clone(&self.device))?;
-        let patching = self.patching.handle();
         // SAFETY: a stream exists as long as anything remembers its handle.
         unsafe { written.record(written_on) }?;
         // SAFETY: the stream lives as long as `self`.
         unsafe { written.wait_on(patching) }?;
-        // SAFETY: as before.
-        unsafe { filled.wait_on(patching) }?;
         // SAFETY: the page is mapped until its fill event, recorded next, has completed; the result is kept until what is in
         // this stream by then is done.
         unsafe { self.device.transform(copy, patching) }.map_err(Into::into)
     }
 
-    /// Drops a result once nothing on the device reads it any more.
-    fn let_go_of(&self, kept: &mut Option<Kept>, done: Option<&Event>) {
-        let Some(gone) = kept.take() else { return };
+    /// Drops the results that were used least recently once nothing on the device reads them any more.
+    fn keep_at_most(&self, most: usize, kept: &mut VecDeque<Kept>, done: Option<&Event>) {
+        let gone: Vec<Kept> = kept.drain(..kept.len().saturating_sub(most)).collect();
+        if gone.is_empty() {
+            return;
+        }
         let copies = self.copy.lock();
         // SAFETY: the stream lives as long as `self`.
         let marked = done.map(|done| unsafe { done.record(self.patching.handle()) }.map(|()| done));
         drop(copies);
         match marked {
             Some(Ok(done)) if done.synchronize().is_ok() => drop(gone),
-            // Nobody can know whether it is still read.
+            // Nobody can know whether they are still read.
             _ => std::mem::forget(gone),
         }
     }

@@ -241,41 +241,50 @@ impl Shared {
         filled: &Event,
         copies: &Stream,
     ) -> std::result::Result<bool, Incomplete> {
+        self.mark_enqueued(vbar, page, filled, copies)?;
         let set = vbar.patches.current();
         let is_computed = vbar.layout.as_ref().is_some_and(|layout| is_computed(&set, layout, vbar, page));
-        match is_computed {
-            true => self.mark_enqueued(vbar, page, filled, copies)?,
-            false => self.complete_now(vbar, &set, page, filled, copies)?,
+        if !is_computed {
+            self.add_products(vbar, &set, page, filled)?;
         }
         Ok(!is_computed)
     }
 
-    /// Adds what is to be added to a page that is there otherwise, and marks it filled. Under the copy lock.
-    pub(crate) fn complete_now(
+    /// Adds what is to be added to a page that is there otherwise and marked. Under the copy lock.
+    pub(crate) fn add_products(
         &self,
         vbar: &Vbar,
         set: &PatchSet,
         page: u32,
         filled: &Event,
-        copies: &Stream,
     ) -> std::result::Result<(), Incomplete> {
-        let Some(layout) = &vbar.layout else { return mark_filled(filled, copies) };
+        let Some(layout) = &vbar.layout else { return Ok(()) };
         let transforms = transforms(set, layout, vbar, page);
-        self.mark_enqueued(vbar, page, filled, copies)?;
-        if transforms.is_empty() && !is_computed(set, layout, vbar, page) {
+        if transforms.is_empty() {
             return Ok(());
         }
-        // Behind that, in the other stream; marked again behind what is done there.
-        let patching = &self.patching;
+        self.patch_behind(filled, |patching| {
+            transforms.iter().try_for_each(|transform| {
+                // SAFETY: the page is mapped, and everything in it written by now in the stream's order; the factors are
+                // kept as long as the set is in force, and until what is in this stream by then is done.
+                unsafe { self.device.transform(transform, patching) }.map_err(Into::into)
+            })
+        })
+    }
+
+    /// Has work done in the patching stream behind everything that a page is marked by, and marks it anew behind that.
+    /// Whatever is refused, the mark covers all that was enqueued for the page. Under the copy lock.
+    pub(crate) fn patch_behind(
+        &self,
+        filled: &Event,
+        work: impl FnOnce(StreamHandle) -> Result<()>,
+    ) -> std::result::Result<(), Incomplete> {
+        let patching = self.patching.handle();
         // SAFETY: the stream lives as long as `self`.
-        unsafe { filled.wait_on(patching.handle()) }.map_err(|error| Incomplete::Unpatched(error.into()))?;
-        let patched = transforms.iter().try_for_each(|transform| {
-            // SAFETY: the page is mapped, and everything in it written by now in the stream's order; the factors are kept
-            // as long as the set is in force, and until what is in this stream by then is done.
-            unsafe { self.device.transform(transform, patching.handle()) }
-        });
-        mark_filled(filled, patching)?;
-        patched.map_err(|error| Incomplete::Unpatched(error.into()))
+        unsafe { filled.wait_on(patching) }.map_err(|error| Incomplete::Unpatched(error.into()))?;
+        let worked = work(patching);
+        mark_filled(filled, &self.patching)?;
+        worked.map_err(Incomplete::Unpatched)
     }
 
     /// Marks a page behind everything that is enqueued for it by now: its copies, and what writes converted parts to it in

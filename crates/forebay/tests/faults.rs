@@ -24,15 +24,12 @@ const SIZES: [usize; 5] = [100_000, 3 << 20, 100, 70_000, 2 << 20];
 const PATCHED: usize = 0;
 const COLUMNS: u32 = 100;
 
-/// Gives random numbers.
-struct Numbers {
-    device: Arc<dyn Device>,
-    bytes: Vec<u8>,
-}
+/// Gives what is there already, at once.
+struct Numbers(Arc<OnDevice>);
 
 impl Compute for Numbers {
     fn compute(&self) -> std::result::Result<Computed, String> {
-        let keep = OnDevice::new(&self.device, &self.bytes);
+        let keep = Arc::clone(&self.0);
         Ok(Computed { at: keep.addr, written_on: StreamHandle::DEFAULT, keep: Box::new(keep) })
     }
 }
@@ -55,7 +52,7 @@ fn patch(device: &Arc<dyn Device>) -> (Patch, Arc<Vec<u8>>) {
         row_base: 0,
     };
     let product = Product { rows: 0..(SIZES[PATCHED] / 4) as u32 / COLUMNS, factors };
-    let computed: Arc<dyn Compute> = Arc::new(Numbers { device: Arc::clone(device), bytes: of(&numbers) });
+    let computed: Arc<dyn Compute> = Arc::new(Numbers(Arc::new(OnDevice::new(device, &of(&numbers)))));
     let keep = Arc::new((ones, scale));
     let patch = Patch { element: Element::F32, computed: Some(computed), products: vec![product], keep };
     (patch, Arc::new(of(&numbers.iter().map(|number| number + 1.5).collect::<Vec<_>>())))
@@ -211,6 +208,38 @@ fn every_piece_of_work_on_a_page_may_be_refused() {
         let config = HostConfig { capacity: Bytes::mib(64), ..HostConfig::default() };
         let rig = Rig::host(config).unwrap_or_else(Rig::new);
         assert_eq!(run(&rig, &weights, Call::Transform, Failure::Refused, pass, 1), 1, "{pass}");
+    }
+}
+
+#[test]
+fn a_page_that_cannot_be_completed_stays_mapped_under_its_copies() {
+    let mut random = Random::seeded();
+    let weights = Weights::new(&mut random, &SIZES[..=PATCHED]);
+    let copy_delay = Duration::from_millis(10);
+    for call in [Call::CreateEvent, Call::Record, Call::Wait] {
+        for pass in 0.. {
+            let rig = Rig::host(HostConfig { copy_delay, ..HostConfig::default() }).unwrap_or_else(Rig::new);
+            let mut consumer = rig.consumer();
+            let device = Faulty::new(Arc::clone(&rig.device));
+            let engine = common::engine_on(Arc::clone(&device) as _, PAGE * 5);
+            let model = weights.attach(&engine, "model");
+            let how = Use::on(consumer.stream());
+            let (patch, patched) = patch(&rig.device);
+            model.change_patches(vec![(PATCHED, Some(patch))], how).unwrap();
+            device.fail(call, Failure::Refused, pass, 1);
+            match model.acquire(PATCHED, how) {
+                Ok(pinned) => {
+                    consumer.read_at(model.address(PATCHED).unwrap(), &patched, "a patched weight");
+                    drop(pinned);
+                }
+                Err(error) => assert!(is_clear(&error), "{call:?} {pass}: {error}"),
+            }
+            engine.settle().unwrap();
+            consumer.check();
+            if device.hits() == 0 {
+                break;
+            }
+        }
     }
 }
 
