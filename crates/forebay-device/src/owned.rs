@@ -2,6 +2,8 @@
 //!
 //! A drop that the device refuses is logged: there is nobody to hand the error to.
 
+use std::fmt;
+use std::mem::ManuallyDrop;
 use std::ptr::NonNull;
 use std::slice;
 use std::sync::Arc;
@@ -283,45 +285,56 @@ impl Drop for PinnedBuffer {
     }
 }
 
-/// Host memory of somebody else that the copy engine reads where it is, such as a mapped file.
+/// Host memory that the copy engine reads where it is, such as a mapped file, with what keeps it mapped.
 #[derive(Debug)]
-pub struct Registration {
+pub struct Registration<M: fmt::Debug> {
     device: Arc<dyn Device>,
     ptr: *const u8,
     size: Bytes,
+    memory: ManuallyDrop<M>,
 }
 
 // SAFETY: the memory belongs to the process, not to a thread, and is only named here, never read or written.
-unsafe impl Send for Registration {}
+unsafe impl<M: fmt::Debug + Send> Send for Registration<M> {}
 // SAFETY: as for `Send`.
-unsafe impl Sync for Registration {}
+unsafe impl<M: fmt::Debug + Sync> Sync for Registration<M> {}
 
-impl Registration {
-    /// Registers `size` bytes at `ptr`, page-aligned.
+impl<M: fmt::Debug> Registration<M> {
+    /// Registers `size` bytes at `ptr`, page-aligned, which `memory` keeps mapped.
     ///
     /// # Errors
     /// What [`Device::register_host`] reports.
     ///
     /// # Safety
-    /// The range is mapped readable and in no other registration, and stays mapped as long as this value lives. It is
+    /// The range is mapped readable and in no other registration, and stays mapped as long as `memory` lives. This value is
     /// dropped only when no copy that reads the range is pending.
-    pub unsafe fn new(device: Arc<dyn Device>, ptr: *const u8, size: Bytes) -> Result<Self> {
+    pub unsafe fn new(device: Arc<dyn Device>, memory: M, ptr: *const u8, size: Bytes) -> Result<Self> {
         // SAFETY: as the caller promises.
         unsafe { device.register_host(ptr, size)? };
-        Ok(Registration { device, ptr, size })
+        Ok(Registration { device, ptr, size, memory: ManuallyDrop::new(memory) })
     }
 
     /// How much memory it is.
     pub fn size(&self) -> Bytes {
         self.size
     }
+
+    /// What keeps it mapped.
+    pub fn memory(&self) -> &M {
+        &self.memory
+    }
 }
 
-impl Drop for Registration {
-    /// May block until the device is idle.
+impl<M: fmt::Debug> Drop for Registration<M> {
+    /// May block until the device is idle. Memory that cannot be given back stays mapped: the driver would refuse whatever is
+    /// mapped and registered at its address later.
     fn drop(&mut self) {
         // SAFETY: registered by `new` and given back once, here; no copy is pending, which `new` left to the caller.
         let given_back = unsafe { self.device.unregister_host(self.ptr, self.size) };
+        if given_back.is_ok() {
+            // SAFETY: dropped once, here, and not used any more.
+            unsafe { ManuallyDrop::drop(&mut self.memory) };
+        }
         report(&*self.device, "registration", given_back);
     }
 }

@@ -14,14 +14,17 @@ use super::kernels::Kernels;
 use super::pinned::HostMapping;
 use super::table::Table;
 use super::types::{
-    AccessDesc, AllocationProp, Code, DEVICE_UNAVAILABLE, EVENT_BLOCKING_UNTIMED, GRANULARITY_MINIMUM,
-    HIGHEST_PRIORITY, HOST_PORTABLE, HOST_REGISTER_READ_ONLY, NOT_READY, OUT_OF_MEMORY, Ordinal,
-    STREAM_NON_BLOCKING,
+    ALREADY_REGISTERED, AccessDesc, AllocationProp, Code, DEVICE_UNAVAILABLE, EVENT_BLOCKING_UNTIMED,
+    GRANULARITY_MINIMUM, HIGHEST_PRIORITY, HOST_PORTABLE, HOST_REGISTER_READ_ONLY, NOT_READY, OUT_OF_MEMORY,
+    Ordinal, STREAM_NON_BLOCKING,
 };
 use crate::{
     Device, DeviceAddr, DeviceError, DeviceId, EventHandle, FrameHandle, MemoryInfo, Result, StreamHandle,
     Transform,
 };
+
+/// How many places in memory are tried for a pinned buffer.
+const MOST_PLACES: usize = 8;
 
 /// A GPU. Works in its primary context, so pointers, streams and events are shared with PyTorch.
 #[derive(Debug)]
@@ -278,12 +281,26 @@ impl Device for CudaDevice {
     }
 
     fn alloc_pinned(&self, size: Bytes) -> Result<*mut u8> {
-        let mapping = HostMapping::new(size)?;
-        let first = mapping.first();
-        // SAFETY: memory of our own that stays mapped until it is unregistered.
-        unsafe { self.register(first, size, HOST_PORTABLE) }?;
-        self.pinned.lock().insert(first.addr(), mapping);
-        Ok(first)
+        let mut elsewhere = Vec::new();
+        loop {
+            let mapping = HostMapping::new(size)?;
+            let first = mapping.first();
+            // SAFETY: memory of our own that stays mapped until it is unregistered.
+            match unsafe { self.register(first, size, HOST_PORTABLE) } {
+                Ok(()) => {
+                    self.pinned.lock().insert(first.addr(), mapping);
+                    return Ok(first);
+                }
+                // Somebody unmapped memory that the driver still knows, and the kernel gave its address again. Held until
+                // another is found.
+                Err(DeviceError::Driver { code: ALREADY_REGISTERED, .. })
+                    if elsewhere.len() < MOST_PLACES =>
+                {
+                    elsewhere.push(mapping);
+                }
+                Err(error) => return Err(error),
+            }
+        }
     }
 
     unsafe fn free_pinned(&self, ptr: *mut u8, size: Bytes) -> Result<()> {

@@ -17,6 +17,7 @@ pub(super) const OUT_OF_MEMORY: Code = 2;
 pub(super) const DEVICE_UNAVAILABLE: Code = 46;
 pub(super) const NO_DEVICE: Code = 100;
 pub(super) const NOT_READY: Code = 600;
+pub(super) const ALREADY_REGISTERED: Code = 712;
 
 /// `CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR`.
 pub(super) const COMPUTE_CAPABILITY_MAJOR: c_int = 75;

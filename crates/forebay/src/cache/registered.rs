@@ -21,9 +21,7 @@ const LEAST_RUN: u64 = 256 << 10;
 /// See the module's documentation. Dropping it may block until the device is idle; no copy may be pending then.
 #[derive(Debug)]
 pub(crate) struct RegisteredPage {
-    // Before `parts`: what is registered stays mapped.
-    registrations: Vec<Registration>,
-    parts: Vec<MappedFile>,
+    parts: Vec<Registration<MappedFile>>,
     runs: Vec<Run>,
 }
 
@@ -154,20 +152,20 @@ impl RegisteredPage {
     /// What the device refuses, or why a file cannot be mapped.
     pub(crate) fn new(device: &Arc<dyn Device>, plan: &PagePlan) -> std::result::Result<Self, NotRegistered> {
         let page = rustix::param::page_size() as u64;
-        let mut made = RegisteredPage { registrations: Vec::new(), parts: Vec::new(), runs: Vec::new() };
+        let mut made = RegisteredPage { parts: Vec::new(), runs: Vec::new() };
         for FilePart { file, from, end } in &plan.parts {
             let part = MappedFile::map_part(file, *from, Bytes::new(end - from))?;
             part.populate(*from, Bytes::new(end - from))?;
             let whole_pages = Bytes::new(part.len().get().next_multiple_of(page));
-            // SAFETY: the mapping is this page's own and outlives the registration by the order of the fields; its last
-            // memory page is mapped whole. Whoever drops the page waits for its copies.
-            let registration = unsafe { Registration::new(Arc::clone(device), part.as_ptr(), whole_pages)? };
-            made.registrations.push(registration);
-            made.parts.push(part);
+            let first = part.as_ptr();
+            // SAFETY: the mapping is this page's own, and its last memory page is mapped whole. Whoever drops the page waits
+            // for its copies.
+            made.parts.push(unsafe { Registration::new(Arc::clone(device), part, first, whole_pages)? });
         }
         for FileRun { file, from, to, len } in &plan.runs {
             let len = Bytes::new(*len);
-            let mut of_file = made.parts.iter().filter(|part| Arc::ptr_eq(part.file(), file));
+            let parts = made.parts.iter().map(Registration::memory);
+            let mut of_file = parts.filter(|part| Arc::ptr_eq(part.file(), file));
             // Every run lies in one of the parts, which are made of the runs.
             let from = of_file.find_map(|part| part.ptr_at(*from, len).ok()).expect("a part has the run");
             made.runs.push(Run { from, to: *to, len });
@@ -203,7 +201,7 @@ impl RegisteredPage {
 
     /// Bytes registered.
     pub(crate) fn size(&self) -> Bytes {
-        self.registrations.iter().map(Registration::size).sum()
+        self.parts.iter().map(Registration::size).sum()
     }
 }
 
