@@ -27,7 +27,7 @@ export FOREBAY_TEST_DEVICE := $(DEVICE)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build run test test-rust test-python comfyui lint kernels bench storm clean
+.PHONY: help setup build run test test-rust test-python comfyui lint kernels bench storm loom clean
 .DELETE_ON_ERROR:
 
 help: ## Print this list
@@ -98,6 +98,10 @@ CASES ?= 100000
 storm: ## Run the randomised tests for long: STEPS=100000 CASES=100000
 	FOREBAY_STORM_STEPS=$(STEPS) PROPTEST_CASES=$(CASES) cargo $(CARGO_TEST) $(if $(NEXTEST),--profile storm) \
 	  --release $(RUST_TESTS)
+
+# In a folder of its own, as everything is built anew for it.
+loom: ## Try every interleaving of what runs without locks
+	RUSTFLAGS='--cfg loom' CARGO_TARGET_DIR=target/loom cargo test --release -p forebay --lib interleavings
 
 .PHONY: comfyui-native
 comfyui-native: build ## Test ComfyUI's models on attached weights: COMFYUI=path of a checkout, its requirements in .venv

@@ -1,5 +1,8 @@
 //! One page's state as every thread may read it without a lock.
 
+#[cfg(loom)]
+use loom::sync::atomic::{AtomicU64, Ordering};
+#[cfg(not(loom))]
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Pins and flags of a page in one word.
@@ -112,7 +115,121 @@ impl PageCell {
     }
 }
 
-#[cfg(test)]
+/// Every order in which threads may run: `make loom`.
+#[cfg(all(test, loom))]
+mod interleavings {
+    use super::*;
+    use loom::cell::UnsafeCell;
+    use loom::sync::{Arc, Mutex};
+    use loom::thread;
+
+    /// A page and its contents. A reader beside a writer is an error that loom finds.
+    struct Page {
+        cell: PageCell,
+        contents: UnsafeCell<u32>,
+        state: Mutex<()>,
+    }
+
+    impl Page {
+        fn filled() -> Arc<Page> {
+            let page =
+                Page { cell: PageCell::default(), contents: UnsafeCell::new(1), state: Mutex::new(()) };
+            page.cell.set_filled();
+            Arc::new(page)
+        }
+
+        fn read(&self) -> u32 {
+            // SAFETY: only the holder of a claimed page writes, and loom checks that.
+            self.contents.with(|contents| unsafe { *contents })
+        }
+
+        fn write(&self, contents: u32) {
+            // SAFETY: as for `read`.
+            self.contents.with_mut(|place| unsafe { *place = contents });
+        }
+
+        /// What an operation does that finds the page filled, or does not.
+        fn use_it(&self) {
+            if self.cell.try_pin().is_some() {
+                assert_ne!(self.read(), 0, "a page is read that nobody filled");
+                assert!(self.cell.unpin().is_some());
+            }
+        }
+
+        /// Takes it, and fills it anew.
+        fn take_and_fill(&self, contents: u32) -> bool {
+            let _locked = self.state.lock().unwrap();
+            let claimed = self.cell.try_claim().is_some();
+            if claimed {
+                self.write(0);
+                self.write(contents);
+                self.cell.set_filled();
+            }
+            claimed
+        }
+    }
+
+    #[test]
+    fn nobody_reads_a_page_that_is_taken_and_filled_again() {
+        loom::model(|| {
+            let page = Page::filled();
+            let users: Vec<_> = (0..2)
+                .map(|_| {
+                    let page = Arc::clone(&page);
+                    thread::spawn(move || page.use_it())
+                })
+                .collect();
+            page.take_and_fill(2);
+            users.into_iter().for_each(|user| user.join().unwrap());
+            assert_eq!(page.cell.load().pins(), 0);
+        });
+    }
+
+    #[test]
+    fn a_page_pinned_under_the_lock_before_it_is_filled_is_not_taken() {
+        loom::model(|| {
+            let page = Page::filled();
+            assert!(page.cell.try_claim().is_some());
+            page.write(0);
+            let demand = {
+                let page = Arc::clone(&page);
+                thread::spawn(move || {
+                    let locked = page.state.lock().unwrap();
+                    page.cell.pin();
+                    drop(locked);
+                    if page.cell.load().is_filled() {
+                        assert_ne!(page.read(), 0);
+                    }
+                    assert!(page.cell.unpin().is_some());
+                })
+            };
+            page.write(1);
+            page.cell.set_filled();
+            page.take_and_fill(2);
+            demand.join().unwrap();
+        });
+    }
+
+    #[test]
+    fn who_pins_a_page_beside_its_becoming_stale_is_seen_or_refused() {
+        loom::model(|| {
+            let page = Page::filled();
+            let user = {
+                let page = Arc::clone(&page);
+                thread::spawn(move || page.use_it())
+            };
+            let locked = page.state.lock().unwrap();
+            page.cell.set_stale(true);
+            drop(locked);
+            // Gone at once, or with its last pin.
+            let gone = page.take_and_fill(2);
+            user.join().unwrap();
+            assert!(gone || page.take_and_fill(2), "nobody could pin it any more");
+        });
+    }
+}
+
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
 

@@ -1,5 +1,8 @@
 //! Which weights were used, in order, written without a lock and read by the mover.
 
+#[cfg(loom)]
+use loom::sync::atomic::{AtomicU64, Ordering};
+#[cfg(not(loom))]
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A ring of the latest uses. A reader that falls behind by more than its length loses the oldest; the schedule then
@@ -14,7 +17,10 @@ pub(crate) struct Trace {
 impl Trace {
     /// A ring for `weights` weights.
     pub(crate) fn new(weights: usize) -> Self {
-        let len = (2 * weights).next_power_of_two().clamp(256, 1 << 15);
+        Trace::of_length((2 * weights).next_power_of_two().clamp(256, 1 << 15))
+    }
+
+    fn of_length(len: usize) -> Self {
         Trace { slots: (0..len).map(|_| AtomicU64::new(0)).collect(), head: AtomicU64::new(0) }
     }
 
@@ -47,7 +53,66 @@ impl Trace {
     }
 }
 
-#[cfg(test)]
+/// Every order in which threads may run: `make loom`.
+#[cfg(all(test, loom))]
+mod interleavings {
+    use super::*;
+    use loom::sync::Arc;
+    use loom::thread;
+
+    #[test]
+    fn every_use_comes_out_once_or_was_overwritten() {
+        loom::model(|| {
+            let trace = Arc::new(Trace::of_length(2));
+            let writers: Vec<_> = [1, 3]
+                .map(|first| {
+                    let trace = Arc::clone(&trace);
+                    thread::spawn(move || {
+                        trace.push(first);
+                        trace.push(first + 1);
+                    })
+                })
+                .into();
+            let (mut tail, mut seen) = (0, vec![]);
+            trace.drain(&mut tail, |weight| seen.push(weight));
+            writers.into_iter().for_each(|writer| writer.join().unwrap());
+            trace.drain(&mut tail, |weight| seen.push(weight));
+            assert!(seen.iter().all(|weight| (1..=4).contains(weight)));
+            let mut once = seen.clone();
+            once.sort_unstable();
+            once.dedup();
+            assert_eq!(once.len(), seen.len(), "a use came out twice: {seen:?}");
+            for first in [1, 3] {
+                let place = |weight| seen.iter().position(|&other| other == weight);
+                assert!(
+                    place(first).is_none()
+                        || place(first + 1).is_none_or(|second| place(first) < Some(second)),
+                    "in the order of their thread: {seen:?}"
+                );
+            }
+        });
+    }
+
+    #[test]
+    fn a_reader_that_keeps_up_misses_nothing() {
+        loom::model(|| {
+            let trace = Arc::new(Trace::of_length(4));
+            let writer = {
+                let trace = Arc::clone(&trace);
+                thread::spawn(move || [1, 2].into_iter().for_each(|weight| trace.push(weight)))
+            };
+            let (mut tail, mut seen) = (0, vec![]);
+            trace.push(3);
+            trace.drain(&mut tail, |weight| seen.push(weight));
+            writer.join().unwrap();
+            trace.drain(&mut tail, |weight| seen.push(weight));
+            seen.sort_unstable();
+            assert_eq!(seen, [1, 2, 3]);
+        });
+    }
+}
+
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
 
