@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from stack import setting
 from torch import nn
 
 import forebay
@@ -42,7 +42,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", default="host", help="host or cuda:N (default: %(default)s)")
+    default = "cuda:0" if torch.cuda.is_available() else "host"
+    parser.add_argument("--device", default=default, help="host or cuda:N (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=1000, help="tiny layers (default: %(default)s)")
     parser.add_argument("--width", type=int, default=64, help="width of a tiny layer (default: %(default)s)")
     parser.add_argument("--blocks", type=int, default=24, help="blocks of the stack (default: %(default)s)")
@@ -145,13 +146,7 @@ def main() -> None:
         )
         added = interception(engine)
     if args.out is not None:
-        told = {
-            "machine": platform.processor() or platform.machine(),
-            "torch": torch.__version__,
-            "device": args.device,
-            "models": results,
-            "interception": added,
-        }
+        told = {**setting(args.device != "host"), "models": results, "interception": added}
         args.out.write_text(json.dumps(told, indent=1) + "\n")
 
 

@@ -9,7 +9,7 @@ what=${2:-all}
 wheels=$(realpath "${3:-.whl}")
 out=${OUT:-target/gpu}
 site=$(mktemp -d)
-failed=()
+passed=$(mktemp -d)
 mkdir -p "$out"
 python3 -m pip install -q --no-index --no-deps --no-compile --target "$site" "$bundle"/*.whl || exit 1
 export PYTHONPATH=$site PYTHONUNBUFFERED=1 FOREBAY_TEST_DEVICE=${DEVICE:-cuda:0}
@@ -21,17 +21,26 @@ step() { # step NAME SECONDS COMMAND...
     local code=$?
     printf '%-28s %-6s %4d s  %s\n' "$name" "$([ $code = 0 ] && echo ok || echo "rc $code")" $((SECONDS - start)) \
         "$(grep -E '^test result|passed|failed' "$out/$name.log" | tail -n 1)"
-    [ $code = 0 ] || failed+=("$name")
+    [ $code != 0 ] || touch "$passed/$name"
 }
 
 exec > >(tee "$out/summary.txt") 2>&1
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 [ -x "$bundle/forebay" ] && "$bundle/forebay" doctor
 if [ "$what" = all ] || [ "$what" = tests ]; then
+    # Side by side, but for those that take the whole card.
+    programs=()
     for program in "$bundle"/tests/*; do
-        step "$(basename "$program")" 240 "$program"
+        [[ $program = *-room ]] && continue
+        step "$(basename "$program")" 240 "$program" &
+        programs+=($!)
     done
-    step pytest 420 python3 -m pytest -q -x --timeout 120 -p no:cacheprovider python/tests
+    wait "${programs[@]}"
+    whole_card=(python/tests/test_other_process.py python/tests/test_allocations.py)
+    step pytest 420 python3 -m pytest -q --timeout 120 -p no:cacheprovider -n 8 --dist loadfile python/tests \
+        "${whole_card[@]/#/--ignore=}"
+    step pytest-whole-card 240 python3 -m pytest -q --timeout 120 -p no:cacheprovider "${whole_card[@]}"
+    step forebay-room 240 "$bundle"/tests/forebay-room
 fi
 if [ "$what" = all ] || [ "$what" = demo ]; then
     python3 - "$bundle/minilm" <<'E2'
@@ -53,9 +62,14 @@ if [ "$what" = peers ] || [ "$what" = loaders ] || [ "$what" = pressure ]; then
     step "$what" 590 python3 "bench/$what.py" --wheels "$wheels" --out "$out" ${ARGS:-}
     cat "$out/$what.log"
 fi
-for name in "${failed[@]}"; do
-    echo "--- $name"
-    tail -n 40 "$out/$name.log"
+status=0
+for log in "$out"/*.log; do
+    name=$(basename "$log" .log)
+    if [ ! -e "$passed/$name" ]; then
+        status=1
+        echo "--- $name"
+        tail -n 40 "$log"
+    fi
 done
 tar -C "$out" -czf "$out/logs.tgz" --remove-files $(cd "$out" && ls *.log)
-[ ${#failed[@]} = 0 ]
+exit $status

@@ -14,15 +14,19 @@ use forebay::{Attachment, Budget, Bytes, Engine, EngineError, Leases, PageState,
 const MIB: usize = 1 << 20;
 const PAGE: Bytes = Bytes::mib(2);
 
+/// What one test takes or leaves free of a GPU is not another's.
+fn turn() -> MutexGuard<'static, ()> {
+    static WHOLE_DEVICE: Mutex<()> = Mutex::new(());
+    WHOLE_DEVICE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// A device of 128 MiB; elsewhere the whole GPU, but for what a ballast takes.
 fn small_device() -> (Rig, Option<(Frame, MutexGuard<'static, ()>)>) {
-    // What one test leaves free of a GPU is not another's.
-    static WHOLE_GPU: Mutex<()> = Mutex::new(());
     let config = HostConfig { capacity: Bytes::mib(128), poison: true, ..HostConfig::default() };
     match Rig::host(config) {
         Some(rig) => (rig, None),
         None => {
-            let turn = WHOLE_GPU.lock().unwrap_or_else(PoisonError::into_inner);
+            let turn = turn();
             let rig = Rig::new();
             let free = rig.device.memory().unwrap().free;
             let ballast = free.saturating_sub(Bytes::mib(512));
@@ -117,6 +121,7 @@ fn what_cannot_be_had_is_told_soon() {
 fn while_squeezed_an_operation_has_what_it_needs_and_no_more() {
     let mut random = Random::seeded();
     let rig = Rig::new();
+    let _turn = rig.host.is_none().then(turn);
     let weights = Weights::new(&mut random, &[2 * MIB, 6 * MIB, 4 * MIB, 2 * MIB, 100, 5 * MIB]);
     let engine = rig.engine(PAGE * 30);
     let model = weights.attach(&engine, "model");
