@@ -10,9 +10,10 @@ wheels=$(realpath "${3:-.whl}")
 out=${OUT:-target/gpu}
 site=$(mktemp -d)
 passed=$(mktemp -d)
+programs=()
 mkdir -p "$out"
 python3 -m pip install -q --no-index --no-deps --no-compile --target "$site" "$bundle"/*.whl || exit 1
-export PYTHONPATH=$site PYTHONUNBUFFERED=1 FOREBAY_TEST_DEVICE=${DEVICE:-cuda:0}
+export PYTHONPATH=$site PYTHONUNBUFFERED=1 FOREBAY_TEST_DEVICE=${DEVICE:-cuda:0} FOREBAY_TEST_WATCHDOG=200
 
 step() { # step NAME SECONDS COMMAND...
     local name=$1 limit=$2 start=$SECONDS
@@ -28,10 +29,10 @@ exec > >(tee "$out/summary.txt") 2>&1
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 [ -x "$bundle/forebay" ] && "$bundle/forebay" doctor
 if [ "$what" = all ] || [ "$what" = tests ]; then
-    # Side by side, but for those that take the whole card.
-    programs=()
+    # Four at a time: tests that time something fail where more share the card. What takes the whole card comes last.
     for program in "$bundle"/tests/*; do
         [[ $program = *-room ]] && continue
+        while [ "$(jobs -rp | wc -l)" -ge 4 ]; do sleep 0.1; done
         step "$(basename "$program")" 240 "$program" &
         programs+=($!)
     done

