@@ -29,11 +29,11 @@ class Conversion:
     scale: torch.Tensor | None = None
 
     def value(self, stored: torch.Tensor, rows: list[int] | None = None) -> torch.Tensor:
-        """A weight, or some rows of one, as it is used; on the CPU."""
+        """A weight, or some rows of one, as it is used; where ``stored`` is."""
         value = stored.float()
         if self.scale is not None:
             scale = self.scale if rows is None or self.scale.numel() == 1 else self.scale[rows]
-            value = value * scale.view(-1, *(1,) * (value.ndim - 1) if value.ndim else ())
+            value = value * scale.to(value.device).view(-1, *(1,) * (value.ndim - 1) if value.ndim else ())
         return value.to(self.dtype)
 
     def on(

@@ -73,7 +73,11 @@ class Target:
     @property
     def value(self) -> torch.Tensor:
         """What it is without adapters, on the CPU."""
-        return self.source if self.conversion is None else self.conversion.value(self.source)
+        return self.used(self.source)
+
+    def used(self, stored: torch.Tensor) -> torch.Tensor:
+        """What is made of its bytes as they are stored, where these are."""
+        return stored if self.conversion is None else self.conversion.value(stored)
 
     @property
     def columns(self) -> int:
@@ -104,6 +108,7 @@ class Patches:
         self._targets: list[Target] = []
         self._files: dict[tuple[str, int, int], list[Adapter]] = {}
         self._stream: torch.cuda.Stream | None = None
+        self._reading: torch.cuda.Stream | None = None
         self._is_detached = False
         # For the whole of a change. Taken before everything else, and never while the engine calls Python.
         self._lock = threading.Lock()
@@ -190,7 +195,7 @@ class Patches:
                     continue
                 change = _Change(target, function, terms)
                 if target.small is not None:
-                    change.merged = _merged(target, function, terms, self._device)
+                    change.merged = self._merged(target, function, terms)
                 elif function is not None or terms:
                     change.patch = self._patch(target, function, terms)
                 by_model.setdefault(target.model, []).append(change)
@@ -234,8 +239,59 @@ class Patches:
     def _computed(self, target: Target, function: Function) -> tuple[int, int, object]:
         """Computes a weight, on a thread of the engine. Its address, the stream's handle, and what keeps it."""
         with torch.inference_mode(False), torch.no_grad(), self._upload_stream() as stream:
-            result = _called(target, function, self._device)
+            result = self._called(target, function)
             return result.data_ptr(), stream, result
+
+    def _called(self, target: Target, function: Function) -> torch.Tensor:
+        """What a function makes of a weight, laid out as the weight is."""
+        value = target.used(self._stored(target))
+        result = function(value)
+        if not isinstance(result, torch.Tensor) or (result.shape, result.dtype) != (value.shape, value.dtype):
+            got = (
+                (result.dtype, tuple(result.shape))
+                if isinstance(result, torch.Tensor)
+                else type(result).__name__
+            )
+            raise ValueError(f"a patch gives a tensor of {value.dtype} and shape {tuple(value.shape)}: {got}")
+        placed = torch.empty_strided(
+            target.source.size(), target.source.stride(), dtype=value.dtype, device=self._device
+        )
+        return placed.copy_(result.detach())
+
+    def _stored(self, target: Target) -> torch.Tensor:
+        """A copy of a weight as it is stored, on the device: a function may write to it.
+
+        The engine's readers bring it, as they bring pages. They would wait for what is computed with the weight before, so
+        it comes in a stream of its own.
+        """
+        if target.small is not None:
+            return target.source.to(self._device, copy=True)
+        if self._device.type == "cuda" and self._reading is None:
+            self._reading = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        source = target.source
+        with _Uploading(self._reading) as reading:
+            stored = torch.empty_strided(
+                source.size(), source.stride(), dtype=source.dtype, device=self._device
+            )
+            target.model.weight(target.index).read_to_device(stored.data_ptr(), stored.nbytes, reading)
+        if self._reading is not None:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_stream(self._reading)
+            stored.record_stream(current)
+        return stored
+
+    def _merged(self, target: Target, function: Function | None, terms: Sequence[Term]) -> torch.Tensor:
+        """A weight with its function and terms: sums in float32 on the CPU, rounded once."""
+        value = target.value if function is None else self._called(target, function).cpu()
+        if not terms:
+            return value
+        merged = value.float()
+        flat = torch.zeros_like(merged).flatten(1)
+        for term in terms:
+            flat[term.first : term.last] += (
+                term.scale * term.adapter.up.float()
+            ) @ term.adapter.down.float()
+        return (merged + flat.view(merged.shape)).to(target.dtype)
 
     def _upload_stream(self) -> _Uploading:
         if self._device.type != "cuda":
@@ -395,38 +451,8 @@ def _runs(terms: Sequence[Term]) -> Iterable[tuple[int, int, list[Term]]]:
             yield first, last, of
 
 
-def _called(target: Target, function: Function, device: torch.device) -> torch.Tensor:
-    """What a function makes of a weight, laid out as the weight is."""
-    # A copy of its own, also on the CPU: a function may write to it.
-    value = target.value.to(device, copy=True)
-    result = function(value)
-    if not isinstance(result, torch.Tensor) or (result.shape, result.dtype) != (value.shape, value.dtype):
-        got = (
-            (result.dtype, tuple(result.shape)) if isinstance(result, torch.Tensor) else type(result).__name__
-        )
-        raise ValueError(f"a patch gives a tensor of {value.dtype} and shape {tuple(value.shape)}: {got}")
-    placed = torch.empty_strided(
-        target.source.size(), target.source.stride(), dtype=value.dtype, device=device
-    )
-    return placed.copy_(result.detach())
-
-
 def _is_called(target: Target, name: str) -> bool:
     return name in target.names or name in (f"{target.label}.{own}" for own in target.names)
-
-
-def _merged(
-    target: Target, function: Function | None, terms: Sequence[Term], device: torch.device
-) -> torch.Tensor:
-    """A weight with its function and terms: sums in float32 on the CPU, rounded once."""
-    value = target.value if function is None else _called(target, function, device).cpu()
-    if not terms:
-        return value
-    merged = value.float()
-    flat = torch.zeros_like(merged).flatten(1)
-    for term in terms:
-        flat[term.first : term.last] += (term.scale * term.adapter.up.float()) @ term.adapter.down.float()
-    return (merged + flat.view(merged.shape)).to(target.dtype)
 
 
 def _report(unmatched: Sequence[str], adapters: Sequence[Adapter], strict: bool) -> None:

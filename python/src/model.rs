@@ -4,7 +4,7 @@ use std::sync::{Arc, OnceLock};
 
 use forebay::device::StreamHandle;
 use forebay::{Attachment, Bytes, PageState};
-use pyo3::exceptions::PyRuntimeError;
+use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
@@ -13,6 +13,7 @@ use crate::engine::vbar_stats;
 use crate::errors::raised;
 use crate::patches::{self, PyPatch};
 use crate::run::with_interrupts;
+use crate::transfer::on_device;
 
 /// What all weights of a model share.
 pub(crate) struct Shared {
@@ -219,6 +220,19 @@ impl Weight {
         let out = unsafe { std::slice::from_raw_parts_mut(address as *mut u8, len) };
         let attachment = &self.shared.attachment;
         py.detach(|| attachment.read_rows(self.index, Bytes::new(row_bytes), &rows, out)).map_err(raised)
+    }
+
+    /// Reads the weight's bytes, as they are stored, to memory of ``nbytes`` bytes on the model's device. Work that is enqueued
+    /// in the stream afterwards finds them.
+    fn read_to_device(&self, py: Python<'_>, address: u64, nbytes: u64, stream: u64) -> PyResult<()> {
+        let attachment = &self.shared.attachment;
+        let stored = attachment.source(self.index).map_err(raised)?.len().get();
+        if stored != nbytes {
+            return Err(PyValueError::new_err(format!("{nbytes} bytes take no weight of {stored}")));
+        }
+        // SAFETY: the package passes memory and streams of torch's on this device.
+        let read = || unsafe { attachment.read_to_device(self.index, on_device(address, stream)) };
+        py.detach(read).map_err(raised)
     }
 
     /// Gives the weight's pages up, so that its bytes are read again at the next use.

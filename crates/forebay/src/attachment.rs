@@ -11,6 +11,7 @@ use smallvec::SmallVec;
 
 use crate::acquire::{Above, Found, OwnOperation, Use, Used};
 use crate::engine::{Engine, note_uses};
+use crate::filler::source_error;
 use crate::layout::{Class, Layout, Placed};
 use crate::stats::VbarStats;
 use crate::vbar::{Span, Spans, Vbar};
@@ -165,11 +166,7 @@ impl Attachment {
     pub fn read_rows(&self, weight: usize, row_bytes: Bytes, rows: &[u64], out: &mut [u8]) -> Result<()> {
         let source = self.source(weight)?;
         let read = source.verify().and_then(|()| read_rows(source, row_bytes.get(), rows, out));
-        read.map_err(|error| EngineError::Source {
-            model: self.vbar.name.clone(),
-            weight: self.layout().names[weight].clone(),
-            error: Box::new(error),
-        })?;
+        read.map_err(|error| source_error(&self.vbar, weight as u32, error))?;
         self.vbar.counters.looked_up_bytes.fetch_add(out.len() as u64, Ordering::Relaxed);
         Ok(())
     }

@@ -22,7 +22,7 @@ use parking_lot::{Condvar, Mutex};
 
 use crate::filler::{self, incomplete};
 use crate::layout::Layout;
-use crate::patches::{Incomplete, PatchSet, parts_of};
+use crate::patches::{Incomplete, PatchSet, computes, parts_of};
 use crate::state::Shared;
 use crate::vbar::Vbar;
 use crate::{EngineError, Result};
@@ -72,6 +72,7 @@ struct Queue {
 #[derive(Clone)]
 struct Job {
     vbar: Arc<Vbar>,
+    patches: Arc<PatchSet>,
     page: u32,
     filled: Arc<Event>,
 }
@@ -84,8 +85,15 @@ struct Kept {
 
 impl Shared {
     /// Has a page completed once its computed weights are there.
-    pub(crate) fn complete_later(self: &Arc<Self>, vbar: &Arc<Vbar>, page: u32, filled: &Arc<Event>) {
-        let job = Job { vbar: Arc::clone(vbar), page, filled: Arc::clone(filled) };
+    pub(crate) fn complete_later(
+        self: &Arc<Self>,
+        vbar: &Arc<Vbar>,
+        patches: &Arc<PatchSet>,
+        page: u32,
+        filled: &Arc<Event>,
+    ) {
+        let (patches, filled) = (Arc::clone(patches), Arc::clone(filled));
+        let job = Job { vbar: Arc::clone(vbar), patches, page, filled };
         let mut queue = self.computing.queue.lock();
         // Before a model's jobs are abandoned it is marked as closed.
         let refused = match queue.stop {
@@ -182,7 +190,7 @@ impl Shared {
         kept: &mut VecDeque<Kept>,
         done: Option<&Event>,
     ) -> std::result::Result<(), Option<EngineError>> {
-        let set = job.vbar.patches.current();
+        let set = &job.patches;
         for part in parts_of(layout, &job.vbar, job.page) {
             let Some(by) = set.get(&part.weight).and_then(|patch| patch.computed.clone()) else { continue };
             let place = kept.iter().position(|kept| Arc::ptr_eq(&kept.by, &by));
@@ -209,8 +217,8 @@ impl Shared {
                 self.patch_behind(&job.filled, |patching| self.copy_computed(&copy, written_on, patching))
             })?;
         }
-        let is_current = self.enqueue(|| match job.vbar.patches.is(&set) {
-            true => self.add_products(&job.vbar, &set, job.page, &job.filled).map(|()| true),
+        let is_current = self.enqueue(|| match job.vbar.patches.is(set) {
+            true => self.add_products(&job.vbar, set, job.page, &job.filled).map(|()| true),
             false => Ok(false),
         })?;
         // Otherwise what is on the page is neither the one nor the other.
@@ -280,8 +288,16 @@ impl Drop for EndsWithPanic<'_> {
 /// Whether a page of this VBAR waits for a computed weight.
 pub(crate) fn is_computed(set: &PatchSet, layout: &Layout, vbar: &Vbar, page: u32) -> bool {
     set.values().any(|patch| patch.computed.is_some())
-        && parts_of(layout, vbar, page)
-            .any(|part| set.get(&part.weight).is_some_and(|patch| patch.computed.is_some()))
+        && parts_of(layout, vbar, page).any(|part| computes(set, part.weight))
+}
+
+/// Whether nothing of a page is read: all of it is computed.
+pub(crate) fn is_computed_whole(vbar: &Vbar, page: u32) -> bool {
+    let set = vbar.patches.current();
+    vbar.layout.as_ref().is_some_and(|layout| {
+        is_computed(&set, layout, vbar, page)
+            && parts_of(layout, vbar, page).all(|part| computes(&set, part.weight))
+    })
 }
 
 impl fmt::Debug for Computing {

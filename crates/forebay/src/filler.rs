@@ -17,8 +17,7 @@ use parking_lot::Mutex;
 
 use crate::cache::registered::RegisteredPage;
 use crate::converting::ConvertedPart;
-use crate::layout::Layout;
-use crate::patches::{Incomplete, mark_filled};
+use crate::patches::{Completed, Incomplete, PatchSet, computes, mark_filled};
 use crate::state::Shared;
 use crate::timeline::Activity;
 use crate::vbar::Vbar;
@@ -30,6 +29,8 @@ pub(crate) struct Fill {
     vbar: Arc<Vbar>,
     page: u32,
     filled: Arc<Event>,
+    /// In force when it began: what these compute is not read.
+    patches: Arc<PatchSet>,
     chunks_left: AtomicUsize,
     past_cache: bool,
     has_failed: AtomicBool,
@@ -72,12 +73,14 @@ impl Fill {
         urgency: Urgency,
         past_cache: bool,
     ) {
-        let jobs = jobs_of(vbar, page, shared.ring_config.chunk);
+        let patches = vbar.patches.current();
+        let jobs = jobs_of(vbar, page, &patches, shared.ring_config.chunk);
         let fill = Arc::new(Fill {
             shared: Arc::clone(shared),
             vbar: Arc::clone(vbar),
             page,
             filled,
+            patches,
             chunks_left: AtomicUsize::new(jobs.len().max(1)),
             past_cache,
             has_failed: AtomicBool::new(false),
@@ -110,8 +113,10 @@ impl Fill {
         }
         let Some(layout) = &self.vbar.layout else { return Ok(()) };
         let segments = layout.segments[self.page as usize].iter().zip(&layout.weight_of[self.page as usize]);
-        let in_run: Vec<_> =
-            segments.filter(|(s, _)| s.dst_offset < end && s.dst_offset + s.len > start).collect();
+        let in_run: Vec<_> = segments
+            .filter(|(_, weight)| !computes(&self.patches, **weight))
+            .filter(|(s, _)| s.dst_offset < end && s.dst_offset + s.len > start)
+            .collect();
         // Without the padding at its ends.
         let first = in_run.iter().map(|(s, _)| s.dst_offset.max(start)).min().unwrap_or(start);
         let last = in_run.iter().map(|(s, _)| (s.dst_offset + s.len).min(end)).max().unwrap_or(start);
@@ -126,7 +131,7 @@ impl Fill {
         let bytes = unsafe { slots.buffer.slice_mut(slot, len) };
         for (segment, weight) in in_run {
             let read = segment.source.verify().and_then(|()| self.read(segment, first, bytes, through));
-            read.map_err(|error| source_error(&self.vbar, layout, *weight, error))?;
+            read.map_err(|error| source_error(&self.vbar, *weight, error))?;
         }
         timeline.note(Activity::Read, self.page, began);
         let to = self.vbar.page_addr(self.page).offset(Bytes::new(first));
@@ -157,7 +162,7 @@ impl Fill {
         // SAFETY: the slot is this reader's own, and `next` waited for the work that read it last.
         let bytes = unsafe { slots.buffer.slice_mut(slot, len) };
         let read = segment.source.verify().and_then(|()| self.read(&segment, 0, bytes, through));
-        read.map_err(|error| source_error(&self.vbar, layout, part.weight, error))?;
+        read.map_err(|error| source_error(&self.vbar, part.weight, error))?;
         self.shared.timeline.note(Activity::Read, self.page, began);
         let transform = part.transform(conversion, self.vbar.page_addr(self.page), bytes.as_ptr());
         let copies = self.shared.copy.lock();
@@ -206,47 +211,54 @@ impl Fill {
         }
         let stream = self.shared.copy.lock();
         let completed = match self.has_failed.load(Ordering::Acquire) {
-            true => self.shared.mark_enqueued(&self.vbar, self.page, &self.filled, &stream).map(|()| true),
-            false => self.shared.complete(&self.vbar, self.page, &self.filled, &stream),
+            true => self
+                .shared
+                .mark_enqueued(&self.vbar, self.page, &self.filled, &stream)
+                .map(|()| Completed::Now),
+            false => self.shared.complete(&self.vbar, &self.patches, self.page, &self.filled, &stream),
         };
         drop(stream);
-        let is_complete = completed.unwrap_or_else(|error| {
+        let completed = completed.unwrap_or_else(|error| {
             self.fail(incomplete(&self.shared, error));
-            true
+            Completed::Now
         });
         self.shared.timeline.note(Activity::Fill, self.page, self.began);
         let error = self.error.lock().take();
         if error.is_none() {
             self.vbar.counters.filled_pages.fetch_add(1, Ordering::Relaxed);
         }
-        if !is_complete {
-            return self.shared.complete_later(&self.vbar, self.page, &self.filled);
-        }
-        finished(&self.shared, &self.vbar, self.page, error.map_or(Ok(()), |error| Err(Some(error))));
+        hand_on(&self.shared, &self.vbar, self.page, &self.filled, error.map_or(Ok(completed), Err));
     }
 }
 
 /// The reads that a page takes.
-fn jobs_of(vbar: &Vbar, page: u32, chunk: Bytes) -> Vec<Job> {
+fn jobs_of(vbar: &Vbar, page: u32, patches: &PatchSet, chunk: Bytes) -> Vec<Job> {
     let Some(layout) = &vbar.layout else { return Vec::new() };
     let (segments, converted) = (&layout.segments[page as usize], &layout.converted[page as usize]);
-    // Neighbouring segments are one run, padding included. Nothing is copied over what is converted.
+    // Neighbouring segments are one run, padding included. Nothing is copied over what is converted, or computed.
     let mut runs: Vec<Range<u64>> = Vec::new();
-    for segment in segments {
+    let mut begins_anew = true;
+    for (segment, weight) in segments.iter().zip(&layout.weight_of[page as usize]) {
+        if computes(patches, *weight) {
+            begins_anew = true;
+            continue;
+        }
         let (start, end) = (segment.dst_offset, segment.dst_offset + segment.len);
-        match runs.last_mut() {
+        let begins = std::mem::take(&mut begins_anew);
+        match runs.last_mut().filter(|_| !begins) {
             Some(run) if !converted.iter().any(|part| (run.end..start).contains(&part.to.get())) => {
                 run.end = end
             }
             _ => runs.push(start..end),
         }
     }
+    let converted = converted.iter().filter(|part| !computes(patches, part.weight));
     let chunk = chunk.get();
     let chunks = runs.iter().flat_map(|run| {
         (run.start / chunk..run.end.div_ceil(chunk))
             .map(|n| Job::Copied(run.start.max(n * chunk)..run.end.min((n + 1) * chunk)))
     });
-    let pieces = converted.iter().flat_map(|part| {
+    let pieces = converted.flat_map(|part| {
         let conversion = layout.conversion(part.weight).into_iter();
         conversion.flat_map(move |conversion| part.pieces(conversion, Bytes::new(chunk)))
     });
@@ -268,8 +280,8 @@ pub(crate) fn fill_directly(
         // registered page is dropped by the keeper alone, once nobody else has it, behind all copies.
         let copied = unsafe { registered.copy_to(&*shared.device, vbar.page_addr(page), stream.handle()) };
         let completed = match &copied {
-            Ok(()) => shared.complete(vbar, page, filled, &stream),
-            Err(_) => mark_filled(filled, &stream).map(|()| true),
+            Ok(()) => shared.complete(vbar, &vbar.patches.current(), page, filled, &stream),
+            Err(_) => mark_filled(filled, &stream).map(|()| Completed::Now),
         };
         drop(stream);
         let completed = completed.map_err(|error| incomplete(shared, error))?;
@@ -282,9 +294,22 @@ pub(crate) fn fill_directly(
         vbar.counters.filled_pages.fetch_add(1, Ordering::Relaxed);
     }
     shared.timeline.note(Activity::Fill, page, began);
+    hand_on(shared, vbar, page, filled, result);
+}
+
+/// What comes after a page's copies.
+fn hand_on(
+    shared: &Arc<Shared>,
+    vbar: &Arc<Vbar>,
+    page: u32,
+    filled: &Arc<Event>,
+    result: Result<Completed>,
+) {
     match result {
-        Ok(false) => shared.complete_later(vbar, page, filled),
-        result => finished(shared, vbar, page, result.map(drop).map_err(Some)),
+        Ok(Completed::Now) => finished(shared, vbar, page, Ok(())),
+        Ok(Completed::Outdated) => finished(shared, vbar, page, Err(None)),
+        Ok(Completed::Later(patches)) => shared.complete_later(vbar, &patches, page, filled),
+        Err(error) => finished(shared, vbar, page, Err(Some(error))),
     }
 }
 
@@ -294,7 +319,7 @@ fn verify_sources(vbar: &Vbar, page: u32) -> Result<()> {
     let mut last: Option<&Source> = None;
     for (segment, weight) in layout.segments[page as usize].iter().zip(&layout.weight_of[page as usize]) {
         if !last.is_some_and(|last| last.shares_file_with(&segment.source)) {
-            segment.source.verify().map_err(|error| source_error(vbar, layout, *weight, error))?;
+            segment.source.verify().map_err(|error| source_error(vbar, *weight, error))?;
         }
         last = Some(&segment.source);
     }
@@ -312,10 +337,11 @@ pub(crate) fn incomplete(shared: &Shared, error: Incomplete) -> EngineError {
     }
 }
 
-fn source_error(vbar: &Vbar, layout: &Layout, weight: u32, error: StoreError) -> EngineError {
+pub(crate) fn source_error(vbar: &Vbar, weight: u32, error: StoreError) -> EngineError {
+    let name = vbar.layout.as_ref().and_then(|layout| layout.names.get(weight as usize));
     EngineError::Source {
         model: vbar.name.clone(),
-        weight: layout.names[weight as usize].clone(),
+        weight: name.cloned().unwrap_or_default(),
         error: Box::new(error),
     }
 }

@@ -18,6 +18,7 @@ use crate::Result;
 use crate::books::{FrameBook, VbarBook};
 use crate::cache::registered::RegisteredPage;
 use crate::cache::registering::Job;
+use crate::computed::is_computed_whole;
 use crate::filler::{self, Fill, Reader};
 use crate::state::{Shared, State};
 use crate::timeline::Activity;
@@ -79,7 +80,7 @@ enum Way {
     Registered(Arc<RegisteredPage>),
     /// They are registered first.
     ToBeRegistered,
-    /// Readers bring them.
+    /// Readers bring them, if anything is read at all.
     Ring { urgency: Urgency, past_cache: bool },
 }
 
@@ -206,13 +207,13 @@ impl Mover {
             state.queue.pop_front();
             let Some(book) = state.books.frames.get(&frame) else { continue };
             let (frame_handle, filled) = (book.frame.handle(), Arc::clone(&book.filled));
-            let way = match state.books.page(page).registered.clone() {
+            let registered = state.books.page(page).registered.clone();
+            let urgency = if demanded { Urgency::Urgent } else { Urgency::Ahead };
+            let way = match registered {
+                _ if is_computed_whole(&vbar, page.page.0) => Way::Ring { urgency, past_cache: false },
                 Some(registered) => Way::Registered(registered),
                 None if !demanded && state.is_to_be_registered(page) => Way::ToBeRegistered,
-                None => Way::Ring {
-                    urgency: if demanded { Urgency::Urgent } else { Urgency::Ahead },
-                    past_cache: state.is_past_cache(page),
-                },
+                None => Way::Ring { urgency, past_cache: state.is_past_cache(page) },
             };
             backing.push(Backing { frame: frame_handle, filled, way });
             Self::begin_page(state, &vbar, page, frame, serial);

@@ -74,6 +74,16 @@ pub(crate) struct Part {
     pub(crate) end: Bytes,
 }
 
+/// What is left to be done to a page.
+pub(crate) enum Completed {
+    /// Nothing.
+    Now,
+    /// What these compute.
+    Later(Arc<PatchSet>),
+    /// Everything: it was read for patches that are no longer in force.
+    Outdated,
+}
+
 /// Why a page was not completed.
 pub(crate) enum Incomplete {
     /// Nobody can know any more when its copies end.
@@ -233,21 +243,24 @@ impl Shared {
     }
 
     /// What comes between the last copy of a page and its fill event: everything that is to be done to its bytes. Under the
-    /// copy lock. `false` where it is to be [completed later](Shared::complete_later).
+    /// copy lock. What `patches` compute may not have been read.
     pub(crate) fn complete(
         &self,
         vbar: &Vbar,
+        patches: &Arc<PatchSet>,
         page: u32,
         filled: &Event,
         copies: &Stream,
-    ) -> std::result::Result<bool, Incomplete> {
+    ) -> std::result::Result<Completed, Incomplete> {
         self.mark_enqueued(vbar, page, filled, copies)?;
-        let set = vbar.patches.current();
-        let is_computed = vbar.layout.as_ref().is_some_and(|layout| is_computed(&set, layout, vbar, page));
-        if !is_computed {
-            self.add_products(vbar, &set, page, filled)?;
+        let current = vbar.patches.current();
+        let is_computed =
+            |set: &PatchSet| vbar.layout.as_ref().is_some_and(|layout| is_computed(set, layout, vbar, page));
+        match (is_computed(patches), is_computed(&current)) {
+            (true, _) if !Arc::ptr_eq(patches, &current) => Ok(Completed::Outdated),
+            (_, true) => Ok(Completed::Later(current)),
+            (_, false) => self.add_products(vbar, &current, page, filled).map(|()| Completed::Now),
         }
-        Ok(!is_computed)
     }
 
     /// Adds what is to be added to a page that is there otherwise and marked. Under the copy lock.
@@ -321,6 +334,11 @@ pub(crate) fn parts_of(layout: &Layout, vbar: &Vbar, page: u32) -> impl Iterator
         let placed = layout.weights[weight as usize];
         Part { weight, start: start.max(placed.offset), end: end.min(placed.offset + placed.bytes) }
     })
+}
+
+/// Whether a weight is computed, and its source not read.
+pub(crate) fn computes(set: &PatchSet, weight: u32) -> bool {
+    set.get(&weight).is_some_and(|patch| patch.computed.is_some())
 }
 
 /// What is to be added to a page.

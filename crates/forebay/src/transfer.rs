@@ -5,14 +5,16 @@
 
 use std::panic;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use forebay_core::Bytes;
 use forebay_device::{DeviceAddr, StreamHandle};
 use forebay_store::{SourceFile, Urgency};
 use parking_lot::{Condvar, Mutex};
 
+use crate::attachment::Attachment;
 use crate::engine::Engine;
-use crate::filler::Reader;
+use crate::filler::{Reader, source_error};
 use crate::host_buffer::{HostBuffer, HostRange};
 use crate::state::Shared;
 use crate::{EngineError, Result};
@@ -133,6 +135,31 @@ impl Engine {
             });
         }
         left.wait()
+    }
+}
+
+impl Attachment {
+    /// Reads a weight's bytes, as they are stored, to memory of the application's on the device, through the readers'
+    /// pinned slots. Work that is enqueued in the stream after this returns finds them.
+    ///
+    /// # Errors
+    /// [`EngineError::Invalid`] for a weight that does not exist, [`EngineError::Source`] where it cannot be read, and what the
+    /// device reports. The place then holds arbitrary bytes.
+    ///
+    /// # Safety
+    /// As for [`Engine::read_to_device`].
+    pub unsafe fn read_to_device(&self, weight: usize, to: OnDevice) -> Result<()> {
+        let source = self.source(weight)?.clone();
+        let vbar = Arc::clone(self.vbar());
+        vbar.counters.filled_bytes.fetch_add(source.len().get(), Ordering::Relaxed);
+        self.engine().for_each_chunk(source.len(), move |shared, reader, at, len| {
+            let read = |bytes: &mut [u8]| {
+                let read = source.verify().and_then(|()| source.read_at(at.get(), bytes));
+                read.map_err(|error| source_error(&vbar, weight as u32, error))
+            };
+            // SAFETY: as the caller promises.
+            unsafe { reader.copy_in(shared, len, (to.addr.offset(at), to.stream), read) }
+        })
     }
 }
 

@@ -9,7 +9,8 @@ use std::sync::{Arc, Mutex, mpsc};
 use common::on_device::OnDevice;
 use common::{Consumer, Random, Rig, Weights};
 use forebay::device::{Element, StreamHandle};
-use forebay::{Attachment, Bytes, Compute, Computed, EngineError, Patch, Use};
+use forebay::store::{Memory, Source};
+use forebay::{Attachment, Bytes, Compute, Computed, EngineError, Patch, Use, WeightKind};
 
 const SIZES: [usize; 5] = [3 << 20, 2048, (5 << 20) + 1024, 2 << 20, (6 << 20) - 1024];
 
@@ -100,6 +101,117 @@ fn a_computation_that_fails_is_the_error_of_its_weight() {
     }
     by.fails.store(false, Ordering::Release);
     pass(&model, &now, &mut consumer);
+}
+
+#[test]
+fn what_is_computed_is_not_read() {
+    let mut random = Random::seeded();
+    let weights = Weights::new(&mut random, &SIZES);
+    let rig = Rig::new();
+    let engine = rig.engine(Bytes::mib(64));
+    let model = weights.attach(&engine, "model");
+    let (mut consumer, mut now) = (rig.consumer(), copy_of(&weights));
+    // One within pages that it fills, and one that shares a page with others.
+    let by = [fixed(&mut random, &rig, 0, &mut now), fixed(&mut random, &rig, 4, &mut now)];
+    let changes = vec![(0, patch(by[0].clone())), (4, patch(by[1].clone()))];
+    model.change_patches(changes, Use::on(consumer.stream())).unwrap();
+    pass(&model, &now, &mut consumer);
+    engine.settle().unwrap();
+    let others = Bytes::new([1, 2, 3].map(|weight| SIZES[weight] as u64).iter().sum());
+    let read = model.stats().filled;
+    // Padding between weights goes along.
+    assert!((others..others + Bytes::kib(4)).contains(&read), "{read}, not {others}");
+}
+
+/// Memory that nobody reads before it is let go.
+struct Held {
+    bytes: Vec<u8>,
+    begun: Mutex<Option<mpsc::Sender<()>>>,
+    let_go: Mutex<mpsc::Receiver<()>>,
+}
+
+// SAFETY: nobody changes the bytes.
+unsafe impl Memory for Held {
+    fn as_ptr(&self) -> *const u8 {
+        if let Some(begun) = self.begun.lock().unwrap().take() {
+            begun.send(()).unwrap();
+            assert!(self.let_go.lock().unwrap().recv().is_err(), "nothing is ever sent");
+        }
+        self.bytes.as_ptr()
+    }
+
+    fn len(&self) -> usize {
+        self.bytes.len()
+    }
+}
+
+#[test]
+fn what_was_not_read_for_patches_that_are_gone_is_read_after_all() {
+    let mut random = Random::seeded();
+    let mut weights = Weights::new(&mut random, &[1 << 20, 1 << 19, 1 << 20]);
+    let rig = Rig::new();
+    // Without room for the table, which tells by that when the patches are gone.
+    let engine = rig.engine(Bytes::mib(2));
+    let (begun, has_begun) = mpsc::channel();
+    let (hold, let_go) = mpsc::channel::<()>();
+    let bytes = weights.contents[1].to_vec();
+    let held = Held { bytes, begun: Mutex::new(None), let_go: Mutex::new(let_go) };
+    let held = Arc::new(held);
+    weights.specs[1].source = Source::memory(held.clone());
+    weights.specs[2].kind = WeightKind::Table;
+    let model = weights.attach(&engine, "model");
+    let consumer = rig.consumer();
+    let by = Arc::new(Fixed {
+        rig: Rig { device: Arc::clone(&rig.device), host: None },
+        bytes: Arc::new(random.bytes(1 << 20)),
+        calls: AtomicUsize::new(0),
+        fails: AtomicBool::new(false),
+    });
+    let changes = vec![(0, patch(by.clone())), (2, patch(by.clone()))];
+    model.change_patches(changes, Use::on(consumer.stream())).unwrap();
+    *held.begun.lock().unwrap() = Some(begun);
+    std::thread::scope(|scope| {
+        // On one page with what is held.
+        let user = scope.spawn(|| rig.consumer().use_weight(&model, &weights, 0));
+        has_begun.recv().unwrap();
+        let none = vec![(0, None), (2, None)];
+        let changed = scope.spawn(|| model.change_patches(none, Use::on(StreamHandle::DEFAULT)));
+        while model.is_kept(2).unwrap() {
+            std::thread::yield_now();
+        }
+        drop(hold);
+        user.join().unwrap().unwrap();
+        changed.join().unwrap().unwrap();
+    });
+    assert_eq!(by.calls.load(Ordering::Acquire), 0, "what is gone was computed");
+}
+
+#[test]
+fn a_weight_is_read_as_it_is_stored_to_memory_of_the_application() {
+    let mut random = Random::seeded();
+    let weights = Weights::new(&mut random, &SIZES);
+    let rig = Rig::new();
+    let engine = rig.engine(Bytes::mib(16));
+    let model = weights.attach(&engine, "model");
+    let mut consumer = rig.consumer();
+    for (weight, &size) in SIZES.iter().enumerate() {
+        let place = OnDevice::new(&rig.device, &vec![0xa5; size]);
+        let to = forebay::OnDevice { addr: place.addr, stream: consumer.stream() };
+        // SAFETY: the place is as long as the weight, and outlives the check.
+        unsafe { model.read_to_device(weight, to) }.unwrap();
+        consumer.read_at(place.addr, &weights.contents[weight], "a copy");
+        consumer.check();
+    }
+    let place = OnDevice::new(&rig.device, &vec![0xa5; SIZES[0]]);
+    let to = forebay::OnDevice { addr: place.addr, stream: consumer.stream() };
+    // SAFETY: nothing is read.
+    let none = unsafe { model.read_to_device(SIZES.len(), to) };
+    assert!(matches!(none, Err(EngineError::Invalid(_))), "{none:?}");
+    weights.file.as_file().set_len(100).unwrap();
+    // SAFETY: as before.
+    let short = unsafe { model.read_to_device(0, to) };
+    assert!(matches!(&short, Err(EngineError::Source { weight, .. }) if weight == "w0"), "{short:?}");
+    engine.settle().unwrap();
 }
 
 /// Waits until it is let go.

@@ -16,8 +16,8 @@ use std::time::Duration;
 use common::gate::Gate;
 use common::on_device::OnDevice;
 use common::{Consumer, Random, Rig, Weights};
-use forebay::device::{Device, Element, Event, Factors, PinnedBuffer};
-use forebay::{Attachment, Bytes, EngineError, Patch, Product, Use};
+use forebay::device::{Device, Element, Event, Factors, PinnedBuffer, StreamHandle};
+use forebay::{Attachment, Bytes, Compute, Computed, EngineError, Patch, Product, Use};
 
 /// Bytes of the weights: of bf16, 512 columns, so that pages end within rows, and one that is always resident.
 const SIZES: [usize; 6] = [3 << 20, 2048, (5 << 20) + 1024, 2 << 20, (6 << 20) - 1024, 1 << 20];
@@ -282,8 +282,18 @@ fn a_lent_model_is_recalled() {
     pass(&model, &now, &mut consumer);
 }
 
+/// Gives what is there already.
+struct Given(Arc<OnDevice>);
+
+impl Compute for Given {
+    fn compute(&self) -> Result<Computed, String> {
+        let keep = Arc::clone(&self.0);
+        Ok(Computed { at: keep.addr, written_on: StreamHandle::DEFAULT, keep: Box::new(keep) })
+    }
+}
+
 #[test]
-fn threads_that_use_weights_meanwhile_get_one_or_the_other_on_each_page() {
+fn threads_that_use_weights_meanwhile_get_what_was_in_force_on_each_page() {
     let mut random = Random::seeded();
     let weights = weights(&mut random);
     let rig = Rig::new();
@@ -293,6 +303,14 @@ fn threads_that_use_weights_meanwhile_get_one_or_the_other_on_each_page() {
         let (patch, other) = {
             let rows = SIZES[3] as u32 / 2 / COLUMNS;
             patched(&mut random, &rig.device, &weights.contents[3], &[0..rows])
+        };
+        let third = random.bytes(SIZES[3]);
+        let given = Given(Arc::new(OnDevice::new(&rig.device, &third)));
+        let computed = Patch {
+            element: Element::Bf16,
+            computed: Some(Arc::new(given)),
+            products: Vec::new(),
+            keep: Arc::new(()),
         };
         let stop = AtomicBool::new(false);
         std::thread::scope(|scope| {
@@ -318,14 +336,14 @@ fn threads_that_use_weights_meanwhile_get_one_or_the_other_on_each_page() {
                         let first = first.min(got.len());
                         for part in [0..first, first..got.len()] {
                             let is = |contents: &[u8]| got[part.clone()] == contents[part.clone()];
-                            assert!(is(&weights.contents[3]) || is(&other), "neither nor");
+                            assert!(is(&weights.contents[3]) || is(&other) || is(&third), "none of them");
                         }
                     }
                 });
             }
             let written = rig.stream();
-            for round in 0..40 {
-                let now = (round % 2 == 0).then(|| patch.clone());
+            for round in 0..60 {
+                let now = [Some(patch.clone()), Some(computed.clone()), None][round % 3].take();
                 model.change_patches(vec![(3, now)], Use::on(written.handle())).unwrap();
             }
             stop.store(true, Ordering::Release);
