@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use forebay_core::Bytes;
 
 const CGROUPS: &str = "/sys/fs/cgroup";
+/// Version 1 has a number for "no limit": the largest there is, of whole pages.
+const NO_LIMIT: Bytes = Bytes::new(1 << 62);
 
 /// The host's memory as this process may use it.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -64,13 +66,26 @@ impl Cgroup {
     }
 }
 
-/// The cgroup (version 2) that leaves least among the process's own and those above it. `own` is the text of
+/// The cgroup that leaves least among the process's own and those above it, of version 2 or 1. `own` is the text of
 /// `/proc/self/cgroup`. `None` where none has a limit.
 fn tightest(root: &Path, own: &str) -> Option<Cgroup> {
-    let path = own.lines().find_map(|line| line.strip_prefix("0::/"))?;
-    let folder: PathBuf = root.join(path);
-    let up_to_root = folder.ancestors().take_while(|folder| folder.starts_with(root));
-    up_to_root.filter_map(read_cgroup).min_by_key(Cgroup::room)
+    let folders = own.lines().filter_map(|line| {
+        let (controllers, path) = line.split_once(':')?.1.split_once(':')?;
+        let path = path.strip_prefix('/')?;
+        match controllers {
+            "" => Some((root.to_owned(), root.join(path))),
+            _ => {
+                let root = root.join("memory");
+                let path = root.join(path);
+                controllers.split(',').any(|controller| controller == "memory").then_some((root, path))
+            }
+        }
+    });
+    let all = folders.flat_map(|(root, folder): (PathBuf, PathBuf)| {
+        let up_to_root = folder.ancestors().take_while(|folder| folder.starts_with(&root));
+        up_to_root.map(read_cgroup).collect::<Vec<_>>()
+    });
+    all.flatten().min_by_key(Cgroup::room)
 }
 
 fn read_cgroup(folder: &Path) -> Option<Cgroup> {
@@ -79,17 +94,23 @@ fn read_cgroup(folder: &Path) -> Option<Cgroup> {
     let stat = read("memory.stat").unwrap_or_default();
     let entry = |key: &str| {
         let mut fields = stat.lines().filter_map(|line| line.split_once(' '));
-        fields.find(|(name, _)| *name == key).and_then(|(_, value)| value.parse().ok()).map(Bytes::new)
+        let found = fields.find(|(name, _)| *name == key).and_then(|(_, value)| value.parse().ok());
+        found.map_or(Bytes::ZERO, Bytes::new)
     };
     // Files in memory count as files, but cannot be given back.
-    let file =
-        entry("file").map_or(Bytes::ZERO, |file| file.saturating_sub(entry("shmem").unwrap_or(Bytes::ZERO)));
-    Some(Cgroup {
-        limit: read("memory.max").and_then(number)?,
-        used: read("memory.current").and_then(number)?,
-        file: file + entry("slab_reclaimable").unwrap_or(Bytes::ZERO),
-        pressure: read("memory.pressure").map_or(0.0, |text| some_of_10_s(&text)),
-    })
+    let pressure = read("memory.pressure").map_or(0.0, |text| some_of_10_s(&text));
+    if let Some(limit) = read("memory.max") {
+        return Some(Cgroup {
+            limit: number(limit)?,
+            used: read("memory.current").and_then(number)?,
+            file: entry("file").saturating_sub(entry("shmem")) + entry("slab_reclaimable"),
+            pressure,
+        });
+    }
+    let limit = read("memory.limit_in_bytes").and_then(number).filter(|limit| *limit < NO_LIMIT)?;
+    let used = read("memory.usage_in_bytes").and_then(number)?;
+    let file = entry("total_cache").saturating_sub(entry("total_shmem"));
+    Some(Cgroup { limit, used, file, pressure })
 }
 
 /// Available and total memory.
@@ -146,7 +167,24 @@ mod tests {
         assert_eq!(outer.room(), Bytes::new(8192 - 3300));
         assert_eq!(tightest(root.path(), "4:memory:/x\n0::/outer/middle/inner\n"), Some(outer));
         assert_eq!(tightest(root.path(), "0::/other\n"), None);
-        assert_eq!(tightest(root.path(), "4:memory:/outer\n"), None);
+        assert_eq!(tightest(root.path(), "4:cpu:/outer\n"), None);
+        // Version 1 beside it.
+        let version_1 = |folder: &str, limit: &str| {
+            let folder = root.path().join("memory").join(folder);
+            fs::create_dir_all(&folder).unwrap();
+            let stat = "cache 1\nshmem 1\ntotal_cache 900\ntotal_shmem 100\n";
+            let files = [
+                ("memory.limit_in_bytes", limit),
+                ("memory.usage_in_bytes", "2000\n"),
+                ("memory.stat", stat),
+            ];
+            files.into_iter().for_each(|(file, text)| fs::write(folder.join(file), text).unwrap());
+        };
+        version_1("own", "4096\n");
+        version_1("", "9223372036854771712\n");
+        let own = tightest(root.path(), "9:name=systemd:/\n4:cpu,memory:/own/below\n0::/other\n");
+        assert_eq!(own, Some(Cgroup::new(Bytes::new(4096), Bytes::new(2000), Bytes::new(800))));
+        assert_eq!(tightest(root.path(), "4:memory:/other\n"), None);
         let ram = Ram {
             total: Bytes::new(10_000),
             available: Bytes::new(9000),
