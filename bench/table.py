@@ -16,7 +16,7 @@ import plot
 import pressure
 
 RESULTS = Path(__file__).parent / "results"
-GIB = 1 << 30
+GIB, MIB = 1 << 30, 1 << 20
 
 HEAD = """# Results
 
@@ -32,7 +32,8 @@ that ran one number of tokens runs the next, and keeps what it has registered: o
 nothing registered.
 
 **In little memory** (`bench/stack.py` in a memory cgroup) runs the same where the page cache cannot hold the weights. What
-should be read from disk a step: at most 1.10 x (streamed - 0.8 x the cgroup's memory).
+should be read from disk a step: at most 1.10 x (streamed - 0.8 x the cgroup's memory). `bench/little_ram.py` runs a file many
+times as large as the memory, without a GPU too.
 
 **What fits** (`bench/fits.py`) is timed in turn with plain torch. **Warm starts** (`bench/warm.py`) use three models in turn.
 **Growth** (`bench/scale.py`) has more and larger weights. **The ring's shape** (`bench/ring.py`) is what streamed pages go
@@ -152,6 +153,24 @@ def beyond(row: Row, ram: int) -> float:
 
 def settled_reads(row: Row) -> float:
     return statistics.median(row["disk_bytes"][len(row["disk_bytes"]) // 2 :])
+
+
+def many_times_ram(path: Path) -> str:
+    result = json.loads(path.read_text())
+    title = f"### {gb(result['weights_bytes'])} of weights in {result['limit_bytes'] / GIB:.0f} GiB of memory"
+    of_device = f"{result['budget_gib']:g} GiB of them the device's" if result["gpu"] == "none" else ""
+    same = "the same bits" if result["same"] else "ANOTHER RESULT"
+    told = f"{described(path, result)} {of_device + '; ' if of_device else ''}{same}."
+    rows = [
+        [
+            row["name"],
+            f"{row['seconds']:.1f} s",
+            gb(row["read_bytes"]),
+            f"{row['anonymous_bytes'] / MIB:.0f} MiB",
+        ]
+        for row in result["rows"]
+    ]
+    return "\n\n".join([title, told, table(["", "took", "read from disk", "anonymous memory"], rows)])
 
 
 def fits(path: Path) -> str:
@@ -369,6 +388,7 @@ def summary(path: Path) -> str:
 SECTIONS: list[tuple[str, Callable[[Path], str]]] = [
     ("stack.json", stack),
     ("ram*.json", little_memory),
+    ("little_ram.json", many_times_ram),
     ("fits.json", fits),
     ("warm.json", warm),
     ("scale.json", growth),
