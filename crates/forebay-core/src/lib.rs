@@ -23,6 +23,7 @@
 //!     order: RankOrder::Spread { first: 0, last: 0 },
 //!     mode: Mode::Streamed,
 //!     window: 2,
+//!     uses_a_pass: 8,
 //! });
 //! let mut commands = Vec::new();
 //! let page = PageRef { vbar, page: PageIndex(3) };
@@ -42,6 +43,7 @@ mod policy;
 mod rank_set;
 mod report;
 mod schedule;
+mod turns;
 mod units;
 mod vbar;
 

@@ -4,7 +4,8 @@
 //! * The bytes of all frames never grow past the budget. After the budget fell, what is over leaves as soon as its
 //!   pins do.
 //! * A pinned page is never taken.
-//! * Memory is taken from spent pages first, then from the lowest priority, highest rank first.
+//! * Memory is taken from spent pages first, then from the lowest priority, highest rank first; among VBARs that are used in
+//!   [turn](crate::turns) from the one with the largest share of its pages.
 //! * Equal serials mean equal contents.
 //! * No decision's cost depends on the number of pages; it is proportional to the pages it moves and the pins in
 //!   its way. [`Policy::steps`] counts.
@@ -81,6 +82,8 @@ pub struct Policy {
     pub(crate) vbars: Vec<Option<Box<Vbar>>>,
     /// Highest priority last.
     pub(crate) priority: Vec<VbarId>,
+    /// The VBAR used last.
+    pub(crate) in_use: Option<VbarId>,
     /// Streamed pages whose frames are the next to go, oldest first; entries whose page moved on are skipped.
     pub(crate) spent: VecDeque<PageRef>,
     pub(crate) serial: u64,
@@ -98,6 +101,7 @@ impl Policy {
             frames: Frames::default(),
             vbars: Vec::new(),
             priority: Vec::new(),
+            in_use: None,
             spent: VecDeque::new(),
             serial: 0,
             steps: 0,
@@ -110,6 +114,8 @@ impl Policy {
     pub fn add_vbar(&mut self, spec: VbarSpec) -> VbarId {
         let id = VbarId(self.vbars.len() as u32);
         self.vbars.push(Some(Box::new(Vbar::new(spec))));
+        self.end_stay();
+        self.in_use = Some(id);
         self.priority.push(id);
         id
     }
@@ -138,6 +144,7 @@ impl Policy {
         debug_assert_eq!(self.vbar(id).lent, Lent::No);
         self.vbars[id.0 as usize] = None;
         self.priority.retain(|&other| other != id);
+        self.in_use = self.in_use.filter(|&used| used != id);
         self.spent.retain(|page| page.vbar != id);
     }
 
@@ -275,30 +282,6 @@ impl Policy {
         self.vbar(page.vbar).page(page.page).stale
     }
 
-    /// The VBAR is used: it goes to the top of the priorities, its watermark fully open, unless it is there.
-    pub fn touch(&mut self, id: VbarId) {
-        if self.priority.last() != Some(&id) {
-            self.prioritize(id);
-        }
-    }
-
-    /// To the top of the priorities with the watermark fully open.
-    pub fn prioritize(&mut self, id: VbarId) {
-        self.priority.retain(|&other| other != id);
-        self.priority.push(id);
-        let vbar = self.vbar(id);
-        if !vbar.closing {
-            vbar.watermark = vbar.spec.pages;
-            vbar.calm = 0;
-        }
-    }
-
-    /// To the bottom of the priorities.
-    pub fn deprioritize(&mut self, id: VbarId) {
-        self.priority.retain(|&other| other != id);
-        self.priority.insert(0, id);
-    }
-
     /// Pages whose rank is below `rank` are not taken by pressure until this is set to 0 again.
     pub fn set_floor(&mut self, id: VbarId, rank: Rank) {
         let vbar = self.vbar(id);
@@ -377,16 +360,6 @@ impl Policy {
         }
         pins.pin(page);
         Ok(())
-    }
-
-    /// Whether the pages below the watermark and one more leave room for a full window, in the frames that the VBAR
-    /// has and those that nobody has.
-    fn could_keep_one_more(&mut self, id: VbarId) -> bool {
-        let unused = self.budget.saturating_sub(self.frames.held() - self.frames.free_bytes());
-        let vbar = self.vbar(id);
-        let frames = u64::from(vbar.held) + unused.get() / vbar.spec.page_size.get();
-        let wanted = u64::from(vbar.watermark) + 1 + u64::from(vbar.spec.window);
-        frames >= wanted.min(vbar.spec.pages.into())
     }
 
     /// Explicit mode closes the watermark down to what could not be had, and the next fault is refused at once.

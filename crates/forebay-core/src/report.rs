@@ -74,6 +74,11 @@ impl Policy {
         self.priority.iter().rev().copied()
     }
 
+    /// The VBAR used last, or else the one of the highest priority.
+    pub fn in_use(&self) -> Option<VbarId> {
+        self.in_use.or_else(|| self.priorities().next())
+    }
+
     /// Units of work done so far, a measure of cost that does not depend on the machine.
     pub fn steps(&self) -> u64 {
         self.steps

@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 
 use crate::rank_set::RankSet;
+use crate::turns::Turns;
 use crate::{Bytes, FrameId, PageIndex, Rank, RankOrder, Ranks, Serial};
 
 /// What happens to a fault above the watermark.
@@ -27,6 +28,8 @@ pub struct VbarSpec {
     pub mode: Mode,
     /// How many streamed frames to aim at: enough to read ahead while the pages in use are still held.
     pub window: u32,
+    /// How many uses one pass has: the weights that are read in order. 0: passes are not told apart.
+    pub uses_a_pass: u32,
 }
 
 /// Where a page stands.
@@ -85,6 +88,7 @@ pub(crate) struct Vbar {
     /// Being removed: every page leaves as soon as it can.
     pub(crate) closing: bool,
     pub(crate) lent: Lent,
+    pub(crate) turns: Turns,
 }
 
 /// Whether somebody holds a VBAR's pages until asked to give them back.
@@ -120,6 +124,7 @@ impl Vbar {
             lost_plan: false,
             closing: false,
             lent: Lent::No,
+            turns: Turns::default(),
         }
     }
 
@@ -193,7 +198,8 @@ mod tests {
     #[test]
     fn pages_that_wait_again_and_again_leave_no_trail() {
         let order = RankOrder::Address;
-        let spec = VbarSpec { pages: 2, page_size: Bytes::mib(2), order, mode: Mode::Streamed, window: 2 };
+        let (page_size, mode) = (Bytes::mib(2), Mode::Streamed);
+        let spec = VbarSpec { pages: 2, page_size, order, mode, window: 2, uses_a_pass: 2 };
         let mut vbar = Vbar::new(spec);
         for n in 0..1000 {
             let page = PageIndex(n % 2);

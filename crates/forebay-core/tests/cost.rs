@@ -7,6 +7,7 @@ use forebay_core::{
 };
 
 const PAGE: Bytes = Bytes::mib(2);
+const A_PASS: u32 = 50;
 
 #[derive(Default)]
 struct Counters(HashMap<PageRef, u32>);
@@ -33,6 +34,17 @@ impl Pins for Counters {
     fn set_resident(&mut self, _: PageRef) {}
 }
 
+fn spec(pages: u32) -> VbarSpec {
+    VbarSpec {
+        pages,
+        page_size: PAGE,
+        order: RankOrder::Spread { first: 0, last: 0 },
+        mode: Mode::Streamed,
+        window: 4,
+        uses_a_pass: A_PASS,
+    }
+}
+
 /// A policy that fills every page at once.
 struct Script {
     policy: Policy,
@@ -45,13 +57,7 @@ struct Script {
 impl Script {
     fn new(pages: u32, frames: u32) -> Self {
         let mut policy = Policy::new(PAGE * u64::from(frames));
-        let vbar = policy.add_vbar(VbarSpec {
-            pages,
-            page_size: PAGE,
-            order: RankOrder::Spread { first: 0, last: 0 },
-            mode: Mode::Streamed,
-            window: 4,
-        });
+        let vbar = policy.add_vbar(spec(pages));
         Script { policy, vbar, pins: Counters::default(), out: Vec::new(), costs: Vec::new() }
     }
 
@@ -149,4 +155,36 @@ fn no_event_costs_more_when_more_is_resident() {
     });
     assert_eq!(costs[0], costs[1]);
     assert_eq!(costs[0], costs[2]);
+}
+
+/// Two VBARs used in turn, and each event of a turn.
+fn turns(pages: u32) -> Vec<(&'static str, u64)> {
+    let mut script = Script::new(pages, 64);
+    let vbars = [script.vbar, script.policy.add_vbar(spec(pages))];
+    let turn = |script: &mut Script, vbar: VbarId| {
+        script.vbar = vbar;
+        script.event("touch", |policy, _, _| policy.touch(vbar, A_PASS));
+    };
+    for vbar in [vbars; 4].concat() {
+        turn(&mut script, vbar);
+        script.used(A_PASS);
+    }
+    for vbar in vbars {
+        turn(&mut script, vbar);
+        assert!(script.policy.watermark(vbar).0 < pages, "it shares");
+        script.demand("demand, evicting", A_PASS);
+        script.release(A_PASS);
+        script.plan("plan, evicting", A_PASS + 1);
+        let held = script.policy.held();
+        script.event("budget", |policy, pins, out| policy.set_budget(held.saturating_sub(PAGE), pins, out));
+    }
+    script.costs
+}
+
+#[test]
+fn no_turn_costs_more_when_the_models_are_larger() {
+    let costs = SIZES.map(turns);
+    assert_eq!(costs[0], costs[1]);
+    assert_eq!(costs[0], costs[2]);
+    assert!(costs[0].iter().all(|&(_, steps)| steps <= 24), "{:?}", costs[0]);
 }

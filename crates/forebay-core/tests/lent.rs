@@ -22,7 +22,7 @@ impl Pins for Held {
 
 fn spec(pages: u32) -> VbarSpec {
     let order = RankOrder::Spread { first: 0, last: 0 };
-    VbarSpec { pages, page_size: UNIT, order, mode: Mode::Streamed, window: 2 }
+    VbarSpec { pages, page_size: UNIT, order, mode: Mode::Streamed, window: 2, uses_a_pass: pages }
 }
 
 /// A VBAR of four pages, all resident and lent, in a budget of four.

@@ -50,6 +50,14 @@ enum Event {
     },
     Touch {
         vbar: u8,
+        uses: u8,
+    },
+    /// Uses VBARs in turn, a few pages each.
+    Alternate {
+        vbars: Vec<u8>,
+        page: u8,
+        pages: u8,
+        rounds: u8,
     },
     Prioritize {
         vbar: u8,
@@ -96,13 +104,14 @@ fn spec() -> impl Strategy<Value = VbarSpec> {
         1 => Just(RankOrder::Address),
     ];
     let mode = prop_oneof![2 => Just(Mode::Streamed), 1 => Just(Mode::Explicit)];
-    (1u32..=24, prop::sample::select(vec![1u64, 1, 2, 4]), order, mode, 0u32..=8).prop_map(
-        |(pages, units, order, mode, window)| VbarSpec {
+    (1u32..=24, prop::sample::select(vec![1u64, 1, 2, 4]), order, mode, (0u32..=8, 0u32..=6)).prop_map(
+        |(pages, units, order, mode, (window, uses_a_pass))| VbarSpec {
             pages,
             page_size: UNIT * units,
             order: if mode == Mode::Explicit { RankOrder::Address } else { order },
             mode,
             window,
+            uses_a_pass,
         },
     )
 }
@@ -123,7 +132,9 @@ fn event() -> impl Strategy<Value = Event> {
         6 => Just(Event::Settle),
         1 => (vbar.clone(), page.clone(), 60u8..80)
             .prop_map(|(vbar, page, times)| Event::Churn { vbar, page, times }),
-        2 => vbar.clone().prop_map(|vbar| Event::Touch { vbar }),
+        3 => (vbar.clone(), 0u8..12).prop_map(|(vbar, uses)| Event::Touch { vbar, uses }),
+        5 => (prop::collection::vec(vbar.clone(), 2..=4), page.clone(), 0u8..8, 1u8..8)
+            .prop_map(|(vbars, page, pages, rounds)| Event::Alternate { vbars, page, pages, rounds }),
         2 => vbar.clone().prop_map(|vbar| Event::Prioritize { vbar }),
         2 => vbar.clone().prop_map(|vbar| Event::Deprioritize { vbar }),
         5 => (0u8..50).prop_map(|units| Event::SetBudget { units }),
@@ -189,7 +200,15 @@ fn run(world: &mut World, event: &Event) -> Checked {
             }
             Ok(())
         }
-        Event::Touch { vbar } => world.touch(id(vbar)),
+        Event::Touch { vbar, uses } => world.touch(id(vbar), uses.into()),
+        Event::Alternate { ref vbars, page: from, pages, rounds } => {
+            for _ in 0..rounds {
+                for &vbar in vbars {
+                    take_turn(world, id(vbar), from, pages)?;
+                }
+            }
+            Ok(())
+        }
         Event::Prioritize { vbar } => world.prioritize(id(vbar)),
         Event::Deprioritize { vbar } => world.deprioritize(id(vbar)),
         Event::SetBudget { units } => world.set_budget(UNIT * u64::from(units)),
@@ -206,6 +225,22 @@ fn run(world: &mut World, event: &Event) -> Checked {
         Event::Close { vbar } => world.close(id(vbar)),
         Event::Forget { vbar } => world.forget(id(vbar)).map(drop),
     }
+}
+
+/// Uses some pages one after the other, each read ahead while the one before is in use.
+fn take_turn(world: &mut World, id: VbarId, from: u8, pages: u8) -> Checked {
+    let spec = world.books.vbar(id).spec;
+    world.touch(id, 1)?;
+    for page in u32::from(from)..u32::from(from) + u32::from(pages) {
+        let [page, next] = [page, page + 1].map(|page| page_at(id, page % spec.pages));
+        if world.demand(&[page], Bytes::ZERO)? == Outcome::Granted {
+            world.unplan(page)?;
+            world.plan(next)?;
+            world.settle()?;
+            world.release(world.held_operations() - 1)?;
+        }
+    }
+    Ok(())
 }
 
 /// At rest no frame is lost: what fits is granted, and what is closed can go.

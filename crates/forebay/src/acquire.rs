@@ -339,7 +339,7 @@ impl Shared {
                     return Err(State::detached(&vbar.name, self.id));
                 }
                 if vbar.layout.is_some() {
-                    state.policy.touch(vbar.id);
+                    state.policy.touch(vbar.id, 0);
                 }
             }
             let reserved = self.reserved_beside(state, distinct);

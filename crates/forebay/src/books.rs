@@ -290,7 +290,8 @@ mod tests {
         let mut books = Books::new(Arc::clone(&device));
         let size = Bytes::mib(2);
         let (order, mode) = (RankOrder::Address, Mode::Streamed);
-        let id = Policy::new(size).add_vbar(VbarSpec { pages: 1, page_size: size, order, mode, window: 0 });
+        let spec = VbarSpec { pages: 1, page_size: size, order, mode, window: 0, uses_a_pass: 1 };
+        let id = Policy::new(size).add_vbar(spec);
         let reservation = Reservation::new(device, size, size).unwrap();
         let vbar = Arc::new(Vbar::new(id, "model".into(), reservation, size, None));
         let book = VbarBook {

@@ -121,6 +121,7 @@ impl Engine {
             order: layout.order(),
             mode: Mode::Streamed,
             window,
+            uses_a_pass: layout.scheduled.len() as u32,
         };
         let vbar = self.open(name, spec, Some(layout))?;
         Attachment::new(self, vbar)
@@ -144,6 +145,7 @@ impl Engine {
             order: RankOrder::Address,
             mode: Mode::Explicit,
             window: 0,
+            uses_a_pass: 0,
         };
         Ok(ExplicitVbar::new(self, self.open(name, spec, None)?, size))
     }

@@ -51,7 +51,7 @@ impl Attachment {
         if !lends {
             return None;
         }
-        state.policy.touch(id);
+        state.policy.touch(id, 0);
         state.books.vbar(id).lent = Some(Arc::clone(&lent));
         drop(state);
         tracing::debug!(model = %self.name(), "lent as a whole");
@@ -107,9 +107,9 @@ impl Lease {
         self.vbar.streams.know(stream);
     }
 
-    /// The model is used: it goes to the top of the priorities. Takes no lock.
+    /// A pass of the model begins: it goes to the top of the priorities. Takes no lock.
     pub fn note_use(&self) {
-        self.vbar.used_as_lent.store(true, Ordering::Release);
+        self.vbar.passes_as_lent.fetch_add(1, Ordering::Release);
     }
 }
 

@@ -5,6 +5,7 @@
 //! state lock nobody waits for the device, calls Python, logs, reads a source, maps or unmaps; recording and querying events
 //! is allowed, as neither waits.
 
+use std::cmp::Reverse;
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -13,6 +14,7 @@ use std::time::{Duration, Instant};
 use forebay_core::{Bytes, Command, PageRef, Policy, Serial, VbarId};
 use forebay_device::{Device, DeviceId, Stream};
 use parking_lot::{Condvar, Mutex, MutexGuard};
+use smallvec::SmallVec;
 
 use crate::books::{Books, VbarBook};
 use crate::cache::registering::Registering;
@@ -225,29 +227,36 @@ impl State {
         }
     }
 
-    /// Takes in what was used since the last call: the schedules learn, planned uses are ticked off, and the model used
-    /// goes to the top of the priorities.
+    /// Takes in what was used since the last call: the schedules learn, planned uses are ticked off, and the policy is told.
     pub(crate) fn take_in_uses(&mut self) {
         let policy = &mut self.policy;
+        let mut used: SmallVec<[(VbarId, u32); 4]> = SmallVec::new();
         for (id, book) in &mut self.books.vbars {
             let Some(layout) = &book.vbar.layout else { continue };
             let unplan = |policy: &mut Policy, number: u32| {
                 layout.scheduled_pages(number).for_each(|page| policy.unplan(book.vbar.page_ref(page)));
             };
             let (schedule, tail) = (&mut book.schedule, &mut book.trace_tail);
-            let mut used = false;
+            let before = *tail;
             book.vbar.trace.drain(tail, |number| {
-                used = true;
                 if schedule.used(number, |dropped| unplan(policy, dropped)) {
                     unplan(policy, number);
                 }
             });
-            used |= book.vbar.used_as_lent.swap(false, Ordering::AcqRel);
-            if used && book.is_open() {
+            let passes_as_lent = book.vbar.passes_as_lent.swap(0, Ordering::AcqRel);
+            let uses = *tail - before + u64::from(passes_as_lent) * layout.scheduled.len() as u64;
+            if (uses > 0 || passes_as_lent > 0) && book.is_open() {
                 book.started = true;
-                policy.touch(*id);
+                used.push((*id, u32::try_from(uses).unwrap_or(u32::MAX)));
             }
         }
+        // In which order is not known, but what was in use is used up first, and the others have their turns as before.
+        let in_use = policy.in_use();
+        used.sort_by_key(|(id, _)| {
+            let place = policy.priorities().position(|other| other == *id);
+            (in_use != Some(*id), Reverse(place))
+        });
+        used.into_iter().for_each(|(id, uses)| policy.touch(id, uses));
     }
 
     /// Reads ahead for the model in use, as far as frames may be taken for it.
@@ -256,7 +265,7 @@ impl State {
         if self.waiting > 0 {
             return;
         }
-        let Some(id) = self.policy.priorities().next() else { return };
+        let Some(id) = self.policy.in_use() else { return };
         let Some(book) = self.books.vbars.get(&id) else { return };
         let vbar = Arc::clone(&book.vbar);
         let Some(layout) = vbar.layout.as_ref().filter(|_| book.started && book.is_open()) else { return };

@@ -31,8 +31,8 @@ pub(crate) struct Vbar {
     pub(crate) patches: Patches,
     /// Leading pages that are pinned as long as the model is attached, once they are.
     pub(crate) reserved: AtomicU32,
-    /// Was used without a lock since its uses were last taken in.
-    pub(crate) used_as_lent: AtomicBool,
+    /// Passes without a lock since uses were last taken in.
+    pub(crate) passes_as_lent: AtomicU32,
     /// Set when the VBAR is closed, so that nobody pins what others still hold.
     pub(crate) closed: AtomicBool,
     reservation: Reservation,
@@ -59,7 +59,7 @@ impl Vbar {
             streams: KnownStreams::default(),
             patches: Patches::default(),
             reserved: AtomicU32::new(0),
-            used_as_lent: AtomicBool::new(false),
+            passes_as_lent: AtomicU32::new(0),
             closed: AtomicBool::new(false),
             reservation,
         }

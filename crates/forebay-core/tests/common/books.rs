@@ -40,6 +40,13 @@ pub(crate) struct NaiveVbar {
     pub(crate) closing: bool,
     /// Releases told since its watermark last fell or memory was short.
     pub(crate) calm: u32,
+    /// Uses of each of its stays, and of the one under way.
+    pub(crate) stays: Vec<u64>,
+    pub(crate) uses: u64,
+    /// Turns that others had since its last one.
+    pub(crate) missed: u32,
+    /// Its watermark was not opened when it was used again.
+    pub(crate) holds_back: bool,
     /// Streamed frames when the decision that is under way began.
     pub(crate) streamed_before: u32,
 }
@@ -74,9 +81,12 @@ pub(crate) enum Asked {
 
 #[derive(Debug)]
 pub(crate) struct Books {
+    pub(crate) budget: Bytes,
     pub(crate) vbars: Vec<Option<NaiveVbar>>,
     /// Highest last.
     pub(crate) priority: Vec<VbarId>,
+    /// The one used last.
+    pub(crate) in_use: Option<VbarId>,
     pub(crate) asked: Asked,
     /// Pins given by the call under way.
     pub(crate) given: usize,
@@ -91,10 +101,12 @@ pub(crate) struct Books {
 }
 
 impl Books {
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(budget: Bytes) -> Self {
         Books {
+            budget,
             vbars: Vec::new(),
             priority: Vec::new(),
+            in_use: None,
             asked: Asked::Nothing,
             given: 0,
             undoing: false,
@@ -107,6 +119,8 @@ impl Books {
 
     pub(crate) fn add(&mut self, id: VbarId, spec: VbarSpec) {
         assert_eq!(id.get() as usize, self.vbars.len());
+        self.end_stay();
+        self.in_use = Some(id);
         self.vbars.push(Some(NaiveVbar {
             spec,
             ranks: Ranks::new(spec.pages, spec.order),
@@ -114,6 +128,10 @@ impl Books {
             floor: 0,
             closing: false,
             calm: 0,
+            stays: Vec::new(),
+            uses: 0,
+            missed: 0,
+            holds_back: false,
             streamed_before: 0,
         }));
         self.priority.push(id);
@@ -191,16 +209,19 @@ impl Books {
         }
     }
 
-    /// A frame is taken for a VBAR that streams through no more than its window: that is no calm.
+    /// A frame is taken where those that share memory stream through no more than their windows: that is no calm.
     fn note_pressure(&mut self) {
         let id = match &self.asked {
             Asked::Demand(pages) if !self.undoing => pages[0].vbar,
             Asked::Plan(page) => page.vbar,
             _ => return,
         };
-        let vbar = self.vbar_mut(id);
-        if vbar.streamed_before <= vbar.spec.window {
-            vbar.calm = 0;
+        let bytes = |pages: u32, id| self.vbar(id).spec.page_size * u64::from(pages);
+        let sharing = self.sharing(id);
+        let streamed: Bytes = sharing.iter().map(|&id| bytes(self.vbar(id).streamed_before, id)).sum();
+        let windows: Bytes = sharing.iter().map(|&id| bytes(self.vbar(id).spec.window, id)).sum();
+        if streamed <= windows {
+            self.vbar_mut(id).calm = 0;
         }
     }
 
@@ -244,7 +265,7 @@ impl Pins for Books {
         if self.page(page).pins > 0 {
             return false;
         }
-        let allowed = self.victims();
+        let allowed = self.victims_by_now();
         if !allowed.contains(&page) {
             let standing = self.standing(page);
             let asked = &self.asked;

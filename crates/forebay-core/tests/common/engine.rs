@@ -57,7 +57,6 @@ impl Engine {
     ) -> Checked<Pass> {
         let before = self.world.ledger.history().len();
         let mut waits = 0;
-        self.world.touch(model.id)?;
         for page in order {
             waits += u32::from(!self.world.books.page(page_at(model.id, page)).backed);
             self.use_page(model, page)?;
@@ -71,8 +70,14 @@ impl Engine {
         Ok(Pass { fills: times.iter().sum(), most: times.into_iter().max().unwrap_or(0), waits })
     }
 
+    /// One pass of each model. How many pages were filled.
+    pub(crate) fn round(&mut self, models: &mut [Model]) -> Checked<u32> {
+        models.iter_mut().map(|model| Ok(self.pass(model)?.fills)).sum()
+    }
+
     fn use_page(&mut self, model: &mut Model, page: u32) -> Checked {
         let at = page_at(model.id, page);
+        self.world.touch(model.id, 0)?;
         let mut outcome = self.world.demand(&[at], Bytes::ZERO)?;
         while outcome == Outcome::Blocked && !self.running.is_empty() {
             self.finish_one()?;
@@ -80,6 +85,7 @@ impl Engine {
         }
         ensure!(outcome == Outcome::Granted, "{at} of {}: {outcome:?}", self.world.budget);
         self.running.push_back(model.id);
+        self.world.touch(model.id, 1)?;
         let mut gone = Vec::new();
         if model.schedule.used(page, |dropped| gone.push(dropped)) {
             gone.push(page);

@@ -5,6 +5,7 @@
 pub(crate) mod books;
 pub(crate) mod engine;
 pub(crate) mod machine;
+pub(crate) mod turns;
 pub(crate) mod verify;
 pub(crate) mod victims;
 pub(crate) mod world;
@@ -39,10 +40,11 @@ pub(crate) fn streamed(pages: u32, window: u32) -> VbarSpec {
         order: RankOrder::Spread { first: 0, last: 0 },
         mode: Mode::Streamed,
         window,
+        uses_a_pass: pages,
     }
 }
 
 /// An explicit VBAR of pages of one unit.
 pub(crate) fn explicit(pages: u32) -> VbarSpec {
-    VbarSpec { pages, page_size: UNIT, order: RankOrder::Address, mode: Mode::Explicit, window: 0 }
+    VbarSpec { mode: Mode::Explicit, order: RankOrder::Address, ..streamed(pages, 0) }
 }

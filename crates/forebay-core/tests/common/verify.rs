@@ -61,6 +61,8 @@ impl World {
         let told: Vec<_> = self.policy.priorities().collect();
         let naive: Vec<_> = self.books.priority.iter().rev().copied().collect();
         ensure!(told == naive, "the priorities are {naive:?}, the policy says {told:?}");
+        let (told, used) = (self.policy.in_use(), self.books.in_use.or(naive.first().copied()));
+        ensure!(told == used, "{used:?} was used last, the policy says {told:?}");
         Ok(())
     }
 

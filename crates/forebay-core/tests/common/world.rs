@@ -1,6 +1,6 @@
 //! A policy and the naive picture of what it decides, driven together: every call is checked.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 
 use forebay_core::{Bytes, Command, FrameId, Mode, Outcome, PageRef, Policy, Rank, VbarId, VbarSpec};
 
@@ -31,7 +31,7 @@ impl World {
     pub(crate) fn new(budget: Bytes) -> Self {
         World {
             policy: Policy::new(budget),
-            books: Books::new(),
+            books: Books::new(budget),
             ledger: Machine::default(),
             device: Machine::default(),
             queue: VecDeque::new(),
@@ -145,8 +145,12 @@ impl World {
     fn released(&mut self, page: PageRef) -> Checked {
         let before = self.policy.watermark(page.vbar).0;
         let unused = self.budget.saturating_sub(self.ledger.held()) + self.ledger.free();
-        let frames =
-            u64::from(self.policy.held_pages(page.vbar)) + unused.get() / self.books.size(page).get();
+        let sharing = self.books.sharing(page.vbar);
+        let size = self.books.size(page);
+        let held: Bytes = sharing.iter().map(|&id| self.bytes(id, self.policy.held_pages(id))).sum();
+        let frames = held + size * (unused.get() / size.get());
+        let watermarks: HashMap<_, _> =
+            self.books.ids().map(|id| (id, self.policy.watermark(id).0)).collect();
         self.books.vbar_mut(page.vbar).calm += 1;
         self.call(Asked::Leave(page), |policy, books, out| policy.released(page, books, out))?;
         let (now, vbar) = (self.policy.watermark(page.vbar).0, self.books.vbar(page.vbar));
@@ -154,8 +158,15 @@ impl World {
         if now > before {
             ensure!(vbar.spec.mode == Mode::Streamed && !vbar.closing, "this watermark may not rise");
             ensure!(vbar.calm > CALM, "the watermark rose after {} calm releases", vbar.calm);
-            let wanted = (now + vbar.spec.window).min(vbar.spec.pages);
-            ensure!(frames >= wanted.into(), "the watermark rose to {now}, with {frames} frames to be had");
+            let wanted = |&id: &VbarId| {
+                let spec = self.books.vbar(id).spec;
+                self.bytes(
+                    id,
+                    (watermarks[&id].max(self.policy.watermark(id).0) + spec.window).min(spec.pages),
+                )
+            };
+            let wanted: Bytes = sharing.iter().map(wanted).sum();
+            ensure!(frames >= wanted, "the watermark rose to {now}: {frames} to be had, {wanted} wanted");
         }
         Ok(())
     }
@@ -185,22 +196,24 @@ impl World {
         Ok(())
     }
 
-    pub(crate) fn touch(&mut self, id: VbarId) -> Checked {
-        if self.books.priority.last() != Some(&id) {
-            return self.raise(id, |policy| policy.touch(id));
+    pub(crate) fn touch(&mut self, id: VbarId, uses: u32) -> Checked {
+        let before: HashMap<_, _> = self.books.ids().map(|id| (id, self.policy.watermark(id).0)).collect();
+        let expected = self.books.touch(id, uses, |id| before[&id]);
+        self.policy.touch(id, uses);
+        for (&one, &before) in &before {
+            let (now, expected) = (self.policy.watermark(one).0, if one == id { expected } else { before });
+            ensure!(
+                now == expected,
+                "{id:?} was used, and the watermark of {one:?} is at {now}, not {expected}"
+            );
         }
-        self.call(Asked::Nothing, |policy, _, _| policy.touch(id))
+        self.verify()
     }
 
     pub(crate) fn prioritize(&mut self, id: VbarId) -> Checked {
-        self.raise(id, |policy| policy.prioritize(id))
-    }
-
-    fn raise(&mut self, id: VbarId, call: impl FnOnce(&mut Policy)) -> Checked {
-        self.books.priority.retain(|&other| other != id);
-        self.books.priority.push(id);
+        self.books.prioritize(id);
         let before = self.policy.watermark(id).0;
-        call(&mut self.policy);
+        self.policy.prioritize(id);
         let vbar = self.books.vbar(id);
         let open = if vbar.closing { before } else { vbar.spec.pages };
         let now = self.policy.watermark(id).0;
@@ -209,9 +222,12 @@ impl World {
     }
 
     pub(crate) fn deprioritize(&mut self, id: VbarId) -> Checked {
-        self.books.priority.retain(|&other| other != id);
-        self.books.priority.insert(0, id);
+        self.books.deprioritize(id);
         self.call(Asked::Nothing, |policy, _, _| policy.deprioritize(id))
+    }
+
+    fn bytes(&self, id: VbarId, pages: u32) -> Bytes {
+        self.books.vbar(id).spec.page_size * u64::from(pages)
     }
 
     pub(crate) fn set_floor(&mut self, id: VbarId, rank: u32) -> Checked {
@@ -231,7 +247,7 @@ impl World {
     }
 
     pub(crate) fn set_budget(&mut self, budget: Bytes) -> Checked {
-        self.budget = budget;
+        (self.budget, self.books.budget) = (budget, budget);
         self.call(Asked::Pressure, |policy, books, out| policy.set_budget(budget, books, out))
     }
 
@@ -279,6 +295,7 @@ impl World {
         if ready {
             self.policy.forget_vbar(id);
             self.books.priority.retain(|&other| other != id);
+            self.books.in_use = self.books.in_use.filter(|&used| used != id);
             self.books.vbars[id.get() as usize] = None;
             self.verify()?;
         }
@@ -310,6 +327,7 @@ impl World {
         self.ledger.undo_create(page, refused);
         self.books.page_mut(page).backed = false;
         self.budget = self.budget.min(self.ledger.held());
+        self.books.budget = self.budget;
         self.call(Asked::Nothing, |policy, _, _| policy.create_failed(page))
     }
 
@@ -354,13 +372,22 @@ impl World {
         event: impl FnOnce(&mut Policy, &mut Books, &mut Vec<Command>) -> T,
     ) -> Checked<T> {
         let watermarks: Vec<_> = self.books.ids().map(|id| (id, self.policy.watermark(id))).collect();
-        let may_rise = matches!(asked, Asked::Leave(_));
+        let asks = match &asked {
+            Asked::Demand(pages) => Some(pages[0].vbar),
+            Asked::Plan(page) => Some(page.vbar),
+            _ => None,
+        };
+        let sharing = asks.filter(|&id| self.books.vbar(id).holds_back).map(|id| self.books.sharing(id));
+        let releases = matches!(asked, Asked::Leave(_));
         let may_fall = !matches!(asked, Asked::Nothing);
         self.books.begin(asked);
         let mut out = Vec::new();
         let result = event(&mut self.policy, &mut self.books, &mut out);
         for (id, before) in watermarks {
             let now = self.policy.watermark(id);
+            let is_lower = |page: &&PageRef| sharing.as_ref().is_some_and(|ids| !ids.contains(&page.vbar));
+            let taken = self.books.tried.iter().filter(is_lower).count() as u32;
+            let may_rise = releases || (asks == Some(id) && now.0 <= before.0 + taken);
             ensure!(now <= before || may_rise, "a watermark rose from {before:?} to {now:?}");
             ensure!(now >= before || may_fall, "a watermark fell from {before:?} to {now:?}");
             if now < before {
