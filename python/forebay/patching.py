@@ -288,9 +288,7 @@ class Patches:
         merged = value.float()
         flat = torch.zeros_like(merged).flatten(1)
         for term in terms:
-            flat[term.first : term.last] += (
-                term.scale * term.adapter.up.float()
-            ) @ term.adapter.down.float()
+            flat[term.first : term.last] += (term.scale * term.adapter.up.float()) @ term.adapter.down.float()
         return (merged + flat.view(merged.shape)).to(target.dtype)
 
     def _upload_stream(self) -> _Uploading:
