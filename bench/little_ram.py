@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from stack import setting
+from stack import anonymous_mib, disk_bytes, setting
 from torch import nn
 
 import forebay
@@ -102,22 +102,12 @@ def limit() -> int | None:
     return None
 
 
-def anonymous() -> int:
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("Anonymous:")).split()[1]) << 10
-
-
-def read_bytes() -> int:
-    lines = Path("/proc/self/io").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("read_bytes:")).split()[1])
-
-
 def timed(name: str, call: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, dict[str, Any]]:
-    start, before = time.perf_counter(), read_bytes()
+    start, before = time.perf_counter(), disk_bytes()
     result = call().cpu()
     row = {
-        "name": name, "seconds": time.perf_counter() - start, "read_bytes": read_bytes() - before,
-        "anonymous_bytes": anonymous(),
+        "name": name, "seconds": time.perf_counter() - start, "read_bytes": disk_bytes() - before,
+        "anonymous_bytes": int(anonymous_mib() * MIB),
     }  # fmt: skip
     print(
         f"{name:<24} {row['seconds']:7.1f} s  read {row['read_bytes'] / 1e9:5.1f} GB  "

@@ -7,8 +7,6 @@ import functools
 import gc
 import importlib
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -420,11 +418,7 @@ def machine(chosen: argparse.Namespace) -> Row:
     return {
         "weights_bytes": stack.write_weights(chosen.file, chosen.blocks, chosen.width),
         "link_bytes_s": stack.link_rate(),
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "forebay": forebay.__version__,
-        "cores": os.cpu_count(),
-        "kernel": platform.release(),
+        **stack.machine(),
     }
 
 

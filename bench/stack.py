@@ -325,13 +325,18 @@ def table_row(row: dict[str, Any]) -> str:
     )
 
 
-def setting(is_cuda: bool = True) -> dict[str, Any]:
-    """What was run when, and where."""
+def machine(is_cuda: bool = True) -> dict[str, Any]:
+    """Where this runs."""
     return {
-        "command": " ".join(["python", *sys.argv]), "date": date.today().isoformat(),
         "gpu": torch.cuda.get_device_name() if is_cuda else "none", "torch": torch.__version__,
         "forebay": forebay.__version__, "cores": os.cpu_count(), "kernel": platform.release(),
     }  # fmt: skip
+
+
+def setting(is_cuda: bool = True) -> dict[str, Any]:
+    """What was run when, and where."""
+    command = " ".join(["python", *sys.argv])
+    return {"command": command, "date": date.today().isoformat(), **machine(is_cuda)}
 
 
 def main() -> int:

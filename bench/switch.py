@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
-from stack import GIB, inputs, load, write_weights
+from stack import GIB, inputs, load, setting, write_weights
 from torch import nn
 
 import forebay
@@ -122,8 +120,7 @@ def main() -> int:
     settled = rows[2:]
     idle = [row["idle_ms"] for row in settled]
     result = {
-        "command": " ".join(["python", *sys.argv]), "date": date.today().isoformat(), "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__, "forebay": forebay.__version__, "cores": os.cpu_count(), "free_gib": chosen.free,
+        **setting(), "free_gib": chosen.free,
         "layer_ms": layer_ms, "median_idle_ms": statistics.median(idle), "longest_idle_ms": max(idle), "same": same, "rows": rows,
     }  # fmt: skip
     if chosen.out:
