@@ -20,7 +20,6 @@ pub(crate) enum Purpose {
 }
 
 /// Whose frame was freed.
-#[derive(PartialEq, Eq)]
 enum Whose {
     Spent,
     Lower,

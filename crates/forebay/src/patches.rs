@@ -256,10 +256,12 @@ impl Shared {
         let current = vbar.patches.current();
         let is_computed =
             |set: &PatchSet| vbar.layout.as_ref().is_some_and(|layout| is_computed(set, layout, vbar, page));
-        match (is_computed(patches), is_computed(&current)) {
-            (true, _) if !Arc::ptr_eq(patches, &current) => Ok(Completed::Outdated),
-            (_, true) => Ok(Completed::Later(current)),
-            (_, false) => self.add_products(vbar, &current, page, filled).map(|()| Completed::Now),
+        if !Arc::ptr_eq(patches, &current) && is_computed(patches) {
+            return Ok(Completed::Outdated);
+        }
+        match is_computed(&current) {
+            true => Ok(Completed::Later(current)),
+            false => self.add_products(vbar, &current, page, filled).map(|()| Completed::Now),
         }
     }
 

@@ -33,11 +33,17 @@ impl Compute for Fixed {
     }
 }
 
+impl Fixed {
+    fn of(rig: &Rig, bytes: Arc<Vec<u8>>) -> Arc<Fixed> {
+        let rig = Rig { device: Arc::clone(&rig.device), host: None };
+        Arc::new(Fixed { rig, bytes, calls: AtomicUsize::new(0), fails: AtomicBool::new(false) })
+    }
+}
+
 fn fixed(random: &mut Random, rig: &Rig, weight: usize, now: &mut Weights) -> Arc<Fixed> {
     let bytes = Arc::new(random.bytes(SIZES[weight]));
     now.contents[weight] = Arc::clone(&bytes);
-    let rig = Rig { device: Arc::clone(&rig.device), host: None };
-    Arc::new(Fixed { rig, bytes, calls: AtomicUsize::new(0), fails: AtomicBool::new(false) })
+    Fixed::of(rig, bytes)
 }
 
 fn patch(by: Arc<dyn Compute>) -> Option<Patch> {
@@ -47,6 +53,21 @@ fn patch(by: Arc<dyn Compute>) -> Option<Patch> {
 fn copy_of(weights: &Weights) -> Weights {
     let file = tempfile::NamedTempFile::new().unwrap();
     Weights { contents: weights.contents.clone(), specs: weights.specs.clone(), file }
+}
+
+/// Has two weights computed, and notes what they are now.
+fn compute_two(
+    random: &mut Random,
+    rig: &Rig,
+    model: &Attachment,
+    consumer: &Consumer,
+    which: [usize; 2],
+    now: &mut Weights,
+) -> [Arc<Fixed>; 2] {
+    let by = which.map(|weight| fixed(random, rig, weight, now));
+    let changes = which.into_iter().zip(&by).map(|(weight, by)| (weight, patch(by.clone()))).collect();
+    model.change_patches(changes, Use::on(consumer.stream())).unwrap();
+    by
 }
 
 fn pass(model: &Attachment, now: &Weights, consumer: &mut Consumer) {
@@ -66,9 +87,7 @@ fn computed_weights_are_used_at_every_budget_until_they_are_taken_back() {
         let model = weights.attach(&engine, "model");
         let (mut consumer, mut now) = (rig.consumer(), copy_of(&weights));
         pass(&model, &now, &mut consumer);
-        let by = [fixed(&mut random, &rig, 2, &mut now), fixed(&mut random, &rig, 4, &mut now)];
-        let changes = vec![(2, patch(by[0].clone())), (4, patch(by[1].clone()))];
-        model.change_patches(changes, Use::on(consumer.stream())).unwrap();
+        let by = compute_two(&mut random, &rig, &model, &consumer, [2, 4], &mut now);
         for _ in 0..3 {
             pass(&model, &now, &mut consumer);
         }
@@ -112,9 +131,7 @@ fn what_is_computed_is_not_read() {
     let model = weights.attach(&engine, "model");
     let (mut consumer, mut now) = (rig.consumer(), copy_of(&weights));
     // One within pages that it fills, and one that shares a page with others.
-    let by = [fixed(&mut random, &rig, 0, &mut now), fixed(&mut random, &rig, 4, &mut now)];
-    let changes = vec![(0, patch(by[0].clone())), (4, patch(by[1].clone()))];
-    model.change_patches(changes, Use::on(consumer.stream())).unwrap();
+    compute_two(&mut random, &rig, &model, &consumer, [0, 4], &mut now);
     pass(&model, &now, &mut consumer);
     engine.settle().unwrap();
     let others = Bytes::new([1, 2, 3].map(|weight| SIZES[weight] as u64).iter().sum());
@@ -161,12 +178,7 @@ fn what_was_not_read_for_patches_that_are_gone_is_read_after_all() {
     weights.specs[2].kind = WeightKind::Table;
     let model = weights.attach(&engine, "model");
     let consumer = rig.consumer();
-    let by = Arc::new(Fixed {
-        rig: Rig { device: Arc::clone(&rig.device), host: None },
-        bytes: Arc::new(random.bytes(1 << 20)),
-        calls: AtomicUsize::new(0),
-        fails: AtomicBool::new(false),
-    });
+    let by = Fixed::of(&rig, Arc::new(random.bytes(1 << 20)));
     let changes = vec![(0, patch(by.clone())), (2, patch(by.clone()))];
     model.change_patches(changes, Use::on(consumer.stream())).unwrap();
     *held.begun.lock().unwrap() = Some(begun);

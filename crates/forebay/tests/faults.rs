@@ -9,11 +9,11 @@ use std::time::{Duration, Instant};
 
 use common::faulty::{Call, Failure, Faulty, Live};
 use common::gate::Gate;
-use common::on_device::OnDevice;
+use common::on_device::{Given, OnDevice};
 use common::{Consumer, Random, Rig, Weights, try_engine_on};
 use forebay::device::host::HostConfig;
 use forebay::device::{Device, Element, Factors, StreamHandle};
-use forebay::{Budget, Bytes, Compute, Computed, Engine, EngineError, Patch, Product, Result, Use};
+use forebay::{Budget, Bytes, Compute, Engine, EngineError, Patch, Product, Result, Use};
 
 const PAGE: Bytes = Bytes::mib(2);
 
@@ -23,16 +23,6 @@ const SIZES: [usize; 5] = [100_000, 3 << 20, 100, 70_000, 2 << 20];
 /// The weight that is patched, of float32 in 250 rows.
 const PATCHED: usize = 0;
 const COLUMNS: u32 = 100;
-
-/// Gives what is there already, at once.
-struct Numbers(Arc<OnDevice>);
-
-impl Compute for Numbers {
-    fn compute(&self) -> std::result::Result<Computed, String> {
-        let keep = Arc::clone(&self.0);
-        Ok(Computed { at: keep.addr, written_on: StreamHandle::DEFAULT, keep: Box::new(keep) })
-    }
-}
 
 /// A patch that makes a weight of other numbers and adds 1.5 to them, and what that gives.
 fn patch(device: &Arc<dyn Device>) -> (Patch, Arc<Vec<u8>>) {
@@ -52,7 +42,7 @@ fn patch(device: &Arc<dyn Device>) -> (Patch, Arc<Vec<u8>>) {
         row_base: 0,
     };
     let product = Product { rows: 0..(SIZES[PATCHED] / 4) as u32 / COLUMNS, factors };
-    let computed: Arc<dyn Compute> = Arc::new(Numbers(Arc::new(OnDevice::new(device, &of(&numbers)))));
+    let computed: Arc<dyn Compute> = Arc::new(Given(Arc::new(OnDevice::new(device, &of(&numbers)))));
     let keep = Arc::new((ones, scale));
     let patch = Patch { element: Element::F32, computed: Some(computed), products: vec![product], keep };
     (patch, Arc::new(of(&numbers.iter().map(|number| number + 1.5).collect::<Vec<_>>())))

@@ -14,10 +14,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use common::gate::Gate;
-use common::on_device::OnDevice;
+use common::on_device::{Given, OnDevice};
 use common::{Consumer, Random, Rig, Weights};
-use forebay::device::{Device, Element, Event, Factors, PinnedBuffer, StreamHandle};
-use forebay::{Attachment, Bytes, Compute, Computed, EngineError, Patch, Product, Use};
+use forebay::device::{Device, Element, Event, Factors, PinnedBuffer};
+use forebay::{Attachment, Bytes, EngineError, Patch, Product, Use};
 
 /// Bytes of the weights: of bf16, 512 columns, so that pages end within rows, and one that is always resident.
 const SIZES: [usize; 6] = [3 << 20, 2048, (5 << 20) + 1024, 2 << 20, (6 << 20) - 1024, 1 << 20];
@@ -280,16 +280,6 @@ fn a_lent_model_is_recalled() {
         holder.join().unwrap();
     });
     pass(&model, &now, &mut consumer);
-}
-
-/// Gives what is there already.
-struct Given(Arc<OnDevice>);
-
-impl Compute for Given {
-    fn compute(&self) -> Result<Computed, String> {
-        let keep = Arc::clone(&self.0);
-        Ok(Computed { at: keep.addr, written_on: StreamHandle::DEFAULT, keep: Box::new(keep) })
-    }
 }
 
 #[test]

@@ -71,17 +71,15 @@ impl Cgroup {
 fn tightest(root: &Path, own: &str) -> Option<Cgroup> {
     let folders = own.lines().filter_map(|line| {
         let (controllers, path) = line.split_once(':')?.1.split_once(':')?;
-        let path = path.strip_prefix('/')?;
-        match controllers {
-            "" => Some((root.to_owned(), root.join(path))),
-            _ => {
-                let root = root.join("memory");
-                let path = root.join(path);
-                controllers.split(',').any(|controller| controller == "memory").then_some((root, path))
-            }
-        }
+        let root: PathBuf = match controllers {
+            "" => root.to_owned(),
+            _ if controllers.split(',').any(|controller| controller == "memory") => root.join("memory"),
+            _ => return None,
+        };
+        let folder = root.join(path.strip_prefix('/')?);
+        Some((root, folder))
     });
-    let all = folders.flat_map(|(root, folder): (PathBuf, PathBuf)| {
+    let all = folders.flat_map(|(root, folder)| {
         let up_to_root = folder.ancestors().take_while(|folder| folder.starts_with(&root));
         up_to_root.map(read_cgroup).collect::<Vec<_>>()
     });
@@ -97,8 +95,8 @@ fn read_cgroup(folder: &Path) -> Option<Cgroup> {
         let found = fields.find(|(name, _)| *name == key).and_then(|(_, value)| value.parse().ok());
         found.map_or(Bytes::ZERO, Bytes::new)
     };
-    // Files in memory count as files, but cannot be given back.
     let pressure = read("memory.pressure").map_or(0.0, |text| some_of_10_s(&text));
+    // Files in memory count as files, but cannot be given back.
     if let Some(limit) = read("memory.max") {
         return Some(Cgroup {
             limit: number(limit)?,
