@@ -5,11 +5,12 @@ The engine adds them on the device as a page is filled; small weights, which are
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import logging
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,8 +108,9 @@ class Patches:
         self._device = device
         self._targets: list[Target] = []
         self._files: dict[tuple[str, int, int], list[Adapter]] = {}
-        self._stream: torch.cuda.Stream | None = None
-        self._reading: torch.cuda.Stream | None = None
+        # Not the caller's: its work may wait for pages that wait for this.
+        self._own = _OwnStream(device)
+        self._reading = _OwnStream(device)
         self._is_detached = False
         # For the whole of a change. Taken before everything else, and never while the engine calls Python.
         self._lock = threading.Lock()
@@ -188,7 +190,7 @@ class Patches:
     def _change(self, wanted: Iterable[tuple[Target, Function | None, list[Term]]]) -> None:
         """Gives weights their functions and terms. Those that have them already are left alone."""
         by_model: dict[Model, list[_Change]] = {}
-        with torch.inference_mode(False), torch.no_grad(), self._upload_stream() as stream:
+        with torch.inference_mode(False), torch.no_grad(), self._own.current() as stream:
             for target, function, terms in wanted:
                 is_same = [term.identity for term in terms] == [term.identity for term in target.terms]
                 if is_same and function is target.function:
@@ -238,7 +240,7 @@ class Patches:
 
     def _computed(self, target: Target, function: Function) -> tuple[int, int, object]:
         """Computes a weight, on a thread of the engine. Its address, the stream's handle, and what keeps it."""
-        with torch.inference_mode(False), torch.no_grad(), self._upload_stream() as stream:
+        with torch.inference_mode(False), torch.no_grad(), self._own.current() as stream:
             result = self._called(target, function)
             return result.data_ptr(), stream, result
 
@@ -266,18 +268,13 @@ class Patches:
         """
         if target.small is not None:
             return target.source.to(self._device, copy=True)
-        if self._device.type == "cuda" and self._reading is None:
-            self._reading = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         source = target.source
-        with _Uploading(self._reading) as reading:
+        with self._reading.current() as reading:
             stored = torch.empty_strided(
                 source.size(), source.stride(), dtype=source.dtype, device=self._device
             )
             target.model.weight(target.index).read_to_device(stored.data_ptr(), stored.nbytes, reading)
-        if self._reading is not None:
-            current = torch.cuda.current_stream(self._device)
-            current.wait_stream(self._reading)
-            stored.record_stream(current)
+        self._reading.hand_over(stored)
         return stored
 
     def _merged(self, target: Target, function: Function | None, terms: Sequence[Term]) -> torch.Tensor:
@@ -290,14 +287,6 @@ class Patches:
         for term in terms:
             flat[term.first : term.last] += (term.scale * term.adapter.up.float()) @ term.adapter.down.float()
         return (merged + flat.view(merged.shape)).to(target.dtype)
-
-    def _upload_stream(self) -> _Uploading:
-        if self._device.type != "cuda":
-            return _Uploading(None)
-        if self._stream is None:
-            # Not the caller's: its work may wait for pages that wait for this.
-            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        return _Uploading(self._stream)
 
 
 _Patch = tuple[str, int, list[Any], object, Callable[[], tuple[int, int, object]] | None]
@@ -321,22 +310,30 @@ class _Change:
             self.target.small.data.copy_(self.merged)
 
 
-class _Uploading:
-    """Makes a stream the current one. Its handle."""
+class _OwnStream:
+    """A stream beside the application's, made when it is first used. On the CPU there is none."""
 
-    def __init__(self, stream: torch.cuda.Stream | None) -> None:
-        self._stream = stream
-        self._current = torch.cuda.stream(stream) if stream is not None else None
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream: torch.cuda.Stream | None = None
 
-    def __enter__(self) -> int:
-        if self._stream is None or self._current is None:
-            return 0
-        self._current.__enter__()  # type: ignore[no-untyped-call]
-        return int(self._stream.cuda_stream)
+    @contextlib.contextmanager
+    def current(self) -> Iterator[int]:
+        """Makes it the current one. Its handle."""
+        if self._device.type != "cuda":
+            yield 0
+            return
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self._stream):
+            yield int(self._stream.cuda_stream)
 
-    def __exit__(self, *error: Any) -> None:
-        if self._current is not None:
-            self._current.__exit__(*error)
+    def hand_over(self, made: torch.Tensor) -> None:
+        """The current stream goes on with what was made in this one."""
+        if self._stream is not None:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_stream(self._stream)
+            made.record_stream(current)
 
 
 class _Finder:
