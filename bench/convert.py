@@ -53,7 +53,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="write the full result as JSON here")
     chosen = parser.parse_args()
     if chosen.tiny:
-        chosen.blocks, chosen.width, chosen.tokens, chosen.share, chosen.steps = 4, 640, 3, 0.4, 2
+        chosen.blocks, chosen.width, chosen.tokens, chosen.share, chosen.steps = 4, 640, 3, 0.4, 10
     return chosen
 
 

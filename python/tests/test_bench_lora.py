@@ -39,5 +39,4 @@ def test_it_runs_and_has_a_table(name: str, section: str, arguments: list[str], 
         one = next(row for row in result["changes"] if row["what"] == "one more for one block")
         assert one["touched_bytes"] <= one["refilled_bytes"] < 2 * one["touched_bytes"]
     else:
-        # Half of it, and what was read ahead by the end.
-        assert streamed[1] < 0.75 * streamed[0], "what is moved is what is stored"
+        assert streamed[1] < 0.6 * streamed[0], "what is moved is what is stored"
