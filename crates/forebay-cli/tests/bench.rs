@@ -90,19 +90,21 @@ fn the_numbers_are_consistent() {
     let kinds: Vec<_> = passes.iter().map(|pass| pass["pass"].as_str().unwrap()).collect();
     assert_eq!(kinds, ["first", "1", "2", "3"]);
     let first = &passes[0];
-    // What is read ahead for the next pass comes on top.
-    assert!((BYTES..BYTES + 12 * MIB as u64).contains(&bytes(&first["copied_bytes"])), "{first}");
+    assert!(bytes(&first["copied_bytes"]) >= BYTES, "{first}");
     assert!((number(&first["limit_seconds"]) - BYTES as f64 / link).abs() < 1e-6, "{first}");
     for pass in passes {
         let (seconds, copied) = (number(&pass["seconds"]), bytes(&pass["copied_bytes"]));
         assert!((number(&pass["copied_bytes_per_s"]) - copied as f64 / seconds).abs() < 1.0, "{pass}");
         assert!(bytes(&pass["resident_bytes"]) <= 24 * MIB as u64, "{pass}");
-        assert!(copied <= bytes(&first["copied_bytes"]), "{pass}");
+        // What is read ahead for the next pass comes on top, as much as there is memory and time for.
+        assert!(copied <= BYTES + 24 * MIB as u64, "{pass}");
         assert!(
             (number(&pass["times_limit"]) - seconds / number(&pass["limit_seconds"])).abs() < 1e-3,
             "{pass}"
         );
     }
+    let copied: u64 = passes.iter().map(|pass| bytes(&pass["copied_bytes"])).sum();
+    assert!(copied < 4 * BYTES, "what stayed was copied again: {model}");
     for pass in &passes[1..] {
         assert!(
             (number(&pass["limit_seconds"]) - bytes(&pass["copied_bytes"]) as f64 / link).abs() < 1e-6,
