@@ -27,7 +27,7 @@ export FOREBAY_TEST_DEVICE := $(DEVICE)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build run test test-rust test-python comfyui lint kernels bench storm loom clean
+.PHONY: help setup build run test test-rust test-python comfyui lint kernels bench storm loom tsan clean
 .DELETE_ON_ERROR:
 
 help: ## Print this list
@@ -102,6 +102,14 @@ storm: ## Run the randomised tests for long: STEPS=100000 CASES=100000
 # In a folder of its own, as everything is built anew for it.
 loom: ## Try every interleaving of what runs without locks
 	RUSTFLAGS='--cfg loom' CARGO_TARGET_DIR=target/loom cargo test --release -p forebay --lib interleavings
+
+# The standard library has to be built with it too. A process for each test: ThreadSanitizer does not see memory being mapped
+# anew, and takes what another test did at the same address for a race.
+tsan: ## Run the engine's tests under ThreadSanitizer (cargo-nextest, rust-src)
+	@test -n '$(NEXTEST)' || { echo 'make tsan needs cargo-nextest: cargo install --locked cargo-nextest' >&2; exit 2; }
+	rustup component add rust-src
+	RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=thread CARGO_TARGET_DIR=target/tsan FOREBAY_TEST_WATCHDOG=1800 \
+	  cargo nextest run --profile storm --no-fail-fast -Zbuild-std --target x86_64-unknown-linux-gnu -p forebay --lib --tests $(ARGS)
 
 .PHONY: comfyui-native
 comfyui-native: build ## Test ComfyUI's models on attached weights: COMFYUI=path of a checkout, its requirements in .venv

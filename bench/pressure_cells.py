@@ -9,7 +9,6 @@ import faulthandler
 import gc
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -46,25 +45,16 @@ def reference(chosen: argparse.Namespace, sizes: list[float], video: bool, repor
         torch.cuda.set_device(chosen.device)
     device = torch_device(chosen)
     nbytes = stack.write_weights(chosen.file, blocks_of(chosen, 1.0), chosen.width, device=device)
-    report(
-        {
-            "machine": {
-                "gpu": torch.cuda.get_device_name() if on_gpu else "host device", "torch": torch.__version__,
-                "forebay": forebay.__version__, "cores": os.cpu_count(), "kernel": platform.release(), "file_bytes": nbytes,
-            }
-        }
-    )  # fmt: skip
+    report({"machine": {**stack.machine(on_gpu), "file_bytes": nbytes}})
     runs = [(inputs(chosen, False), {blocks_of(chosen, times): f"{times:g}" for times in sizes})]
     if video:
         runs.append((inputs(chosen, True), {video_blocks(chosen): "video"}))
     with torch.no_grad():
         for x, names in runs:
             model = stack.load(chosen.file, max(names), chosen.width)
-            for number, block in enumerate(model, start=1):
-                weights = {name: weight.to(device) for name, weight in block.named_parameters()}
-                x = torch.func.functional_call(block, weights, (x,))
+            for number, y in enumerate(stack.block_by_block(model, x), start=1):
                 if number in names:
-                    torch.save(x.cpu(), reference_file(chosen, names[number]))
+                    torch.save(y.cpu(), reference_file(chosen, names[number]))
 
 
 def measure(chosen: argparse.Namespace, setting: dict[str, Any], report: Report) -> None:

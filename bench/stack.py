@@ -16,7 +16,7 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,7 @@ def write_weights(
     width: int,
     device: str | torch.device = "cuda",
     dtype: torch.dtype = torch.bfloat16,
+    seed: int = 1,
 ) -> int:
     """A file of random weights, written block by block; bytes of its data."""
     with torch.device("meta"):
@@ -122,7 +123,7 @@ def write_weights(
         raise SystemExit(f"the weights take {offset / GIB:.1f} GiB on disk, more than is free: {path.parent}")
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    generator = torch.Generator(device=device).manual_seed(1)
+    generator = torch.Generator(device=device).manual_seed(seed)
     with path.open("wb", buffering=0) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for _ in range(blocks):
@@ -156,25 +157,39 @@ def state_of(
     return state
 
 
-def link_rate(nbytes: int = GIB) -> float:
+def block_by_block(blocks: nn.Sequential, x: torch.Tensor) -> Iterator[torch.Tensor]:
+    """What comes out of each block of a stack on the CPU, each alone on ``x``'s device."""
+    for block in blocks:
+        weights = {name: weight.to(x.device) for name, weight in block.named_parameters()}
+        x = torch.func.functional_call(block, weights, (x,))
+        yield x
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def link_rate(nbytes: int = GIB, device: str | torch.device = "cuda") -> float:
     """Host to device, pinned, bytes a second: the best of five."""
-    host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).random_(1, 255)
-    device = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
+    device = torch.device(device)
+    host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda").random_(1, 255)
+    there = torch.empty(nbytes, dtype=torch.uint8, device=device)
     seconds = []
     for _ in range(6):
-        torch.cuda.synchronize()
+        synchronize(device)
         start = time.perf_counter()
-        device.copy_(host, non_blocking=True)
-        torch.cuda.synchronize()
+        there.copy_(host, non_blocking=True)
+        synchronize(device)
         seconds.append(time.perf_counter() - start)
     return nbytes / min(seconds[1:])
 
 
 def timed_step(stack: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, float]:
-    torch.cuda.synchronize()
+    synchronize(x.device)
     start = time.perf_counter()
     y = stack(x)
-    torch.cuda.synchronize()
+    synchronize(x.device)
     return y, time.perf_counter() - start
 
 

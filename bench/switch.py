@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from stack import GIB, inputs, load, setting, write_weights
+from stack import GIB, block_by_block, inputs, load, setting, write_weights
 from torch import nn
 
 import forebay
@@ -60,13 +60,6 @@ class Layer:
         self.end.record()
 
 
-def expected_of(model: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
-    for block in model:
-        weights = {name: weight.to(x.device) for name, weight in block.named_parameters()}
-        x = torch.func.functional_call(block, weights, (x,))
-    return x
-
-
 def own_time(layer: nn.Linear, x: torch.Tensor) -> float:
     """Milliseconds of a layer whose weights are there."""
     weight, bias = layer.weight.to(x.device), layer.bias.to(x.device)
@@ -89,7 +82,7 @@ def main() -> int:
         write_weights(chosen.file, chosen.blocks, chosen.width)
         x = inputs(chosen.tokens, chosen.width)
         models = {name: load(chosen.file, chosen.blocks, chosen.width) for name in ("first", "second")}
-        expected = expected_of(models["first"], x)
+        *_, expected = block_by_block(models["first"], x)
         layer_ms = own_time(models["first"][0].qkv, x)
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info()

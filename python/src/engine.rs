@@ -338,9 +338,5 @@ fn default_budget(id: DeviceId) -> Budget {
 }
 
 fn available_memory() -> Bytes {
-    let info = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let kib = info
-        .lines()
-        .find_map(|line| line.strip_prefix("MemAvailable:")?.trim().strip_suffix(" kB")?.parse().ok());
-    Bytes::kib(kib.unwrap_or(1 << 20))
+    forebay::measure::available_memory().unwrap_or(Bytes::gib(1))
 }

@@ -8,7 +8,7 @@
 use std::ops::Range;
 
 use crate::vbar::{Lent, Place};
-use crate::{Bytes, Command, FrameId, Mode, PageRef, Pins, Policy, VbarId};
+use crate::{Bytes, Command, FrameId, Mode, PageRef, Pins, Policy, Rank, VbarId};
 
 /// Why a frame is wanted.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -224,14 +224,10 @@ impl Policy {
     ) -> bool {
         loop {
             self.steps += 1;
-            let vbar = self.vbar(id);
-            let Some(rank) = vbar.resident.max().filter(|rank| rank.0 >= floor) else { return false };
-            vbar.lower_to(rank);
-            let page = self.at(id, rank);
-            if self.try_evict(page, pins, out) {
+            let Some(rank) = self.vbar(id).resident.max().filter(|rank| rank.0 >= floor) else { return false };
+            if self.evict_kept(id, rank, pins, out) {
                 return true;
             }
-            self.stream(page, pins, out);
         }
     }
 
@@ -246,14 +242,22 @@ impl Policy {
         while let Some((id, rank)) = self.largest_share(sharing, respect_floor)
             && !self.asks_back(id)
         {
-            self.vbar(id).lower_to(rank);
-            let page = self.at(id, rank);
-            if self.try_evict(page, pins, out) {
+            if self.evict_kept(id, rank, pins, out) {
                 return true;
             }
-            self.stream(page, pins, out);
         }
         false
+    }
+
+    /// Whether the kept page of a rank left; a pinned one turns streamed. The watermark falls to it.
+    fn evict_kept(&mut self, id: VbarId, rank: Rank, pins: &mut impl Pins, out: &mut Vec<Command>) -> bool {
+        self.vbar(id).lower_to(rank);
+        let page = self.at(id, rank);
+        let left = self.try_evict(page, pins, out);
+        if !left {
+            self.stream(page, pins, out);
+        }
+        left
     }
 
     fn asks_largest_back(&mut self, sharing: &Range<usize>, respect_floor: bool) -> bool {

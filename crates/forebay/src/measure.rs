@@ -1,4 +1,5 @@
-//! How fast this machine is where it matters for streaming: the link to a device, the page cache, a disk.
+//! How fast this machine is where it matters for streaming: the link to a device, the page cache, a disk; and how much memory
+//! there is.
 //!
 //! Each measurement takes a second or two at most, and gives back what it took. None evicts anything from the page cache.
 //!
@@ -36,6 +37,14 @@ use std::time::Duration;
 
 use forebay_core::Bytes;
 use forebay_store::StoreError;
+
+use crate::cache::ram::Ram;
+
+/// The host's memory that this process may still have: without swapping, page cache that can be given back included, and within
+/// the limits of its memory cgroups. `None` where the system does not tell.
+pub fn available_memory() -> Option<Bytes> {
+    Ram::read().map(|ram| ram.cache_room())
+}
 
 /// So many bytes in so much time. Prints as `55.2 GB/s`.
 #[derive(Clone, Copy, Debug, PartialEq)]
