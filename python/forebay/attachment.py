@@ -306,7 +306,7 @@ class Attachment:
         # Around what lends: whoever runs out of memory gives that back as well.
         self._undo.extend(rerun_in_forward(self._engine, [root, *entries(root, lend)], self.device, rerun))
         if self.device.type == "cuda":
-            reclaimer = Reclaimer(self._engine, model)
+            reclaimer = Reclaimer(self._engine, model, root)
             self._undo.append(InstanceMethod(root, "forward", reclaimer.run).remove)
 
     def _replace(self, weight: Weight, found: ManagedWeight) -> nn.Parameter | None:

@@ -13,8 +13,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 from forebay._forebay import Engine, Model, set_reclaim
+from forebay.capturing import refuse_capture
 from forebay.shortage import empty_cache, torch_memory
 
 _LOOK_EVERY_S = 0.05
@@ -57,16 +59,18 @@ class CacheRelease:
 
 
 class Reclaimer:
-    """Told of the forwards of one model."""
+    """Told of the forwards of one model on a GPU."""
 
-    def __init__(self, engine: Engine, model: Model) -> None:
+    def __init__(self, engine: Engine, model: Model, root: nn.Module) -> None:
         self._model = model
+        self._root = root
         device = engine.device
         self._cache = CacheRelease(lambda: torch_memory(device), lambda: empty_cache(device))
         self._next = 0.0
 
     def run(self, original: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """In place of a ``forward``."""
+        refuse_capture(self._root)
         result = original(*args, **kwargs)
         now = time.monotonic()
         if now >= self._next and not torch.cuda.is_current_stream_capturing():

@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from forebay._forebay import Engine, OutOfMemoryError
+from forebay.capturing import refuse_capture
 from forebay.instance_methods import InstanceMethod
 from forebay.shortage import Shortage, empty_cache
 
@@ -62,6 +63,8 @@ class _Boundary:
 
     def run(self, module: nn.Module, original: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """In place of a ``forward``."""
+        if self._device.type == "cuda":
+            refuse_capture(module)
         before = _Before(args, kwargs, self._device)
         try:
             return original(*args, **kwargs)
