@@ -224,7 +224,9 @@ impl Policy {
     ) -> bool {
         loop {
             self.steps += 1;
-            let Some(rank) = self.vbar(id).resident.max().filter(|rank| rank.0 >= floor) else { return false };
+            let Some(rank) = self.vbar(id).resident.max().filter(|rank| rank.0 >= floor) else {
+                return false;
+            };
             if self.evict_kept(id, rank, pins, out) {
                 return true;
             }

@@ -37,26 +37,48 @@ pub enum Leases {
 }
 
 impl Engine {
-    /// Gives at least `bytes` of device memory back, as far as there are unpinned pages, lowest priority first. The
-    /// memory is free when this returns, and for a moment the engine leaves `bytes` to others, unless an operation
-    /// could not be done without. Returns how much was given back.
+    /// Gives at least `bytes` of device memory back, as far as there are unpinned pages, lowest priority first. Pages that
+    /// are being filled are waited for. The memory is free when this returns, and for a moment the engine leaves `bytes` to
+    /// others, unless an operation could not be done without. Returns how much was given back.
     ///
     /// # Errors
     /// What the device reports.
     pub fn make_room(&self, bytes: Bytes) -> Result<Bytes> {
-        let mut state = self.shared().state.lock();
-        state.begin_room();
-        let mut freed = state.make_room(&*self.shared().device, bytes);
+        self.shared().state.lock().begin_room();
+        let freed = self.give_up_and_settle(bytes);
+        self.shared().state.lock().room_was_made();
+        freed
+    }
+
+    fn give_up_and_settle(&self, bytes: Bytes) -> Result<Bytes> {
+        let freed = self.take_what_can_leave(bytes);
+        if freed >= bytes {
+            self.settle()?;
+            return Ok(freed);
+        }
+        // What is being filled can leave once it is, if nothing else is read ahead in its place.
+        self.shared().state.lock().emptying += 1;
+        let rest = self.settle().and_then(|()| {
+            let mut state = self.shared().state.lock();
+            let rest = state.make_room(&*self.shared().device, bytes, bytes.saturating_sub(freed));
+            drop(state);
+            self.settle().map(|()| rest)
+        });
+        self.shared().state.lock().emptying -= 1;
+        Ok(freed + rest?)
+    }
+
+    /// What can leave now, and what was lent once that is returned.
+    fn take_what_can_leave(&self, bytes: Bytes) -> Bytes {
+        let shared = self.shared();
+        let mut state = shared.state.lock();
+        let mut freed = state.make_room(&*shared.device, bytes, bytes);
         let start = Instant::now();
         while freed < bytes && state.recalled > 0 && start.elapsed() < RECALL_PATIENCE {
-            self.shared().changed.wait_for(&mut state, Duration::from_millis(10));
-            freed += state.make_room(&*self.shared().device, bytes.saturating_sub(freed));
+            shared.changed.wait_for(&mut state, Duration::from_millis(10));
+            freed += state.make_room(&*shared.device, bytes, bytes.saturating_sub(freed));
         }
-        drop(state);
-        let settled = self.settle();
-        self.shared().state.lock().room_was_made();
-        settled?;
-        Ok(freed)
+        freed
     }
 
     /// Sees to it that `bytes` and a margin are free on the device: gives back what is missing, if anything, and leaves it
@@ -214,14 +236,14 @@ impl State {
         self.look_after = Instant::now() + GRACE;
     }
 
-    /// Gives memory back, and leaves `bytes` to others until the device's memory is looked at the next time.
-    fn make_room(&mut self, device: &dyn Device, bytes: Bytes) -> Bytes {
-        let left = self.usable(device).unwrap_or(Bytes::ZERO).saturating_sub(bytes);
-        self.give_up(bytes, left)
+    /// Gives `more` back, and leaves `wanted` to others until the device's memory is looked at the next time. What was
+    /// given up.
+    fn make_room(&mut self, device: &dyn Device, wanted: Bytes, more: Bytes) -> Bytes {
+        let left = self.usable(device).unwrap_or(Bytes::ZERO).saturating_sub(wanted);
+        self.give_up(more, left)
     }
 
-    /// Gives `more` back, so that `wanted` may be free, and leaves that to others as
-    /// [`make_room`](State::make_room) does. What was given up.
+    /// As [`make_room`](State::make_room), where the device has to tell its memory.
     fn leave(&mut self, device: &dyn Device, wanted: Bytes, more: Bytes) -> Result<Bytes> {
         let left = self.usable(device)?.saturating_sub(wanted);
         Ok(self.give_up(more, left))

@@ -92,6 +92,8 @@ pub(crate) struct State {
     pub(crate) look_after: Instant,
     /// Calls that wait for memory to be free.
     pub(crate) making_room: usize,
+    /// Those among them that need all that can leave.
+    pub(crate) emptying: usize,
     /// What the budget may not rise beyond, while somebody runs with as little memory for weights as can be.
     pub(crate) squeezed: Option<Squeezed>,
     /// Demands that wait for memory.
@@ -122,6 +124,7 @@ impl Shared {
                 stop: false,
                 look_after: Instant::now(),
                 making_room: 0,
+                emptying: 0,
                 squeezed: None,
                 waiting: 0,
                 recalled: 0,
@@ -261,8 +264,8 @@ impl State {
 
     /// Reads ahead for the model in use, as far as frames may be taken for it.
     pub(crate) fn read_ahead(&mut self) {
-        // What a demand gave back would be taken before it asks again.
-        if self.waiting > 0 {
+        // What a demand gave back would be taken before it asks again, and what is being filled cannot leave.
+        if self.waiting > 0 || self.emptying > 0 {
             return;
         }
         let Some(id) = self.policy.in_use() else { return };

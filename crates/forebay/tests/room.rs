@@ -118,6 +118,21 @@ fn what_cannot_be_had_is_told_soon() {
 }
 
 #[test]
+fn what_is_being_filled_makes_room_too() {
+    let slow = HostConfig { poison: true, copy_delay: Duration::from_millis(5), ..HostConfig::default() };
+    let Some(rig) = Rig::host(slow) else { return };
+    let weights = Weights::new(&mut Random::seeded(), &[2 * MIB; 24]);
+    let engine = try_engine_on(rig.device.clone(), Budget::Fixed(PAGE * 12)).unwrap();
+    let model = weights.attach(&engine, "model");
+    let mut consumer = rig.consumer();
+    for _ in 0..5 {
+        pass(&mut consumer, &model, &weights);
+        let freed = engine.make_room(Bytes::MAX).unwrap();
+        assert_eq!((engine.stats().held, freed), (Bytes::ZERO, PAGE * 12), "{}", engine.stats());
+    }
+}
+
+#[test]
 fn while_squeezed_an_operation_has_what_it_needs_and_no_more() {
     let mut random = Random::seeded();
     let rig = Rig::new();
