@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 from pathlib import Path
@@ -23,14 +22,16 @@ from typing import Any
 
 import torch
 from little_ram import limit
-from loaders import drop, read_through
+from loaders import disk_rate
 from stack import (
     GIB,
     Stack,
+    add_device,
     anonymous_mib,
-    block_by_block,
+    ballast,
     disk_bytes,
     inputs,
+    last_of,
     link_rate,
     load,
     setting,
@@ -48,8 +49,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    default = "cuda:0" if torch.cuda.is_available() else "host"
-    parser.add_argument("--device", default=default, help="host or cuda:N (default: %(default)s)")
+    add_device(parser)
     parser.add_argument("--blocks", type=int, default=45, help="blocks of each expert (default: %(default)s)")
     parser.add_argument(
         "--width", type=int, default=5120, help="width of a block (default: %(default)s: 28 GB each)"
@@ -81,13 +81,6 @@ def compute_time(stack: Stack, x: torch.Tensor) -> float:
     return len(stack) * statistics.median(timed_step(block, x)[1] for _ in range(5))
 
 
-def disk_rate(chosen: argparse.Namespace, path: Path) -> float:
-    """Bytes a second past the page cache, which has nothing of the file then."""
-    nbytes = min(path.stat().st_size, int(chosen.disk_gib * GIB))
-    drop(path)
-    return nbytes / read_through(path, nbytes, chosen.threads, os.O_RDONLY | os.O_DIRECT)
-
-
 def main() -> int:
     chosen = parse()
     is_cuda = chosen.device != "host"
@@ -104,11 +97,8 @@ def main() -> int:
         link = link_rate(device=device)
         models = {name: load(path, chosen.blocks, chosen.width) for name, path in paths.items()}
         compute = compute_time(models[EXPERTS[0]], x)
-        expected = {}
-        for name, model in models.items():
-            for expected[name] in block_by_block(model, x):
-                pass
-        disk = min(disk_rate(chosen, path) for path in paths.values())
+        expected = {name: last_of(model, x) for name, model in models.items()}
+        disk = min(disk_rate(path, chosen.disk_gib, chosen.threads) for path in paths.values())
         print(
             f"two of {nbytes / 1e9:.1f} GB, {chosen.free:g} GiB free, {(limit() or 0) / GIB:.1f} GiB of memory allowed (0: no limit); "
             f"compute {compute * 1e3:.0f} ms, link {link / 1e9:.1f} GB/s, disk {disk / 1e9:.2f} GB/s",
@@ -116,8 +106,7 @@ def main() -> int:
         )
         if is_cuda:
             torch.cuda.empty_cache()
-            free, _ = torch.cuda.mem_get_info()
-            ballast = torch.empty(max(0, free - int(chosen.free * GIB)), dtype=torch.uint8, device=device)
+            rest = ballast(chosen.free, device)
             engine = forebay.Engine(chosen.device, headroom=chosen.headroom * GIB)
         else:
             engine = forebay.Engine("host", budget=int((chosen.free - chosen.headroom) * GIB))
@@ -133,7 +122,7 @@ def main() -> int:
             attachment.detach()
         engine.settle()
         if is_cuda:
-            del ballast
+            del rest
     same = all(row["same"] for row in rows)
     total, limits = (sum(sum(row[kind]) for row in rows) for kind in ("steps_s", "limits_s"))
     result = {

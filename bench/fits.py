@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from stack import setting
+from stack import add_device, setting
 from torch import nn
 
 import forebay
@@ -42,8 +42,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    default = "cuda:0" if torch.cuda.is_available() else "host"
-    parser.add_argument("--device", default=default, help="host or cuda:N (default: %(default)s)")
+    add_device(parser)
     parser.add_argument("--layers", type=int, default=1000, help="tiny layers (default: %(default)s)")
     parser.add_argument("--width", type=int, default=64, help="width of a tiny layer (default: %(default)s)")
     parser.add_argument("--blocks", type=int, default=24, help="blocks of the stack (default: %(default)s)")

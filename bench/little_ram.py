@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from stack import anonymous_mib, disk_bytes, setting
+from stack import add_device, anonymous_mib, disk_bytes, setting
 from torch import nn
 
 import forebay
@@ -50,8 +50,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    default = "cuda:0" if torch.cuda.is_available() else "host"
-    parser.add_argument("--device", default=default, help="host or cuda:N (default: %(default)s)")
+    add_device(parser)
     parser.add_argument(
         "--gib", type=float, default=22.5, help="GiB of weights, bfloat16 (default: %(default)s)"
     )

@@ -185,7 +185,7 @@ def main() -> int:
         "command": " ".join(["python", *sys.argv]),
         "date": date.today().isoformat(),
         **found.rows[0],
-        "disk_bytes_s": disk_rate(chosen),
+        "disk_bytes_s": disk_rate(chosen.file, chosen.disk_gib, chosen.threads),
         "rows": rows,
     }
     for state in chosen.states:
@@ -313,11 +313,11 @@ def read_through(path: Path, nbytes: int, threads: int, flags: int) -> float:
         os.close(file)
 
 
-def disk_rate(chosen: argparse.Namespace) -> float:
-    """Bytes a second past the page cache."""
-    nbytes = min(chosen.file.stat().st_size, int(chosen.disk_gib * (1 << 30)))
-    drop(chosen.file)
-    return nbytes / read_through(chosen.file, nbytes, chosen.threads, os.O_RDONLY | os.O_DIRECT)
+def disk_rate(path: Path, gib: float, threads: int) -> float:
+    """Bytes a second past the page cache, which has nothing of the file then; of so much of it at most."""
+    nbytes = min(path.stat().st_size, int(gib * (1 << 30)))
+    drop(path)
+    return nbytes / read_through(path, nbytes, threads, os.O_RDONLY | os.O_DIRECT)
 
 
 def drop(path: Path) -> None:

@@ -165,6 +165,25 @@ def block_by_block(blocks: nn.Sequential, x: torch.Tensor) -> Iterator[torch.Ten
         yield x
 
 
+def last_of(blocks: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
+    """What comes out of the last of them, block by block."""
+    for y in block_by_block(blocks, x):
+        x = y
+    return x
+
+
+def ballast(free: float, device: str | torch.device = "cuda") -> torch.Tensor:
+    """What leaves so many GiB of a GPU free for as long as it lives."""
+    available, _ = torch.cuda.mem_get_info()
+    return torch.empty(max(0, available - int(free * GIB)), dtype=torch.uint8, device=device)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """``--device``: the GPU, or the host where there is none."""
+    default = "cuda:0" if torch.cuda.is_available() else "host"
+    parser.add_argument("--device", default=default, help="host or cuda:N (default: %(default)s)")
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -250,8 +269,7 @@ def streamed_run(
     quiet: bool = False,
 ) -> list[dict[str, object]]:
     """The rows of one amount of free memory and one way for the bytes."""
-    device_free, _ = torch.cuda.mem_get_info()
-    ballast = torch.empty(max(0, device_free - int(free * GIB)), dtype=torch.uint8, device="cuda")
+    rest = ballast(free)
     # What is kept free is for activations.
     headroom = min(1.5, free / 4) * GIB
     engine = forebay.Engine(
@@ -320,7 +338,7 @@ def streamed_run(
         torch.cuda.synchronize()
         del stack
     engine.settle()
-    del ballast, engine
+    del rest, engine
     torch.cuda.empty_cache()
     return rows
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from stack import GIB, block_by_block, inputs, load, setting, write_weights
+from stack import GIB, ballast, inputs, last_of, load, setting, write_weights
 from torch import nn
 
 import forebay
@@ -82,11 +82,10 @@ def main() -> int:
         write_weights(chosen.file, chosen.blocks, chosen.width)
         x = inputs(chosen.tokens, chosen.width)
         models = {name: load(chosen.file, chosen.blocks, chosen.width) for name in ("first", "second")}
-        *_, expected = block_by_block(models["first"], x)
+        expected = last_of(models["first"], x)
         layer_ms = own_time(models["first"][0].qkv, x)
         torch.cuda.empty_cache()
-        free, _ = torch.cuda.mem_get_info()
-        ballast = torch.empty(max(0, free - int(chosen.free * GIB)), dtype=torch.uint8, device="cuda")
+        rest = ballast(chosen.free)
         engine = forebay.Engine(chosen.device, headroom=1.5 * GIB)
         layers = {name: Layer(model[0].qkv) for name, model in models.items()}
         attached = [forebay.attach(model, engine, name=name) for name, model in models.items()]
@@ -109,7 +108,7 @@ def main() -> int:
         same = all(torch.equal(y, expected) for y in outputs)
         for attachment in attached:
             attachment.detach()
-        del ballast
+        del rest
     settled = rows[2:]
     idle = [row["idle_ms"] for row in settled]
     result = {

@@ -236,14 +236,13 @@ impl State {
         self.look_after = Instant::now() + GRACE;
     }
 
-    /// Gives `more` back, and leaves `wanted` to others until the device's memory is looked at the next time. What was
-    /// given up.
+    /// As [`leave`](State::leave), also where the device does not tell its memory: then all that is given up is left.
     fn make_room(&mut self, device: &dyn Device, wanted: Bytes, more: Bytes) -> Bytes {
-        let left = self.usable(device).unwrap_or(Bytes::ZERO).saturating_sub(wanted);
-        self.give_up(more, left)
+        self.leave(device, wanted, more).unwrap_or_else(|_| self.give_up(more, Bytes::ZERO))
     }
 
-    /// As [`make_room`](State::make_room), where the device has to tell its memory.
+    /// Gives `more` back, and leaves `wanted` to others until the device's memory is looked at the next time. What was
+    /// given up.
     fn leave(&mut self, device: &dyn Device, wanted: Bytes, more: Bytes) -> Result<Bytes> {
         let left = self.usable(device)?.saturating_sub(wanted);
         Ok(self.give_up(more, left))
