@@ -85,6 +85,8 @@ class Forebay(Runner):
 
     def detach(self) -> None:
         self.attachment.detach()
+        # The engine would keep its frames for the next model, beside what the next ballast leaves free.
+        forebay.make_room(torch.cuda.mem_get_info()[1], self.device)
 
     def moved_bytes(self) -> int:
         return self.attachment.stats()[0]["filled"]

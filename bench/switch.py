@@ -2,7 +2,8 @@
 
 Two stacks of blocks that do not fit together, nor each alone, are used in turn. Behind the last kernel of the one an event is
 recorded, and events around the first layer of the other: what lies between, less the layer's own time, the GPU had nothing
-to do. Outputs are compared with plain torch's bit for bit, run block by block.
+to do. After the first three rounds nothing is used for a while, as between pictures, in which the engine registers what it
+streamed. Outputs are compared with plain torch's bit for bit, run block by block.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import json
 import statistics
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from torch import nn
 import forebay
 
 TARGET_MS = 5.0
+SETTLED = 3
+"""Rounds before those that count."""
 
 
 def parse() -> argparse.Namespace:
@@ -35,9 +39,15 @@ def parse() -> argparse.Namespace:
         "--steps", type=int, default=3, help="steps of each before the other (default: %(default)s)"
     )
     parser.add_argument("--rounds", type=int, default=8, help="switches each way (default: %(default)s)")
+    parser.add_argument(
+        "--pause", type=float, default=2.0, help="seconds after the first rounds (default: %(default)s)"
+    )
     parser.add_argument("--device", default="cuda:0", help="default: %(default)s")
     parser.add_argument(
         "--file", type=Path, default=Path("/tmp/forebay-stack.safetensors"), help="where the weights go"
+    )
+    parser.add_argument(
+        "--trace", type=Path, help="write what the engine did in the last rounds here, as JSON"
     )
     parser.add_argument("--out", type=Path, help="write the full result as JSON here")
     return parser.parse_args()
@@ -90,9 +100,17 @@ def main() -> int:
         layers = {name: Layer(model[0].qkv) for name, model in models.items()}
         attached = [forebay.attach(model, engine, name=name) for name, model in models.items()]
         outputs: list[torch.Tensor] = []
+        began = 0.0
         before: torch.cuda.Event | None = None
         for number in range(2 * chosen.rounds):
+            if number == 2 * SETTLED:
+                torch.cuda.synchronize()
+                time.sleep(chosen.pause)
             name = ("first", "second")[number % 2]
+            if chosen.trace and number == 2 * chosen.rounds - 4:
+                engine.start_recording()
+                began = time.perf_counter()
+            called = time.perf_counter()
             y = models[name](x)
             begin, end = layers[name].begin, layers[name].end
             for _ in range(chosen.steps - 1):
@@ -104,12 +122,16 @@ def main() -> int:
                 end.synchronize()  # a layer that is behind the GPU by now
                 idle = max(0.0, before.elapsed_time(end) - layer_ms)
                 rows.append({"to": name, "idle_ms": idle, "until_called_ms": before.elapsed_time(begin)})
+                if chosen.trace:
+                    rows[-1]["called_s"] = called - began
             before = ended
+        if chosen.trace:
+            chosen.trace.write_text(json.dumps(engine.stop_recording()))
         same = all(torch.equal(y, expected) for y in outputs)
         for attachment in attached:
             attachment.detach()
         del rest
-    settled = rows[2:]
+    settled = rows[2 * SETTLED :]
     idle = [row["idle_ms"] for row in settled]
     result = {
         **setting(), "free_gib": chosen.free,

@@ -26,8 +26,8 @@ pub(crate) struct PageBook {
     pub(crate) frame: Option<FrameId>,
     /// Why the latest fill failed.
     pub(crate) error: Option<EngineError>,
-    /// Was filled at least once.
-    pub(crate) was_filled: bool,
+    /// How often it was filled without being registered.
+    pub(crate) fills: u32,
     /// Its bytes cannot be registered.
     pub(crate) stays_in_ring: bool,
     /// Its bytes in the page cache, where the copy engine reads them by itself.

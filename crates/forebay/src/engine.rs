@@ -16,6 +16,7 @@ use crate::books::{PageBook, VbarBook};
 use crate::cache::keeper::Keeper;
 use crate::config::EngineConfig;
 use crate::converting::Conversion;
+use crate::copier::Copier;
 use crate::explicit::ExplicitVbar;
 use crate::filler::Reader;
 use crate::host_buffer::{self, Helper};
@@ -37,6 +38,7 @@ pub struct Engine {
     /// The mover, the cache's keeper and the buffers' helper.
     threads: Mutex<Vec<JoinHandle<()>>>,
     readers: Mutex<Option<Arc<ReaderPool<Reader>>>>,
+    copier: Mutex<Option<Arc<Copier>>>,
     helper: Helper,
     helper_starts: Once,
     /// Lock order: never together with the state lock.
@@ -63,13 +65,15 @@ impl Engine {
             readers.submit(Urgency::Ahead, move |reader: &mut Reader| reader.prepare(&shared));
         }
         let readers = Arc::new(readers);
-        let mover = Mover::new(Arc::clone(&shared), Arc::clone(&readers));
+        let copier = Arc::new(Copier::new(Arc::clone(&shared))?);
+        let mover = Mover::new(Arc::clone(&shared), Arc::clone(&readers), Arc::clone(&copier));
         let keeper = Keeper::new(Arc::clone(&shared), Arc::clone(&readers))?;
         // Made first: where a thread cannot be started, the other ends with it.
         let engine = Engine {
             shared,
             threads: Mutex::default(),
             readers: Mutex::new(Some(readers)),
+            copier: Mutex::new(Some(copier)),
             helper: Helper::default(),
             helper_starts: Once::new(),
             parked: Mutex::default(),
@@ -415,7 +419,8 @@ impl Engine {
         self.shared.work.notify_one();
         self.shared.register.notify_one();
         self.helper.close();
-        let readers = self.readers.lock().take();
+        // Kept until the others have ended: a pool can be dropped on a thread of its own, which could not wait for them.
+        let pools = (self.readers.lock().take(), self.copier.lock().take());
         let threads = std::mem::take(&mut *self.threads.lock());
         for thread in threads {
             let name = thread.thread().name().unwrap_or_default().to_owned();
@@ -424,7 +429,7 @@ impl Engine {
                 tracing::error!(device = %self.shared.id, "the thread {name} had panicked");
             }
         }
-        drop(readers);
+        drop(pools);
     }
 
     fn start(&self, name: &str, body: impl FnOnce() + Send + 'static) -> Result<()> {

@@ -17,6 +17,7 @@ use parking_lot::Mutex;
 
 use crate::cache::registered::RegisteredPage;
 use crate::converting::ConvertedPart;
+use crate::copier::Brought;
 use crate::patches::{Completed, Incomplete, PatchSet, computes, mark_filled};
 use crate::state::Shared;
 use crate::timeline::Activity;
@@ -36,6 +37,7 @@ pub(crate) struct Fill {
     has_failed: AtomicBool,
     error: Mutex<Option<EngineError>>,
     began: Option<Instant>,
+    _brought: Option<Brought>,
 }
 
 /// A reader and its own slots. Pinning them takes long while a kernel runs, so they are made before there is work; what
@@ -86,6 +88,7 @@ impl Fill {
             has_failed: AtomicBool::new(false),
             error: Mutex::new(None),
             began: shared.timeline.begin(),
+            _brought: (urgency == Urgency::Urgent).then(|| Brought::new(shared)),
         });
         if jobs.is_empty() {
             fill.chunk_done();
@@ -265,27 +268,34 @@ fn jobs_of(vbar: &Vbar, page: u32, patches: &PatchSet, chunk: Bytes) -> Vec<Job>
     chunks.chain(pieces.map(Job::Converted)).collect()
 }
 
-/// Has the copy engine read a page's bytes from the registered page cache.
+/// Has the copy engine read a page's bytes from the registered page cache. Whether `copied` was recorded behind the copies.
 pub(crate) fn fill_directly(
     shared: &Arc<Shared>,
     vbar: &Arc<Vbar>,
     page: u32,
     registered: &RegisteredPage,
     filled: &Arc<Event>,
-) {
+    copied: Option<&Event>,
+) -> bool {
     let began = shared.timeline.begin();
+    let mut is_marked = false;
     let result = verify_sources(vbar, page).and_then(|()| {
         let stream = shared.copy.lock();
         // SAFETY: the page is mapped and stays so until its fill event, recorded after these copies, has completed. The
         // registered page is dropped by the keeper alone, once nobody else has it, behind all copies.
-        let copied = unsafe { registered.copy_to(&*shared.device, vbar.page_addr(page), stream.handle()) };
-        let completed = match &copied {
+        let enqueued = unsafe { registered.copy_to(&*shared.device, vbar.page_addr(page), stream.handle()) };
+        let enqueued = enqueued.and_then(|()| {
+            // SAFETY: the copy stream lives as long as `shared`.
+            copied.map_or(Ok(()), |copied| unsafe { copied.record(stream.handle()) }).map_err(Into::into)
+        });
+        is_marked = enqueued.is_ok() && copied.is_some();
+        let completed = match &enqueued {
             Ok(()) => shared.complete(vbar, &vbar.patches.current(), page, filled, &stream),
             Err(_) => mark_filled(filled, &stream).map(|()| Completed::Now),
         };
         drop(stream);
         let completed = completed.map_err(|error| incomplete(shared, error))?;
-        copied?;
+        enqueued?;
         Ok(completed)
     });
     if result.is_ok() {
@@ -295,6 +305,7 @@ pub(crate) fn fill_directly(
     }
     shared.timeline.note(Activity::Fill, page, began);
     hand_on(shared, vbar, page, filled, result);
+    is_marked
 }
 
 /// What comes after a page's copies.

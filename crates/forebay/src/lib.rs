@@ -46,6 +46,7 @@ mod cell;
 mod computed;
 mod config;
 mod converting;
+mod copier;
 mod engine;
 mod error;
 mod explicit;

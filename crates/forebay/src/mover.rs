@@ -19,6 +19,7 @@ use crate::books::{FrameBook, VbarBook};
 use crate::cache::registered::RegisteredPage;
 use crate::cache::registering::Job;
 use crate::computed::is_computed_whole;
+use crate::copier::{Copier, PageCopy};
 use crate::filler::{self, Fill, Reader};
 use crate::state::{Shared, State};
 use crate::timeline::Activity;
@@ -29,8 +30,8 @@ const EVENT_POLL: Duration = Duration::from_micros(50);
 /// How often free memory is looked at, while memory moves and while it does not.
 const BUSY_POLL: Duration = Duration::from_millis(10);
 const IDLE_POLL: Duration = Duration::from_millis(200);
-/// Pages under way in the copy stream beyond which no more of the registered page cache are added: 10 ms of the link.
-const MOST_LANDING: usize = 16;
+/// Pages mapped in one go.
+const MOST_MAPPED: usize = 16;
 /// Frames made in one go, so that their pages are mapped in one go.
 const MOST_CREATED: usize = 8;
 /// By how much more a budget must be able to rise before it does, at most; on a small device a sixteenth of its memory.
@@ -39,6 +40,7 @@ const MOST_RISE: Bytes = Bytes::mib(64);
 pub(crate) struct Mover {
     shared: Arc<Shared>,
     readers: Arc<ReaderPool<Reader>>,
+    copier: Arc<Copier>,
     /// A budget rises only by at least this, so that it does not follow every small allocation of others.
     rise: Bytes,
     /// What stopped the engine was logged.
@@ -77,7 +79,7 @@ struct Backing {
 /// How a page's bytes come to it.
 enum Way {
     /// The copy engine reads them by itself.
-    Registered(Arc<RegisteredPage>),
+    Registered { from: Arc<RegisteredPage>, urgency: Urgency },
     /// They are registered first.
     ToBeRegistered,
     /// Readers bring them, if anything is read at all.
@@ -85,10 +87,10 @@ enum Way {
 }
 
 impl Mover {
-    pub(crate) fn new(shared: Arc<Shared>, readers: Arc<ReaderPool<Reader>>) -> Self {
+    pub(crate) fn new(shared: Arc<Shared>, readers: Arc<ReaderPool<Reader>>, copier: Arc<Copier>) -> Self {
         let total = shared.device.memory().map_or(Bytes::MAX, |memory| memory.total);
         let rise = MOST_RISE.min(Bytes::new(total.get() / 16));
-        Mover { shared, readers, rise, told: false }
+        Mover { shared, readers, copier, rise, told: false }
     }
 
     /// Runs until the engine stops and everything is unmapped.
@@ -192,16 +194,11 @@ impl Mover {
 
     /// The first page, and those behind it in the queue and in address.
     fn take_maps(state: &mut State, first: PageRef) -> Next {
-        // What the copy engine reads by itself is enqueued at once, however far ahead it is; what comes through the ring
-        // would have to wait behind all of it.
-        if state.books.page(first).registered.is_some() && state.landing.len() >= MOST_LANDING {
-            return Next::EventPending;
-        }
         let vbar = Arc::clone(&state.books.vbar(first.vbar).vbar);
         let mut backing: Vec<Backing> = Vec::new();
         while let Some(&Command::Map { page, frame, serial, demanded }) = state.queue.front() {
             let goes_on = page.vbar == first.vbar && page.page.0 == first.page.0 + backing.len() as u32;
-            if !goes_on || backing.len() >= MOST_LANDING {
+            if !goes_on || backing.len() >= MOST_MAPPED {
                 break;
             }
             state.queue.pop_front();
@@ -211,7 +208,7 @@ impl Mover {
             let urgency = if demanded { Urgency::Urgent } else { Urgency::Ahead };
             let way = match registered {
                 _ if is_computed_whole(&vbar, page.page.0) => Way::Ring { urgency, past_cache: false },
-                Some(registered) => Way::Registered(registered),
+                Some(from) => Way::Registered { from, urgency },
                 None if !demanded && state.is_to_be_registered(page) => Way::ToBeRegistered,
                 None => Way::Ring { urgency, past_cache: state.is_past_cache(page) },
             };
@@ -336,8 +333,9 @@ impl Mover {
                 Ok(()) => {
                     let filled = Arc::clone(&backing.filled);
                     match &backing.way {
-                        Way::Registered(registered) => {
-                            filler::fill_directly(&self.shared, vbar, page, registered, &filled);
+                        Way::Registered { from, urgency } => {
+                            let (vbar, registered) = (Arc::clone(vbar), Arc::clone(from));
+                            self.copier.submit(*urgency, PageCopy { vbar, page, registered, filled });
                         }
                         Way::ToBeRegistered => {
                             let job = Job { vbar: Arc::clone(vbar), page, filled };

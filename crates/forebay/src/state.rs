@@ -20,6 +20,7 @@ use crate::books::{Books, VbarBook};
 use crate::cache::registering::Registering;
 use crate::computed::Computing;
 use crate::config::{EngineConfig, RingConfig};
+use crate::copier::Copies;
 use crate::room::Squeezed;
 use crate::timeline::Timeline;
 use crate::vbar::Vbar;
@@ -55,6 +56,7 @@ pub(crate) struct Shared {
     /// What is done to pages behind their copies. Enqueued under the copy lock, too.
     pub(crate) patching: Stream,
     pub(crate) computing: Computing,
+    pub(crate) copies: Copies,
     /// Bytes of pages that are pinned as long as their model is attached.
     pub(crate) reserved: AtomicU64,
     /// Operations that hold weights.
@@ -137,6 +139,7 @@ impl Shared {
             copy: Mutex::new(copy),
             patching,
             computing: Computing::default(),
+            copies: Copies::default(),
             reserved: AtomicU64::new(0),
             operations: AtomicUsize::new(0),
             views: AtomicUsize::new(0),

@@ -144,3 +144,36 @@ fn a_device_that_refuses_to_register_gets_its_pages_through_the_ring() {
     }
     assert_eq!((faulty.hits(), model.stats().direct), (3, Bytes::ZERO));
 }
+
+#[test]
+fn what_stays_is_registered_too_when_another_model_takes_its_place_again_and_again() {
+    let mut random = Random::seeded();
+    let device = Rig::new().device;
+    // Room for either, with some of the other.
+    let config = EngineConfig {
+        budget: Budget::Fixed(Bytes::mib(32)),
+        ring: common::readers(2),
+        registered: None,
+        page_cache: None,
+    };
+    let engine = Engine::new(Arc::clone(&device), config).unwrap();
+    let weights = [Weights::new(&mut random, &SIZES), Weights::new(&mut random, &SIZES)];
+    let models = ["first", "second"].map(|name| weights[usize::from(name == "second")].attach(&engine, name));
+    let round = || {
+        for (model, weights) in models.iter().zip(&weights) {
+            (0..3).for_each(|_| pass(model, weights, &device));
+            engine.settle().unwrap();
+        }
+    };
+    round();
+    // What the keeper has to do it does when nothing goes on.
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!(engine.stats().registered, Bytes::ZERO, "{}", engine.stats());
+    let start = Instant::now();
+    while engine.stats().registered == Bytes::ZERO {
+        assert!(start.elapsed() < Duration::from_secs(20), "{}", engine.stats());
+        round();
+    }
+    round();
+    assert!(models.iter().any(|model| model.stats().direct > Bytes::ZERO), "{}", engine.stats());
+}

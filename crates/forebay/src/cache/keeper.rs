@@ -87,7 +87,9 @@ impl Keeper {
         let plan = plan.filter(|plan| state.registering.has_room_for(plan.size()));
         let registered = plan.and_then(|plan| self.register(state, &vbar, vbar.page_ref(page), &plan));
         MutexGuard::unlocked(state, || match registered {
-            Some(registered) => filler::fill_directly(&self.shared, &vbar, page, &registered, &filled),
+            Some(registered) => {
+                filler::fill_directly(&self.shared, &vbar, page, &registered, &filled, None);
+            }
             None => {
                 Fill::start(&self.shared, &vbar, page, filled, &self.readers, Urgency::Urgent, false);
             }

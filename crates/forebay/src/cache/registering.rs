@@ -14,6 +14,9 @@ use crate::vbar::Vbar;
 
 /// How long what is registered is kept for a model that is gone, in case it is attached again.
 const KEPT: Duration = Duration::from_secs(10);
+/// Fills after which a page is worth registering that stays on the device while its model is used: it was lost to others
+/// twice.
+const OFTEN: u32 = 3;
 
 /// See the module's documentation.
 #[derive(Debug, Default)]
@@ -216,14 +219,19 @@ impl State {
         }
     }
 
-    /// Whether a page that is to be filled is to be registered for it, and handed in: it is streamed, and the first pass is
-    /// over.
+    /// Whether it is worth registering: a page that is streamed, or one that stays and is lost to others again and again.
+    fn is_filled_often(&mut self, page: PageRef) -> bool {
+        !self.policy.is_kept(page) || self.books.page(page).fills >= OFTEN
+    }
+
+    /// Whether a page that is to be filled is to be registered for it, and handed in: it is filled often, and the first pass
+    /// is over.
     pub(crate) fn is_to_be_registered(&mut self, page: PageRef) -> bool {
         let book = self.books.vbar(page.vbar);
         let may = book.pass_is_over && !book.pages[page.page.as_usize()].stays_in_ring;
         let size = book.vbar.page_size;
         // An engine that stops has no keeper any more.
-        let may = may && !self.stop && !self.policy.is_kept(page) && !self.exceeds_cache(page.vbar);
+        let may = may && !self.stop && self.is_filled_often(page) && !self.exceeds_cache(page.vbar);
         may && self.registering.expect_job(size)
     }
 
@@ -234,8 +242,9 @@ impl State {
         if entry.registered.is_some() || entry.stays_in_ring {
             return false;
         }
-        let again = mem::replace(&mut entry.was_filled, true);
-        if !self.policy.is_kept(page) {
+        let again = entry.fills > 0;
+        entry.fills = entry.fills.saturating_add(1);
+        if self.is_filled_often(page) {
             let number = page.page.0;
             self.books.vbar(page.vbar).through_ring.push(number);
         }
@@ -276,7 +285,7 @@ impl State {
     /// Whether a page that went through the ring is still worth registering.
     pub(crate) fn is_still_wanted(&mut self, page: PageRef) -> bool {
         self.is_open(page.vbar)
-            && !self.policy.is_kept(page)
+            && self.is_filled_often(page)
             && !self.exceeds_cache(page.vbar)
             && self.books.page(page).registered.is_none()
     }

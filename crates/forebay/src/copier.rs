@@ -1,0 +1,277 @@
+//! Registered page cache on its way to the device, a little at a time.
+//!
+//! What is in the copy stream cannot be overtaken. So a thread adds the next page only when little is left there to copy, and
+//! takes first what somebody waits for; what is read ahead waits as well while readers bring such a page. A model that takes
+//! over from another finds the link busy for a moment, not with all that was read ahead for the other.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use forebay_core::Bytes;
+use forebay_device::Event;
+use forebay_store::{ReaderPool, Urgency};
+use parking_lot::{Condvar, Mutex, MutexGuard};
+
+use crate::cache::registered::RegisteredPage;
+use crate::filler;
+use crate::state::Shared;
+use crate::vbar::Vbar;
+use crate::{EngineError, Result};
+
+/// While more than this is left in the copy stream, nothing is added that nobody waits for: 0.6 ms of the link, in which
+/// the thread has to notice that a page was copied and add the next.
+const ENOUGH: Bytes = Bytes::mib(32);
+
+/// One page's copy.
+#[derive(Debug)]
+pub(crate) struct PageCopy {
+    pub(crate) vbar: Arc<Vbar>,
+    pub(crate) page: u32,
+    pub(crate) registered: Arc<RegisteredPage>,
+    pub(crate) filled: Arc<Event>,
+}
+
+/// See the module's documentation. Dropping it ends the thread, and drops what it was given and has not begun.
+pub(crate) struct Copier {
+    shared: Arc<Shared>,
+    thread: ReaderPool<UnderWay>,
+}
+
+/// What is to be copied. Lock order: `waiting` is a leaf.
+#[derive(Debug, Default)]
+pub(crate) struct Copies {
+    waiting: Mutex<Waiting>,
+    /// Something is waited for, or is not any more.
+    changed: Condvar,
+}
+
+/// Pages to be copied, in the order in which they came.
+#[derive(Debug, Default)]
+struct Waiting {
+    urgent: VecDeque<PageCopy>,
+    ahead: VecDeque<PageCopy>,
+    /// Pages that somebody waits for and readers bring.
+    brought: usize,
+}
+
+/// Readers bring a page that somebody waits for, as long as this lives.
+#[derive(Debug)]
+pub(crate) struct Brought(Arc<Shared>);
+
+/// What the thread added to the copy stream and has not seen the end of, oldest first.
+#[derive(Default)]
+struct UnderWay {
+    copies: VecDeque<(Event, Bytes)>,
+    spare: Vec<Event>,
+}
+
+impl Copier {
+    pub(crate) fn new(shared: Arc<Shared>) -> Result<Self> {
+        let thread = ReaderPool::new("forebay-copy", 1, |_| UnderWay::default());
+        Ok(Copier { shared, thread: thread.map_err(EngineError::Readers)? })
+    }
+
+    /// Has a page copied. The state learns of it once the copy is enqueued.
+    pub(crate) fn submit(&self, urgency: Urgency, copy: PageCopy) {
+        let shared = Arc::clone(&self.shared);
+        let mut waiting = shared.copies.waiting.lock();
+        match urgency {
+            Urgency::Urgent => waiting.urgent.push_back(copy),
+            Urgency::Ahead => waiting.ahead.push_back(copy),
+        }
+        drop(waiting);
+        shared.copies.changed.notify_all();
+        // Any page: which one is next is decided when there is room for it.
+        self.thread.submit(urgency, move |under_way| {
+            let _lost = LostWithPanic(&shared);
+            under_way.copy_next(&shared);
+        });
+    }
+}
+
+impl Brought {
+    pub(crate) fn new(shared: &Arc<Shared>) -> Self {
+        shared.copies.waiting.lock().brought += 1;
+        Brought(Arc::clone(shared))
+    }
+}
+
+impl Drop for Brought {
+    fn drop(&mut self) {
+        self.0.copies.waiting.lock().brought -= 1;
+        self.0.copies.changed.notify_all();
+    }
+}
+
+impl Waiting {
+    fn pop(&mut self) -> Option<PageCopy> {
+        self.urgent.pop_front().or_else(|| self.ahead.pop_front())
+    }
+}
+
+impl UnderWay {
+    fn copy_next(&mut self, shared: &Arc<Shared>) {
+        let room = self.wait_for_room(&shared.copies);
+        let Some(PageCopy { vbar, page, registered, filled }) = shared.copies.waiting.lock().pop() else {
+            return;
+        };
+        let copied = room.and_then(|()| match self.spare.pop() {
+            Some(event) => Ok(event),
+            None => Ok(Event::new(Arc::clone(&shared.device))?),
+        });
+        match copied {
+            Ok(copied) => {
+                if filler::fill_directly(shared, &vbar, page, &registered, &filled, Some(&copied)) {
+                    self.copies.push_back((copied, registered.bytes()));
+                } else {
+                    self.spare.push(copied);
+                }
+            }
+            Err(error) => filler::finished(shared, &vbar, page, Err(Some(error))),
+        }
+    }
+
+    /// Waits until there is a page to be added at once: one that somebody waits for, or when little is left in the copy
+    /// stream and readers bring none.
+    fn wait_for_room(&mut self, copies: &Copies) -> Result<()> {
+        let mut waiting = copies.waiting.lock();
+        while waiting.urgent.is_empty() {
+            if waiting.brought > 0 {
+                copies.changed.wait(&mut waiting);
+            } else if self.bytes() > ENOUGH
+                && let Some((copied, _)) = self.copies.front()
+            {
+                MutexGuard::unlocked(&mut waiting, || copied.synchronize())?;
+                self.spare.extend(self.copies.pop_front().map(|(copied, _)| copied));
+            } else {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    fn bytes(&self) -> Bytes {
+        self.copies.iter().map(|(_, bytes)| *bytes).sum()
+    }
+}
+
+impl std::fmt::Debug for Copier {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Copier").field("device", &self.shared.id).finish_non_exhaustive()
+    }
+}
+
+/// A page whose copy panicked must not leave its users waiting for ever.
+struct LostWithPanic<'a>(&'a Shared);
+
+impl Drop for LostWithPanic<'_> {
+    fn drop(&mut self) {
+        self.0.ends_with_panic("its copying thread");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use forebay_device::StreamHandle;
+    use forebay_device::host::{HostConfig, HostDevice};
+    use forebay_store::{Source, SourceFile};
+
+    use super::*;
+    use crate::state::State;
+    use crate::timeline::Activity;
+    use crate::{Attachment, Budget, Engine, EngineConfig, LayoutOptions, Use, WeightKind, WeightSpec};
+
+    const PAGE: Bytes = Bytes::mib(2);
+    const PAGES: u64 = 8;
+
+    fn wait_until(engine: &Engine, is_so: impl Fn(&State) -> bool) {
+        let start = std::time::Instant::now();
+        while !is_so(&engine.shared().state.lock()) {
+            assert!(start.elapsed().as_secs() < 20, "{}", engine.stats());
+            std::thread::yield_now();
+        }
+    }
+
+    fn use_weight(model: &Attachment, weight: usize) {
+        drop(model.acquire(weight, Use::on(StreamHandle::DEFAULT)).expect("the weight"));
+    }
+
+    #[test]
+    fn what_somebody_waits_for_is_copied_before_what_was_read_ahead()
+    -> std::result::Result<(), Box<dyn std::error::Error>> {
+        let mut file = tempfile::NamedTempFile::new()?;
+        file.write_all(&vec![7; (PAGE * PAGES).as_usize()])?;
+        let opened = SourceFile::open(file.path())?;
+        let device = HostDevice::new(HostConfig { registers: true, ..HostConfig::default() })?;
+        let config = EngineConfig { budget: Budget::Fixed(PAGE * 3 * PAGES), ..EngineConfig::default() };
+        let engine = Engine::new(Arc::new(device), config)?;
+        let attach = |name: &str| {
+            let weight = |n: u64| WeightSpec {
+                name: format!("w{n}"),
+                source: Source::file(&opened, n * PAGE.get(), PAGE),
+                kind: WeightKind::Whole,
+            };
+            let options = LayoutOptions { page_size: Some(PAGE), ..LayoutOptions::default() };
+            engine.attach(name, (0..PAGES).map(weight).collect(), options)
+        };
+        let (first, second) = (attach("first")?, attach("second")?);
+        for model in [&first, &second] {
+            for page in 0..PAGES as u32 {
+                let page = model.vbar().page_ref(page);
+                let mut state = engine.shared().state.lock();
+                let plan = state.plan_of(page).expect("it lies in a file");
+                let registered = RegisteredPage::new(&engine.shared().device, &plan)?;
+                state.registering.registered(registered.size());
+                state.books.page(page).registered = Some(Arc::new(registered));
+            }
+        }
+        let last = PAGES as u32 - 1;
+
+        let copies = engine.shared().copy.lock();
+        engine.start_recording();
+        std::thread::scope(|scope| {
+            scope.spawn(|| use_weight(&first, 0));
+            wait_until(&engine, |state| state.filling.len() >= 4);
+            scope.spawn(|| use_weight(&second, last as usize));
+            let page = second.vbar().page_ref(last);
+            let serial = || second.vbar().serial(last);
+            wait_until(&engine, |state| {
+                state.filling.contains(&serial())
+                    && state.policy.state(page) != forebay_core::PageState::Absent
+            });
+            // The mover hands it on without a lock.
+            std::thread::sleep(std::time::Duration::from_millis(100));
+            drop(copies);
+        });
+        let filled: Vec<u32> = engine
+            .stop_recording()
+            .into_iter()
+            .filter(|moment| moment.activity == Activity::Fill)
+            .map(|moment| moment.page)
+            .collect();
+        let place = filled.iter().position(|page| *page == last);
+        assert_eq!(place, Some(1), "behind the one that was being copied: {filled:?}");
+        Ok(())
+    }
+
+    #[test]
+    fn little_is_in_the_copy_stream() -> std::result::Result<(), Box<dyn std::error::Error>> {
+        let device: Arc<dyn forebay_device::Device> = Arc::new(HostDevice::new(HostConfig::default())?);
+        let copies = Copies::default();
+        let mut under_way = UnderWay::default();
+        let stream = forebay_device::Stream::new(Arc::clone(&device))?;
+        for page in [Bytes::mib(2), Bytes::mib(32)] {
+            for _ in 0..40 {
+                under_way.wait_for_room(&copies)?;
+                assert!(under_way.bytes() <= ENOUGH);
+                let copied = Event::new(Arc::clone(&device))?;
+                // SAFETY: the stream lives.
+                unsafe { copied.record(stream.handle()) }?;
+                under_way.copies.push_back((copied, page));
+            }
+        }
+        Ok(())
+    }
+}
