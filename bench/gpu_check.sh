@@ -7,7 +7,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 bundle=$(realpath "${1:-.carry}")
 what=${2:-all}
-wheels=$(realpath "${3:-.whl}")
+wheels=$(realpath --relative-to=. "${3:-.whl}")
 out=${OUT:-target/gpu}
 site=$(mktemp -d)
 failures=$(mktemp -d)

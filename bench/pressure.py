@@ -3,8 +3,8 @@
 A ballast makes a card of ``--card`` GiB of the GPU. A stack of bf16 blocks of 0.5, 1, 2 and 4 times its size runs in it while
 something else wants memory: an activation of 10, 50, 90 and 97% of the card in the middle of a step, once or in every step;
 another process that takes half of the card during a step and gives it back; 200 activations one after the other; a video
-model's shape (Wan 2.2 at 1280x1280x81: 134,400 tokens, 28 GB, on 16 GB). For each of torch's allocators, and beside it diffusers' group
-offloading and comfy-aimdo. Every output is compared bit for bit with plain torch's, run block by block with nothing else in
+model's shape (Wan 2.2 at 1280x1280x81: activations as large as its 134,400 tokens', 28 GB, on 16 GB). For each of torch's
+allocators, and beside it diffusers' group offloading and comfy-aimdo. Every output is compared bit for bit with plain torch's, run block by block with nothing else in
 its way. Every cell is a row: finished or the error, the same or not, seconds a step.
 
 Each system, allocator and size is a process of its own with a time limit. One that dies or hangs is a row as well, and

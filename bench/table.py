@@ -37,7 +37,7 @@ times as large as the memory, without a GPU too.
 
 **What fits** (`bench/fits.py`) is timed in turn with plain torch. **Warm starts** (`bench/warm.py`) use three models in turn.
 **Growth** (`bench/scale.py`) has more and larger weights. **The ring's shape** (`bench/ring.py`) is what streamed pages go
-through where they are not registered.
+through where they are not registered; `bench/copies.py` is about what lies between its copies.
 
 **Adapters** (`bench/lora.py`): steps of the stack without adapters and with one of rank 16 on each of its linear layers, in
 turn; "over" is the median of the one over the median of the other. What a change refills is counted by the engine, and holds
@@ -47,7 +47,8 @@ streamed blocks that are stored as float8 and used as bf16, all through the ring
 **ComfyUI** (`bench/comfyui.py`) samples random weights of the real shapes under its own offloading, comfy-aimdo and Forebay.
 
 **Pressure** (`bench/pressure.py`) runs stacks of up to four times a card in it while activations and another process take its
-memory. **Switches** (`bench/switch.py`) are from one model that does not fit to another.
+memory. **Switches** (`bench/switch.py`) are from one model that does not fit to another, and
+`bench/experts.py` has two that fit together into no memory at all.
 
 **The peers** (`bench/peers.py`) run the stack's blocks from the same file, each in a process of its own, and
 `bench/loaders.py` loads the whole file to the GPU, where everything fits.
@@ -375,6 +376,39 @@ def switch(path: Path) -> str:
     return "\n\n".join([title, described(path, result), table(["", "median", "longest"], rows)])
 
 
+def experts(path: Path) -> str:
+    result = json.loads(path.read_text())
+    of: list[Column] = [
+        ("round", lambda row: f"{row['round']}"),
+        ("expert", lambda row: row["expert"]),
+        ("same", lambda row: "yes" if row["same"] else "NO"),
+        ("first step", lambda row: f"{row['steps_s'][0]:.2f} s"),
+        ("later steps", lambda row: f"{statistics.median(row['steps_s'][1:] or row['steps_s']):.2f} s"),
+        ("moved", lambda row: gb(sum(row["moved_bytes"]))),
+        ("from disk", lambda row: gb(sum(row["disk_bytes"]))),
+        ("x the limits", lambda row: f"{sum(row['steps_s']) / sum(row['limits_s']):.2f}"),
+    ]
+    ram = f"{result['limit_bytes'] / GIB:g} GiB of RAM" if result["limit_bytes"] else "all RAM"
+    title = f"### Two experts of {gb(result['weights_bytes'])} each, {result['free_gib']:g} GiB free, {ram}"
+    told = (
+        f"All {result['total_s']:.1f} s, {result['ratio']:.2f} times the limits' {result['limit_s']:.1f} s."
+    )
+    return "\n\n".join([title, f"{described(path, result)} {told}", columns(of, result["rows"])])
+
+
+def copies(path: Path) -> str:
+    result = json.loads(path.read_text())
+    sizes = list(dict.fromkeys(row["nbytes"] for row in result["rows"]))
+    found = {(row["way"], row["nbytes"]): row for row in result["rows"]}
+    head = ["GB/s, and of the link", *(f"{nbytes / MIB:g} MiB" for nbytes in sizes)]
+    rows = []
+    for way in dict.fromkeys(row["way"] for row in result["rows"]):
+        of_way = [found[way, nbytes] for nbytes in sizes]
+        rows.append([way, *(f"{row['bytes_s'] / 1e9:.1f} ({row['of_link']:.2f})" for row in of_way)])
+    title = f"### Copies of different sizes from {result['slots']} pinned slots"
+    return "\n\n".join([title, described(path, result), table(head, rows)])
+
+
 def checks(path: Path) -> str:
     return (
         f"### The whole suite on the GPU\n\n`bench/gpu_check.sh`\n\n```text\n{path.read_text().strip()}\n```"
@@ -395,11 +429,13 @@ SECTIONS: list[tuple[str, Callable[[Path], str]]] = [
     ("lora.json", lora),
     ("convert.json", converted),
     ("ring.json", ring),
-    ("peers.json", side_by_side("Forebay and its peers", peers.markdown, peers.picture)),
+    ("copies.json", copies),
+    ("peers*.json", side_by_side("Forebay and its peers", peers.markdown, peers.picture)),
     ("comfyui*.json", comfyui_cells),
     ("loaders.json", side_by_side("Loading a file to the GPU", loaders.markdown, loaders.picture)),
     ("pressure.json", under_pressure),
     ("switch.json", switch),
+    ("experts.json", experts),
     ("tests.txt", checks),
     ("summary.txt", summary),
 ]
