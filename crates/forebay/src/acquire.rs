@@ -451,6 +451,7 @@ impl Shared {
                     let error = state.books.page(at).error.clone();
                     return error.map_or(Ok(false), Err);
                 }
+                self.copies.hurry(at);
             }
             if !waiting {
                 return Ok(true);

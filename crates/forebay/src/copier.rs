@@ -7,7 +7,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use forebay_core::Bytes;
+use forebay_core::{Bytes, PageRef};
 use forebay_device::Event;
 use forebay_store::{ReaderPool, Urgency};
 use parking_lot::{Condvar, Mutex, MutexGuard};
@@ -49,6 +49,8 @@ pub(crate) struct Copies {
 #[derive(Debug, Default)]
 struct Waiting {
     urgent: VecDeque<PageCopy>,
+    /// Read ahead, and somebody waits for them by now.
+    hurried: VecDeque<PageCopy>,
     ahead: VecDeque<PageCopy>,
     /// Pages that somebody waits for and readers bring.
     brought: usize,
@@ -103,9 +105,21 @@ impl Drop for Brought {
     }
 }
 
+impl Copies {
+    /// Somebody waits for a page that may have been read ahead.
+    pub(crate) fn hurry(&self, page: PageRef) {
+        let mut waiting = self.waiting.lock();
+        let place = waiting.ahead.iter().position(|copy| copy.vbar.page_ref(copy.page) == page);
+        if let Some(copy) = place.and_then(|place| waiting.ahead.remove(place)) {
+            waiting.hurried.push_back(copy);
+            self.changed.notify_all();
+        }
+    }
+}
+
 impl Waiting {
     fn pop(&mut self) -> Option<PageCopy> {
-        self.urgent.pop_front().or_else(|| self.ahead.pop_front())
+        self.urgent.pop_front().or_else(|| self.hurried.pop_front()).or_else(|| self.ahead.pop_front())
     }
 }
 
@@ -131,12 +145,12 @@ impl UnderWay {
         }
     }
 
-    /// Waits until there is a page to be added at once: one that somebody waits for, or when little is left in the copy
-    /// stream and readers bring none.
+    /// Waits until there is a page to be added at once: one that was not read ahead; or when little is left in the copy
+    /// stream one that somebody waits for, or any while readers bring none such.
     fn wait_for_room(&mut self, copies: &Copies) -> Result<()> {
         let mut waiting = copies.waiting.lock();
         while waiting.urgent.is_empty() {
-            if waiting.brought > 0 {
+            if waiting.brought > 0 && waiting.hurried.is_empty() {
                 copies.changed.wait(&mut waiting);
             } else if self.bytes() > ENOUGH
                 && let Some((copied, _)) = self.copies.front()
@@ -198,9 +212,9 @@ mod tests {
         drop(model.acquire(weight, Use::on(StreamHandle::DEFAULT)).expect("the weight"));
     }
 
-    #[test]
-    fn what_somebody_waits_for_is_copied_before_what_was_read_ahead()
-    -> std::result::Result<(), Box<dyn std::error::Error>> {
+    /// Two models of one file, all of it registered.
+    fn registered_models() -> std::result::Result<(Arc<Engine>, [Attachment; 2]), Box<dyn std::error::Error>>
+    {
         let mut file = tempfile::NamedTempFile::new()?;
         file.write_all(&vec![7; (PAGE * PAGES).as_usize()])?;
         let opened = SourceFile::open(file.path())?;
@@ -216,43 +230,57 @@ mod tests {
             let options = LayoutOptions { page_size: Some(PAGE), ..LayoutOptions::default() };
             engine.attach(name, (0..PAGES).map(weight).collect(), options)
         };
-        let (first, second) = (attach("first")?, attach("second")?);
-        for model in [&first, &second] {
-            for page in 0..PAGES as u32 {
-                let page = model.vbar().page_ref(page);
-                let mut state = engine.shared().state.lock();
-                let plan = state.plan_of(page).expect("it lies in a file");
-                let registered = RegisteredPage::new(&engine.shared().device, &plan)?;
-                state.registering.registered(registered.size());
-                state.books.page(page).registered = Some(Arc::new(registered));
-            }
+        let models = [attach("first")?, attach("second")?];
+        for page in models.iter().flat_map(|model| (0..PAGES as u32).map(|page| model.vbar().page_ref(page)))
+        {
+            let mut state = engine.shared().state.lock();
+            let plan = state.plan_of(page).expect("it lies in a file");
+            let registered = RegisteredPage::new(&engine.shared().device, &plan)?;
+            state.registering.registered(registered.size());
+            state.books.page(page).registered = Some(Arc::new(registered));
         }
-        let last = PAGES as u32 - 1;
+        Ok((engine, models))
+    }
 
+    #[test]
+    fn what_somebody_waits_for_is_copied_before_what_was_read_ahead()
+    -> std::result::Result<(), Box<dyn std::error::Error>> {
+        let (engine, [first, second]) = registered_models()?;
+        let last = PAGES as u32 - 1;
         let copies = engine.shared().copy.lock();
         engine.start_recording();
         std::thread::scope(|scope| {
             scope.spawn(|| use_weight(&first, 0));
-            wait_until(&engine, |state| state.filling.len() >= 4);
+            let queued = || {
+                let waiting = engine.shared().copies.waiting.lock();
+                (waiting.urgent.len(), waiting.ahead.len())
+            };
+            wait_until(&engine, |_| queued() == (0, PAGES as usize - 1));
             scope.spawn(|| use_weight(&second, last as usize));
-            let page = second.vbar().page_ref(last);
-            let serial = || second.vbar().serial(last);
-            wait_until(&engine, |state| {
-                state.filling.contains(&serial())
-                    && state.policy.state(page) != forebay_core::PageState::Absent
-            });
-            // The mover hands it on without a lock.
-            std::thread::sleep(std::time::Duration::from_millis(100));
+            wait_until(&engine, |_| queued().0 == 1);
             drop(copies);
         });
-        let filled: Vec<u32> = engine
-            .stop_recording()
-            .into_iter()
-            .filter(|moment| moment.activity == Activity::Fill)
-            .map(|moment| moment.page)
-            .collect();
+        let moments = engine.stop_recording().into_iter();
+        let filled: Vec<u32> =
+            moments.filter(|moment| moment.activity == Activity::Fill).map(|moment| moment.page).collect();
         let place = filled.iter().position(|page| *page == last);
         assert_eq!(place, Some(1), "behind the one that was being copied: {filled:?}");
+        Ok(())
+    }
+
+    #[test]
+    fn what_is_read_ahead_waits_for_what_readers_bring_until_somebody_waits_for_it()
+    -> std::result::Result<(), Box<dyn std::error::Error>> {
+        let (engine, [first, _second]) = registered_models()?;
+        let brought = Brought::new(engine.shared());
+        let ahead = || engine.shared().copies.waiting.lock().ahead.len();
+        use_weight(&first, 0);
+        wait_until(&engine, |_| ahead() == PAGES as usize - 1);
+        use_weight(&first, 3);
+        assert_eq!(ahead(), PAGES as usize - 2);
+        drop(brought);
+        engine.settle()?;
+        assert_eq!(ahead(), 0);
         Ok(())
     }
 

@@ -350,6 +350,8 @@ impl Mover {
                 }
             }
         }
+        // Who waits for a page that was read ahead has it hurried, once it is there to be.
+        self.shared.changed.notify_all();
     }
 
     fn unmap(&self, vbar: &Vbar, pages: Range<u32>, events: Vec<Arc<Event>>) -> Option<VbarBook> {

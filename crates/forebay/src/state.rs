@@ -1,9 +1,9 @@
 //! The engine's one lock and what is under it.
 //!
-//! Lock order: the state lock, then a VBAR's [`KnownStreams`](crate::streams::KnownStreams), then nothing. The copy lock
-//! ([`Shared::copy`]) is never taken together with it; a VBAR's [patches](crate::patches) are a leaf under that. Under the
-//! state lock nobody waits for the device, calls Python, logs, reads a source, maps or unmaps; recording and querying events
-//! is allowed, as neither waits.
+//! Lock order: the state lock, then a VBAR's [`KnownStreams`](crate::streams::KnownStreams) or the queue of
+//! [`Copies`](crate::copier::Copies), then nothing. The copy lock ([`Shared::copy`]) is never taken together with it; a VBAR's
+//! [patches](crate::patches) are a leaf under that. Under the state lock nobody waits for the device, calls Python, logs, reads
+//! a source, maps or unmaps; recording and querying events is allowed, as neither waits.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeSet, VecDeque};
