@@ -84,6 +84,12 @@ def parse() -> argparse.Namespace:
         help="begin no other later step after so long (default: %(default)s)",
     )
     parser.add_argument(
+        "--pause",
+        type=float,
+        default=1.5,
+        help="seconds after a first step, in which a system may prepare (default: %(default)s)",
+    )
+    parser.add_argument(
         "--timeout", type=float, default=120, help="seconds a process may take (default: %(default)s)"
     )
     parser.add_argument("--wheels", type=Path, help="folder of the peers' wheels")
@@ -143,7 +149,7 @@ def run(chosen: argparse.Namespace, name: str, free: list[float], wheels: childr
     except RuntimeError as error:
         outcome = Outcome(reason=str(error))
     else:
-        settings = ["blocks", "width", "tokens", "steps", "seconds", "room", "device", "file"]
+        settings = ["blocks", "width", "tokens", "steps", "seconds", "pause", "room", "device", "file"]
         arguments: list[object] = ["--child", name, "--free", *free]
         for setting in settings:
             value = getattr(chosen, setting)

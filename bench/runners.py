@@ -364,6 +364,8 @@ def point(chosen: argparse.Namespace, runner: Runner, tokens: int, left: int, on
             torch.save(y.cpu(), reference)
         expected = torch.load(reference, mmap=True)
         same = torch.equal(y.cpu(), expected)
+        if not once:
+            time.sleep(chosen.pause)
         seconds, moved = [], [runner.moved_bytes()]
         while not once and (not seconds or (len(seconds) < chosen.steps and sum(seconds) < chosen.seconds)):
             took, y = timed(lambda: runner(x))

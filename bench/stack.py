@@ -81,6 +81,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="steps after the first, of which the last half counts (default: %(default)s)",
     )
     parser.add_argument(
+        "--pause",
+        type=float,
+        default=2.0,
+        help="seconds after the first step, in which page cache is registered (default: %(default)s)",
+    )
+    parser.add_argument(
         "--trace", type=Path, help="record what the engine does in first and last steps, into this folder"
     )
     parser.add_argument("--device", default="cuda:0", help="default: %(default)s")
@@ -289,6 +295,8 @@ def streamed_run(
             y, first = timed_step(stack, x)
             traces = {"first": engine.stop_recording()}
             same = torch.equal(y.cpu(), expected)
+            if source == "registered":
+                time.sleep(chosen.pause)
             filled = [attachment.stats()[0]["filled"]]
             seconds, cpu, waits, disk = [], [], [], []
             for step in range(chosen.steps):

@@ -133,8 +133,8 @@ impl Fill {
         // SAFETY: the slot is this reader's own, and `next` waited for the copy that read it last.
         let bytes = unsafe { slots.buffer.slice_mut(slot, len) };
         for (segment, weight) in in_run {
-            let read = segment.source.verify().and_then(|()| self.read(segment, first, bytes, through));
-            read.map_err(|error| source_error(&self.vbar, *weight, error))?;
+            self.read(segment, first, bytes, through)
+                .map_err(|error| source_error(&self.vbar, *weight, error))?;
         }
         timeline.note(Activity::Read, self.page, began);
         let to = self.vbar.page_addr(self.page).offset(Bytes::new(first));
@@ -164,8 +164,8 @@ impl Fill {
         let began = self.shared.timeline.begin();
         // SAFETY: the slot is this reader's own, and `next` waited for the work that read it last.
         let bytes = unsafe { slots.buffer.slice_mut(slot, len) };
-        let read = segment.source.verify().and_then(|()| self.read(&segment, 0, bytes, through));
-        read.map_err(|error| source_error(&self.vbar, part.weight, error))?;
+        self.read(&segment, 0, bytes, through)
+            .map_err(|error| source_error(&self.vbar, part.weight, error))?;
         self.shared.timeline.note(Activity::Read, self.page, began);
         let transform = part.transform(conversion, self.vbar.page_addr(self.page), bytes.as_ptr());
         let copies = self.shared.copy.lock();
@@ -186,11 +186,12 @@ impl Fill {
         bytes: &mut [u8],
         through: &mut DirectBuffer,
     ) -> std::result::Result<(), StoreError> {
+        segment.source.verify()?;
         let segment = std::slice::from_ref(segment);
-        match self.past_cache {
+        self.shared.reading.during(|| match self.past_cache {
             true => read_segments_past_cache(segment, first, bytes, through),
             false => read_segments(segment, first, bytes),
-        }
+        })
     }
 
     /// What a reader read is on its way, marked by its slot's event.

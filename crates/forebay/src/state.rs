@@ -17,6 +17,7 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 use smallvec::SmallVec;
 
 use crate::books::{Books, VbarBook};
+use crate::cache::reading::Reading;
 use crate::cache::registering::Registering;
 use crate::computed::Computing;
 use crate::config::{EngineConfig, RingConfig};
@@ -57,6 +58,7 @@ pub(crate) struct Shared {
     pub(crate) patching: Stream,
     pub(crate) computing: Computing,
     pub(crate) copies: Copies,
+    pub(crate) reading: Arc<Reading>,
     /// Bytes of pages that are pinned as long as their model is attached.
     pub(crate) reserved: AtomicU64,
     /// Operations that hold weights.
@@ -109,6 +111,7 @@ impl Shared {
     pub(crate) fn new(device: Arc<dyn Device>, config: EngineConfig, effective: Bytes) -> Result<Self> {
         let copy = Stream::new(Arc::clone(&device))?;
         let patching = Stream::new(Arc::clone(&device))?;
+        let reading = Arc::new(Reading::default());
         Ok(Shared {
             id: device.id(),
             state: Mutex::new(State {
@@ -117,7 +120,11 @@ impl Shared {
                 queue: VecDeque::new(),
                 landing: VecDeque::new(),
                 budget: config.budget,
-                registering: Registering::new(config.registered),
+                registering: Registering::new(
+                    config.registered,
+                    config.ring.reader_threads(),
+                    Arc::clone(&reading),
+                ),
                 decided: 0,
                 newest: Serial(0),
                 done: 0,
@@ -140,6 +147,7 @@ impl Shared {
             patching,
             computing: Computing::default(),
             copies: Copies::default(),
+            reading,
             reserved: AtomicU64::new(0),
             operations: AtomicUsize::new(0),
             views: AtomicUsize::new(0),

@@ -81,6 +81,20 @@ fn after_the_first_pass_the_copy_engine_reads_files_by_itself_also_when_the_mode
 }
 
 #[test]
+fn where_nothing_is_ever_quiet_pages_are_registered_on_their_way_once_it_pays() {
+    let mut random = Random::seeded();
+    let weights = Weights::new(&mut random, &SIZES);
+    let device = Rig::new().device;
+    let engine = engine(&device, None);
+    let model = weights.attach(&engine, "model");
+    let running = engine.operation();
+    passes_until(&engine, &model, &weights, &device, |registered| registered >= Bytes::mib(6));
+    pass(&model, &weights, &device);
+    assert!(model.stats().direct > Bytes::ZERO, "{}", engine.stats());
+    drop(running);
+}
+
+#[test]
 fn a_limit_is_kept_and_what_is_over_it_is_handed_back() {
     let mut random = Random::seeded();
     let weights = Weights::new(&mut random, &SIZES);

@@ -1,9 +1,9 @@
 //! The thread that registers page cache with the device, so that the copy engine reads it by itself, gives it back, and
 //! divides the page cache where it is too small for all weights.
 //!
-//! Registering takes longer than copying and holds the driver up meanwhile, so it is done when nothing else goes on, and
-//! else for one page at a time, in place of its way through the ring; never in a model's first pass. It stops where memory
-//! that is really free ends. What the host's memory is wanted for is given back page by page: a driver may let that wait
+//! Registering takes longer than copying and holds the driver up meanwhile, so it is done when nothing else goes on. A page
+//! that went through the ring so often that it pays is registered in place of that, one at a time, and after a model's first
+//! pass any page where readers do not keep up with the link. It stops where memory that is really free ends. What the host's memory is wanted for is given back page by page: a driver may let that wait
 //! for an idle device, and nobody but this thread waits for it.
 
 use std::sync::Arc;
