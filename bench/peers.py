@@ -237,7 +237,10 @@ def markdown(result: dict[str, Any]) -> str:
             cells = [cell(row, kind) for row in of_peer for kind in ("first", "later")]
             if measured:
                 setup = f"{max(row['setup_s'] for row in measured):.2f} s"
-                same = "yes" if all(row["same"] for row in measured) else "NO"
+                off = max(row.get("difference", 0) for row in measured)
+                same = (
+                    "yes" if all(row["same"] for row in measured) else f"NO (by {off:.1g})" if off else "NO"
+                )
                 pinned = max(row["pinned_bytes"] for row in measured)
                 memory = f"{peer['taken_bytes'] / 2**30:.1f} GiB ({pinned / 2**30:.1f})"
             else:
