@@ -358,7 +358,8 @@ def largest_difference(y: torch.Tensor, expected: torch.Tensor) -> float:
     y = y.cpu()
     if torch.equal(y, expected):
         return 0.0
-    return float((y.float() - expected.float()).abs().max() / expected.float().abs().max())
+    difference = (y.float() - expected.float()).abs().max() / expected.float().abs().max()
+    return float(difference.nan_to_num(nan=torch.inf))
 
 
 def point(chosen: argparse.Namespace, runner: Runner, tokens: int, left: int, once: bool) -> Row:
