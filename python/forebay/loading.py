@@ -50,8 +50,10 @@ def load(
         OutOfMemoryError: Where the tensors do not fit on the device together.
         DeviceError: Where the device is missing.
     """
-    tensors = _mapped(path)
-    return tensors if device is None else _on_device(os.fspath(path), tensors, engine_of(device))
+    if device is None:
+        return _mapped(path)
+    engine = engine_of(device)  # its readers get ready meanwhile
+    return _on_device(os.fspath(path), _mapped(path), engine)
 
 
 def _on_device(path: str, tensors: dict[str, torch.Tensor], engine: Engine) -> dict[str, torch.Tensor]:
