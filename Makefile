@@ -27,7 +27,7 @@ export FOREBAY_TEST_DEVICE := $(DEVICE)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build run test test-rust test-python comfyui lint kernels bench storm loom tsan clean
+.PHONY: help setup build run test test-rust test-python comfyui lint kernels bench storm loom miri tsan clean
 .DELETE_ON_ERROR:
 
 help: ## Print this list
@@ -102,6 +102,12 @@ storm: ## Run the randomised tests for long: STEPS=100000 CASES=100000
 # In a folder of its own, as everything is built anew for it.
 loom: ## Try every interleaving of what runs without locks
 	RUSTFLAGS='--cfg loom' CARGO_TARGET_DIR=target/loom cargo test --release -p forebay --lib interleavings
+
+# What runs without locks, also in orders of memory that this processor does not show. Miri knows neither memory files nor drivers.
+MIRI ?= nightly-2026-10-30
+miri: ## Run what runs without locks under Miri (rustup)
+	rustup toolchain install $(MIRI) --profile minimal -c miri -c rust-src
+	CARGO_TARGET_DIR=target/miri cargo +$(MIRI) miri test -p forebay --lib -- cell:: trace::
 
 # The standard library has to be built with it too. A process for each test: ThreadSanitizer does not see memory being mapped
 # anew, and takes what another test did at the same address for a race. What it maps itself would be leaks.

@@ -271,12 +271,13 @@ mod tests {
     #[test]
     fn claims_and_pins_of_many_threads_never_overlap() {
         use std::sync::atomic::AtomicBool;
+        const TIMES: usize = if cfg!(miri) { 200 } else { 20_000 };
         let (cell, owned) = (PageCell::default(), AtomicBool::new(false));
         cell.set_filled();
         std::thread::scope(|scope| {
             for _ in 0..3 {
                 scope.spawn(|| {
-                    for _ in 0..20_000 {
+                    for _ in 0..TIMES {
                         if cell.try_pin().is_some() {
                             assert!(!owned.load(Ordering::SeqCst), "pinned while claimed");
                             cell.unpin();
@@ -285,7 +286,7 @@ mod tests {
                 });
             }
             scope.spawn(|| {
-                for _ in 0..20_000 {
+                for _ in 0..TIMES {
                     if cell.try_claim().is_some() {
                         owned.store(true, Ordering::SeqCst);
                         std::hint::spin_loop();
