@@ -148,6 +148,11 @@ impl UnderWay {
     /// Waits until there is a page to be added at once: one that was not read ahead; or when little is left in the copy
     /// stream one that somebody waits for, or any while readers bring none such.
     fn wait_for_room(&mut self, copies: &Copies) -> Result<()> {
+        while let Some((copied, _)) = self.copies.front()
+            && copied.is_complete()?
+        {
+            self.forget_oldest();
+        }
         let mut waiting = copies.waiting.lock();
         while waiting.urgent.is_empty() {
             if waiting.brought > 0 && waiting.hurried.is_empty() {
@@ -156,12 +161,16 @@ impl UnderWay {
                 && let Some((copied, _)) = self.copies.front()
             {
                 MutexGuard::unlocked(&mut waiting, || copied.synchronize())?;
-                self.spare.extend(self.copies.pop_front().map(|(copied, _)| copied));
+                self.forget_oldest();
             } else {
                 break;
             }
         }
         Ok(())
+    }
+
+    fn forget_oldest(&mut self) {
+        self.spare.extend(self.copies.pop_front().map(|(copied, _)| copied));
     }
 
     fn bytes(&self) -> Bytes {
@@ -281,6 +290,33 @@ mod tests {
         drop(brought);
         engine.settle()?;
         assert_eq!(ahead(), 0);
+        Ok(())
+    }
+
+    #[test]
+    fn what_was_copied_is_forgotten_also_where_somebody_always_waits()
+    -> std::result::Result<(), Box<dyn std::error::Error>> {
+        let (engine, [model, _]) = registered_models()?;
+        let device = || Arc::clone(&engine.shared().device);
+        let stream = forebay_device::Stream::new(device())?;
+        let (copies, mut under_way) = (Copies::default(), UnderWay::default());
+        let page = model.vbar().page_ref(0);
+        let registered = engine.shared().state.lock().books.page(page).registered.clone();
+        copies.waiting.lock().urgent.push_back(PageCopy {
+            vbar: Arc::clone(model.vbar()),
+            page: 0,
+            registered: registered.expect("it is registered"),
+            filled: Arc::new(Event::new(device())?),
+        });
+        for _ in 0..100 {
+            under_way.wait_for_room(&copies)?;
+            let copied = under_way.spare.pop().map_or_else(|| Event::new(device()), Ok)?;
+            // SAFETY: the stream lives.
+            unsafe { copied.record(stream.handle()) }?;
+            copied.synchronize()?;
+            under_way.copies.push_back((copied, PAGE));
+            assert!(under_way.copies.len() + under_way.spare.len() <= 2);
+        }
         Ok(())
     }
 
