@@ -100,7 +100,6 @@ def main() -> int:
         layers = {name: Layer(model[0].qkv) for name, model in models.items()}
         attached = [forebay.attach(model, engine, name=name) for name, model in models.items()]
         outputs: list[torch.Tensor] = []
-        began = 0.0
         before: torch.cuda.Event | None = None
         for number in range(2 * chosen.rounds):
             if number == 2 * SETTLED:
@@ -109,8 +108,6 @@ def main() -> int:
             name = ("first", "second")[number % 2]
             if chosen.trace and number == 2 * chosen.rounds - 4:
                 engine.start_recording()
-                began = time.perf_counter()
-            called = time.perf_counter()
             y = models[name](x)
             begin, end = layers[name].begin, layers[name].end
             for _ in range(chosen.steps - 1):
@@ -122,8 +119,6 @@ def main() -> int:
                 end.synchronize()  # a layer that is behind the GPU by now
                 idle = max(0.0, before.elapsed_time(end) - layer_ms)
                 rows.append({"to": name, "idle_ms": idle, "until_called_ms": before.elapsed_time(begin)})
-                if chosen.trace:
-                    rows[-1]["called_s"] = called - began
             before = ended
         if chosen.trace:
             chosen.trace.write_text(json.dumps(engine.stop_recording()))

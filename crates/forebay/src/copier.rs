@@ -135,11 +135,9 @@ impl UnderWay {
         });
         match copied {
             Ok(copied) => {
-                if filler::fill_directly(shared, &vbar, page, &registered, &filled, Some(&copied)) {
-                    self.copies.push_back((copied, registered.bytes()));
-                } else {
-                    self.spare.push(copied);
-                }
+                filler::fill_directly(shared, &vbar, page, &registered, &filled, Some(&copied));
+                // One that was not recorded, because the copy failed, is complete.
+                self.copies.push_back((copied, registered.bytes()));
             }
             Err(error) => filler::finished(shared, &vbar, page, Err(Some(error))),
         }

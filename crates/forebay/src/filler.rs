@@ -269,7 +269,7 @@ fn jobs_of(vbar: &Vbar, page: u32, patches: &PatchSet, chunk: Bytes) -> Vec<Job>
     chunks.chain(pieces.map(Job::Converted)).collect()
 }
 
-/// Has the copy engine read a page's bytes from the registered page cache. Whether `copied` was recorded behind the copies.
+/// Has the copy engine read a page's bytes from the registered page cache, and records `copied` behind the copies.
 pub(crate) fn fill_directly(
     shared: &Arc<Shared>,
     vbar: &Arc<Vbar>,
@@ -277,9 +277,8 @@ pub(crate) fn fill_directly(
     registered: &RegisteredPage,
     filled: &Arc<Event>,
     copied: Option<&Event>,
-) -> bool {
+) {
     let began = shared.timeline.begin();
-    let mut is_marked = false;
     let result = verify_sources(vbar, page).and_then(|()| {
         let stream = shared.copy.lock();
         // SAFETY: the page is mapped and stays so until its fill event, recorded after these copies, has completed. The
@@ -289,7 +288,6 @@ pub(crate) fn fill_directly(
             // SAFETY: the copy stream lives as long as `shared`.
             copied.map_or(Ok(()), |copied| unsafe { copied.record(stream.handle()) }).map_err(Into::into)
         });
-        is_marked = enqueued.is_ok() && copied.is_some();
         let completed = match &enqueued {
             Ok(()) => shared.complete(vbar, &vbar.patches.current(), page, filled, &stream),
             Err(_) => mark_filled(filled, &stream).map(|()| Completed::Now),
@@ -306,7 +304,6 @@ pub(crate) fn fill_directly(
     }
     shared.timeline.note(Activity::Fill, page, began);
     hand_on(shared, vbar, page, filled, result);
-    is_marked
 }
 
 /// What comes after a page's copies.

@@ -3,8 +3,9 @@
 //!
 //! Registering takes longer than copying and holds the driver up meanwhile, so it is done when nothing else goes on. A page
 //! that went through the ring so often that it pays is registered in place of that, one at a time, and after a model's first
-//! pass any page where readers do not keep up with the link. It stops where memory that is really free ends. What the host's memory is wanted for is given back page by page: a driver may let that wait
-//! for an idle device, and nobody but this thread waits for it.
+//! pass any page where readers do not keep up with the link. It stops where memory that is really free ends. What the host's
+//! memory is wanted for is given back page by page: a driver may let that wait for an idle device, and nobody but this thread
+//! waits for it.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
