@@ -47,10 +47,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=64, help="width of a tiny layer (default: %(default)s)")
     parser.add_argument("--blocks", type=int, default=24, help="blocks of the stack (default: %(default)s)")
     parser.add_argument(
-        "--block-width", type=int, default=512, help="width of a block (default: %(default)s)"
+        "--block-width", type=int, default=2048, help="width of a block (default: %(default)s)"
     )
     parser.add_argument(
-        "--tokens", type=int, default=32, help="rows of the stack's input (default: %(default)s)"
+        "--tokens", type=int, default=512, help="rows of the stack's input (default: %(default)s)"
     )
     parser.add_argument("--steps", type=int, default=100, help="steps of each kind (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="write the full result as JSON here")

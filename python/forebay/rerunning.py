@@ -5,7 +5,8 @@ builds of torch, allocations that only fit once torch's own cache is empty. It i
 from what the forward was given, not from what it does:
 
 * In evaluation, where no gradient is recorded.
-* Random numbers are drawn again from the same states: torch's default generators and those among the arguments.
+* Random numbers are drawn again from the same states: torch's default generators and those among the arguments. A part of a
+  module that runs is run again by itself where nobody drew from the default ones since the whole began; else the whole is.
 * Lists and dicts among the arguments are put back as they were. Tensors that were written to are not: torch counts writes, and
   then the error is raised. It counts none to tensors made under ``torch.inference_mode``; a forward that is given one
   is run again only with ``rerun="always"``.
@@ -17,8 +18,8 @@ What a module keeps in attributes of its own from one call to the next is not lo
 from __future__ import annotations
 
 import enum
-import functools
 import gc
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -46,32 +47,56 @@ def rerun_in_forward(
     """From now on runs the forwards of these modules once more when they run out of memory. What undoes it."""
     if rerun is False:
         return []
-    boundary = _Boundary(engine, device, rerun == "always")
+    running = _Running()
     return [
-        InstanceMethod(module, "forward", functools.partial(boundary.run, module)).remove
+        InstanceMethod(
+            module, "forward", _Boundary(engine, module, device, rerun == "always", running).run
+        ).remove
         for module in modules
     ]
 
 
-class _Boundary:
-    """What the forwards of one attachment share."""
+class _Running(threading.local):
+    """What a thread runs of one attachment."""
 
-    def __init__(self, engine: Engine, device: torch.device, always: bool) -> None:
+    drawn_from: _Generators | None = None
+    """As they were when the outermost forward began."""
+
+
+class _Boundary:
+    """Around the forward of a module."""
+
+    def __init__(
+        self, engine: Engine, module: nn.Module, device: torch.device, always: bool, running: _Running
+    ) -> None:
         self._engine = engine
+        self._module = module
         self._device = device
         self._always = always
+        self._running = running
 
-    def run(self, module: nn.Module, original: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def run(self, original: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """In place of a ``forward``."""
         if self._device.type == "cuda":
-            refuse_capture(module)
-        before = _Before(args, kwargs, self._device)
+            refuse_capture(self._module)
+        running = self._running
+        if running.drawn_from is not None:
+            return self._run(original, _Before(args, kwargs), args, kwargs)
+        running.drawn_from = _Generators(self._device)
+        try:
+            return self._run(original, _Before(args, kwargs, running.drawn_from), args, kwargs)
+        finally:
+            running.drawn_from = None
+
+    def _run(
+        self, original: Callable[..., Any], before: _Before, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         try:
             return original(*args, **kwargs)
         except _ERRORS as error:
             if hasattr(error, _MARK):
                 raise  # from a part of this module, which was run again already
-            reason = self._why_not(module, before)
+            reason = self._why_not(before)
             if reason is not None:
                 _note(error, f"forebay: this was not run again with all weights gone, because {reason}")
                 raise
@@ -93,8 +118,11 @@ class _Boundary:
                 _note(error, str(shortage))
                 raise
 
-    def _why_not(self, module: nn.Module, before: _Before) -> str | None:
-        if module.training:
+    def _why_not(self, before: _Before) -> str | None:
+        drawn_from = self._running.drawn_from
+        if before.generators is None and drawn_from is not None and drawn_from.have_changed():
+            return "random numbers were drawn since the whole began, which is run again instead where it can be"
+        if self._module.training:
             return "the module is in training mode, where a forward may change what it keeps; call eval()"
         if torch.is_grad_enabled() and before.requires_grad():
             return "gradients are recorded; use torch.no_grad()"
@@ -112,21 +140,41 @@ class _Boundary:
         return None
 
 
+class _Generators:
+    """The states of torch's default generators, as they are now."""
+
+    __slots__ = ("_states",)
+
+    def __init__(self, device: torch.device) -> None:
+        generators = [torch.default_generator]
+        if device.type == "cuda":
+            generators.append(torch.cuda.default_generators[device.index or 0])
+        self._states = [(generator, generator.get_state()) for generator in generators]
+
+    def have_changed(self) -> bool:
+        """Whether somebody drew from them since."""
+        return any(not torch.equal(generator.get_state(), state) for generator, state in self._states)
+
+    def restore(self) -> None:
+        """Puts them back."""
+        for generator, state in self._states:
+            generator.set_state(state)
+
+
 class _Before:
     """What a forward was given, as it was before."""
 
-    __slots__ = ("_containers", "_generators", "_tensors", "opaque", "uncounted")
+    __slots__ = ("_containers", "_given", "_tensors", "generators", "opaque", "uncounted")
 
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device) -> None:
+    def __init__(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], generators: _Generators | None = None
+    ) -> None:
         self._tensors: list[tuple[torch.Tensor, int]] = []
         self._containers: list[tuple[Any, Any]] = []
-        default = torch.default_generator
-        self._generators: list[tuple[torch.Generator, torch.Tensor]] = [(default, default.get_state())]
+        self._given: list[tuple[torch.Generator, torch.Tensor]] = []
+        self.generators = generators
         self.opaque: str | None = None
         self.uncounted = False
-        if device.type == "cuda":
-            generator = torch.cuda.default_generators[device.index or 0]
-            self._generators.append((generator, generator.get_state()))
         for value in args:
             self._take(value)
         for value in kwargs.values():
@@ -148,7 +196,7 @@ class _Before:
             for item in value.values() if isinstance(value, dict) else value:
                 self._take(item)
         elif isinstance(value, torch.Generator):
-            self._generators.append((value, value.get_state()))
+            self._given.append((value, value.get_state()))
         else:
             self.opaque = type(value).__name__
 
@@ -162,7 +210,9 @@ class _Before:
 
     def restore(self) -> None:
         """Puts back what can be."""
-        for generator, state in self._generators:
+        if self.generators is not None:
+            self.generators.restore()
+        for generator, state in self._given:
             generator.set_state(state)
         for container, copy in self._containers:
             container.clear()

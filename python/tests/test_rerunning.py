@@ -96,6 +96,53 @@ def test_a_part_that_is_called_by_itself_is_run_again(engine) -> None:
         assert same(decoder(x), expected)
 
 
+class Whole(nn.Module):
+    """Counts its calls. Its part may fail."""
+
+    def __init__(self, noise: float) -> None:
+        super().__init__()
+        self.noise = noise
+        self.calls = 0
+        self.part = nn.Sequential(linears(2, 768), Failing(), linears(2, 768))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.part(x + self.noise * torch.randn_like(x) if self.noise else x)
+
+
+class Failing(nn.Module):
+    """Runs out of memory once, after it drew a random number if it is to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+        self.draws = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        if self.draws:
+            x = x * torch.rand((), device=x.device)
+        if self.calls == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.50 GiB.")
+        return x
+
+
+@pytest.mark.parametrize(
+    ("noise", "draws", "calls"), [(0.0, False, 1), (0.5, False, 2), (0.0, True, 2), (0.5, True, 2)]
+)
+def test_a_part_is_run_again_by_itself_unless_random_numbers_were_drawn(engine, noise, draws, calls) -> None:
+    whole = randomize(Whole(noise))
+    whole.part[1].draws = draws
+    plain = reference(whole)
+    plain.part[1].calls = 1
+    torch.manual_seed(11)
+    expected = plain(move(X))
+    with forebay.attach(whole, engine(), page_size=2 * MIB):
+        torch.manual_seed(11)
+        assert same(whole(move(X)), expected)
+        assert (whole.calls, whole.part[1].calls) == (calls, 2)
+
+
 def test_a_second_failure_says_who_has_the_memory(hungry, engine) -> None:
     hungry.failures = 2
     with forebay.attach(hungry, engine(), page_size=2 * MIB):

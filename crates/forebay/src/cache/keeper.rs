@@ -2,10 +2,10 @@
 //! divides the page cache where it is too small for all weights.
 //!
 //! Registering takes longer than copying and holds the driver up meanwhile, so it is done when nothing else goes on. A page
-//! that went through the ring so often that it pays is registered in place of that, one at a time, and after a model's first
-//! pass any page where readers do not keep up with the link. It stops where memory that is really free ends. What the host's
-//! memory is wanted for is given back page by page: a driver may let that wait for an idle device, and nobody but this thread
-//! waits for it.
+//! that went through the ring so often that it pays is registered in place of that, one at a time with a rest after it; after
+//! a model's first pass any page is where readers do not keep up with the link. It stops where memory that is really free
+//! ends. What the host's memory is wanted for is given back page by page: a driver may let that wait for an idle device, and
+//! nobody but this thread waits for it.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -84,6 +84,7 @@ impl Keeper {
 
     /// Registers and fills a page, or has it filled through the ring after all.
     fn run_job(&mut self, state: &mut MutexGuard<'_, State>, Job { vbar, page, filled }: Job) {
+        let began = Instant::now();
         let plan = state.plan_of(vbar.page_ref(page));
         let plan = plan.filter(|plan| state.registering.has_room_for(plan.size()));
         let registered = plan.and_then(|plan| self.register(state, &vbar, vbar.page_ref(page), &plan));
@@ -96,6 +97,7 @@ impl Keeper {
             }
         });
         state.registering.job_done();
+        state.registering.rest_after(began.elapsed());
     }
 
     /// Does what is better done when nothing goes on. Whether there was anything.

@@ -22,6 +22,9 @@ const OFTEN: u32 = 3;
 /// everybody who calls the driver, by about as much as it gains in so many passes (8 GiB of 25 GB: 150 to 260 ms once, 18 to
 /// 25 ms a pass; 2026-11-24-h100, 2026-11-28-h100-second).
 const LATE: u32 = 8;
+/// Then, how many times as long as registering a page took no other is registered. Without it a pass took 1.65 times as long
+/// while its pages were registered (16 GiB of 25 GB; 2026-11-28-h100-third).
+const REST: u32 = 3;
 
 /// See the module's documentation.
 #[derive(Debug)]
@@ -45,6 +48,8 @@ pub(crate) struct Registering {
     held: Bytes,
     /// The device does not register, or refused too often.
     off: bool,
+    /// Until when no page is registered on its way because it pays.
+    rest_until: Option<Instant>,
     readers: Watched,
     reading: Arc<Reading>,
 }
@@ -70,6 +75,7 @@ impl Registering {
             room: Bytes::ZERO,
             held: Bytes::ZERO,
             off: limit == Some(Bytes::ZERO),
+            rest_until: None,
             readers: Watched::new(readers),
             reading,
         }
@@ -128,6 +134,15 @@ impl Registering {
     /// The job that was expected is done, or will not come.
     pub(crate) fn job_done(&mut self) {
         self.is_busy = false;
+    }
+
+    /// A job took so long.
+    pub(crate) fn rest_after(&mut self, took: Duration) {
+        self.rest_until = Some(Instant::now() + took * REST);
+    }
+
+    fn is_resting(&self) -> bool {
+        self.rest_until.is_some_and(|until| Instant::now() < until)
     }
 
     /// A streamed page went through the ring.
@@ -254,10 +269,11 @@ impl State {
         let book = self.books.vbar(page.vbar);
         let may = book.pass_is_over && !book.pages[page.page.as_usize()].stays_in_ring;
         let size = book.vbar.page_size;
-        let is_late = self.books.page(page).fills >= LATE || self.registering.are_readers_behind();
+        let is_late = self.books.page(page).fills >= LATE && !self.registering.is_resting();
+        let is_time = is_late || self.registering.are_readers_behind();
         // An engine that stops has no keeper any more.
         let may =
-            may && is_late && !self.stop && self.is_filled_often(page) && !self.exceeds_cache(page.vbar);
+            may && is_time && !self.stop && self.is_filled_often(page) && !self.exceeds_cache(page.vbar);
         may && self.registering.expect_job(size)
     }
 
@@ -342,5 +358,21 @@ impl State {
             let registered = self.books.page(page).registered.take();
             self.registering.let_go(registered);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn registering_on_the_way_rests_longer_than_it_takes() {
+        let mut registering = Registering::new(None, 1, Arc::default());
+        assert!(!registering.is_resting());
+        registering.rest_after(Duration::from_secs(60));
+        assert!(registering.is_resting());
+        registering.rest_after(Duration::from_millis(1));
+        std::thread::sleep(Duration::from_millis(1) * (REST + 1));
+        assert!(!registering.is_resting());
     }
 }
