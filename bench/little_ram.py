@@ -65,8 +65,8 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def write(path: Path, nbytes: int) -> None:
-    """Random weights, one layer at a time: all of them together would not fit."""
+def write(path: Path, nbytes: int, device: torch.device) -> None:
+    """Random weights, one layer at a time: all of them together would not fit. A GPU draws them sooner."""
     size = ROWS * COLUMNS * 2
     count = max(1, nbytes // size)
     header = {
@@ -82,9 +82,9 @@ def write(path: Path, nbytes: int) -> None:
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for number in range(count):
-            generator = torch.Generator().manual_seed(number)
-            weight = torch.rand(ROWS, COLUMNS, generator=generator, dtype=torch.bfloat16) - 0.5
-            file.write(memoryview(weight.view(torch.uint8).numpy()))
+            generator = torch.Generator(device).manual_seed(number)
+            drawn = torch.rand(ROWS, COLUMNS, generator=generator, dtype=torch.bfloat16, device=device)
+            file.write(memoryview((drawn - 0.5).cpu().view(torch.uint8).numpy()))
 
 
 def limit() -> int | None:

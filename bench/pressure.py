@@ -5,7 +5,8 @@ something else wants memory: an activation of 10, 50, 90 and 97% of the card in 
 another process that takes half of the card during a step and gives it back; 200 activations one after the other; a video
 model's shape (Wan 2.2 at 1280x1280x81: activations as large as its 134,400 tokens', 28 GB, on 16 GB). For each of torch's
 allocators, and beside it diffusers' group offloading and comfy-aimdo. Every output is compared bit for bit with plain torch's, run block by block with nothing else in
-its way. Every cell is a row: finished or the error, the same or not, seconds a step.
+its way. Every cell is a row: finished or the error, the same or not, seconds a step. Beside the video model's shape stands plain
+torch with a layer's weights at a time: whether there is room for the activations themselves.
 
 Each system, allocator and size is a process of its own with a time limit. One that dies or hangs is a row as well, and
 a new process goes on with the next cell. On ``--device host`` the card is a small host device and activations are taken from it
@@ -26,10 +27,12 @@ import children
 from children import Outcome, Row
 
 OURS = "forebay"
-PEERS = {
+PEERS: dict[str, tuple[str, str | None]] = {
     "diffusers": ("diffusers group offloading, streams", "diffusers"),
     "aimdo": ("comfy-aimdo, from the file", "comfy-aimdo"),
+    "to": ("plain torch, a layer at a time", None),
 }
+"""Titles, and the package that a system is."""
 ALLOCATORS = {
     "native": "",
     "async": "backend:cudaMallocAsync",
@@ -189,18 +192,22 @@ def groups(chosen: argparse.Namespace) -> list[Group]:
     found = [Group(OURS, "native", times, activations + process) for times in chosen.times]
     if wanted(chosen, "spikes"):
         found.append(Group(OURS, "native", 1.0, (SPIKES,)))
-    if wanted(chosen, "video"):
-        found.append(Group(OURS, "native", 0.0, (VIDEO,)))
     if "native" not in chosen.allocators:
         found.clear()
     some = [times for times in chosen.times if times == 2] if chosen.quick else chosen.times
     for allocator in chosen.allocators:
         if allocator != "native":
             found += [Group(OURS, allocator, times, activations) for times in some]
+    if wanted(chosen, "video"):
+        systems = [OURS, *(["to"] if "to" in chosen.peers else [])]
+        found += [
+            Group(system, allocator, 0.0, (VIDEO,)) for allocator in chosen.allocators for system in systems
+        ]
+        found += [Group(peer, "native", 0.0, (VIDEO,)) for peer in chosen.peers if peer != "to"]
     # A peer that ran out of memory begins again for the next cell, which takes time.
     of_peers = tuple(cell for cell in activations if not chosen.quick or cell.kind == "once")
     for peer in chosen.peers:
-        found += [Group(peer, "native", times, of_peers) for times in some]
+        found += [Group(peer, "native", times, of_peers) for times in some if peer != "to"]
     return [group for group in found if group.cells]
 
 
@@ -209,8 +216,8 @@ def run_group(chosen: argparse.Namespace, group: Group, wheels: children.Wheels)
     rows: list[Row] = []
     cells = list(group.cells)
     try:
-        names = [PEERS[group.system][1]] if group.system in PEERS else []
-        site = wheels.site([*names, *NEEDS.get(group.system, ())])
+        package = PEERS.get(group.system, ("", None))[1]
+        site = wheels.site([*([package] if package else []), *NEEDS.get(group.system, ())])
     except RuntimeError as error:
         return [row_of(group, cell, {"same": False, "reason": str(error)}) for cell in cells]
     while cells:
@@ -349,7 +356,9 @@ def markdown(result: dict[str, Any]) -> str:
                 f"{told['refilled'] / 1e9:.2f} GB; same: {'yes' if row['same'] else 'NO'}"
             )
         elif row["kind"] in ("spikes", "video"):
-            parts.append(f"{row['cell']}: {outcome_of(row)}; {row.get('told', '')}")
+            title = MECHANISMS[row["allocator"]] if row["system"] == OURS else PEERS[row["system"]][0]
+            name = f"Forebay, {title}" if row["system"] == OURS else f"{title}, {row['allocator']}"
+            parts.append(f"{row['cell']}, {name}: {outcome_of(row)}; {row.get('told', '')}")
     return "\n\n".join(parts)
 
 

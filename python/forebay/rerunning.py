@@ -121,7 +121,9 @@ class _Boundary:
     def _why_not(self, before: _Before) -> str | None:
         drawn_from = self._running.drawn_from
         if before.generators is None and drawn_from is not None and drawn_from.have_changed():
-            return "random numbers were drawn since the whole began, which is run again instead where it can be"
+            return (
+                "random numbers were drawn since the whole began, which is run again instead where it can be"
+            )
         if self._module.training:
             return "the module is in training mode, where a forward may change what it keeps; call eval()"
         if torch.is_grad_enabled() and before.requires_grad():

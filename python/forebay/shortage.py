@@ -66,12 +66,18 @@ class Shortage:
 
     def __str__(self) -> str:
         asked = "" if self.needed is None else f"{_mib(self.needed)} were asked for. "
-        return (
+        text = (
             f"forebay: all weights that could leave {self.device} had left. {asked}Of {_mib(self.total)}, "
             f"{_mib(self.free)} were free, weights had {_mib(self.weights)} (of which {_mib(self.pinned)} cannot leave: "
             f"small weights, {self.operations} running operations, {self.views} views), torch's tensors "
             f"{_mib(self.allocated)}, torch's cache {_mib(self.cached)}, and others {_mib(self.others)}"
         )
+        if self.needed is not None and self.needed <= self.free + self.cached:
+            text += (
+                ". That would have been enough in one piece: PYTORCH_ALLOC_CONF=expandable_segments:True keeps torch's "
+                "cache from being in pieces"
+            )
+        return text
 
 
 def torch_memory(device: str) -> tuple[int, int]:

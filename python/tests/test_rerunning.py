@@ -96,6 +96,15 @@ def test_a_part_that_is_called_by_itself_is_run_again(engine) -> None:
         assert same(decoder(x), expected)
 
 
+@pytest.mark.parametrize(("cached", "says"), [(3000, True), (2000, False)])
+def test_memory_in_pieces_is_told(cached, says) -> None:
+    shortage = Shortage(
+        device="cuda:0", needed=3584 * MIB, total=16384 * MIB, free=1000 * MIB, weights=0, pinned=0, operations=0, views=0,
+        allocated=12000 * MIB, cached=cached * MIB, others=0,
+    )  # fmt: skip
+    assert ("expandable_segments" in str(shortage)) == says
+
+
 class Whole(nn.Module):
     """Counts its calls. Its part may fail."""
 
