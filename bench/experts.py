@@ -14,6 +14,7 @@ one block after the other. Every output is compared bit for bit with plain torch
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import sys
@@ -76,7 +77,7 @@ def parse() -> argparse.Namespace:
 
 def compute_time(stack: Stack, x: torch.Tensor) -> float:
     """A step's seconds with its weights on the device: a block's, times their number."""
-    block = Stack(stack[0]).to(x.device)
+    block = Stack(copy.deepcopy(stack[0])).to(x.device)
     timed_step(block, x)
     return len(stack) * statistics.median(timed_step(block, x)[1] for _ in range(5))
 

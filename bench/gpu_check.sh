@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Checks, runs and times everything on a GPU machine with torch, from what bench/bundle.sh built. Full results go to $OUT.
-# Usage: bench/gpu_check.sh [FOLDER] [WHAT] [WHEELS], defaults .carry, all and .whl. WHAT is names with spaces between them: tests,
-# demo, and any bench/NAME.py; "all" is "tests demo stack". WHEELS is what bench/peer_wheels.sh fetched. $ARGS goes to each
-# bench/NAME.py. experts and little_ram run in a memory cgroup.
+# Usage: bench/gpu_check.sh [FOLDER] [WHAT] [WHEELS], defaults .carry, all and .whl. WHAT is names with spaces between them:
+# rust and python for the tests of either ("tests" is both), demo, and any bench/NAME.py; "all" is "tests demo stack". WHEELS is
+# what bench/peer_wheels.sh fetched. The tests run on $DEVICE, by default cuda:0. $ARGS goes to each bench/NAME.py. experts and
+# little_ram run in a memory cgroup.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 bundle=$(realpath "${1:-.carry}")
@@ -29,8 +30,8 @@ exec > >(tee "$out/summary.txt") 2>&1
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 [ -x "$bundle/forebay" ] && "$bundle/forebay" doctor
 
-tests() {
-    local program programs=() whole_card=(python/tests/test_other_process.py python/tests/test_allocations.py)
+rust() {
+    local program programs=()
     # Four at a time: tests that time something fail where more share the card. What takes the whole card comes last.
     for program in "$bundle"/tests/*; do
         [[ $program = *-room ]] && continue
@@ -39,10 +40,19 @@ tests() {
         programs+=($!)
     done
     wait "${programs[@]}"
+    step forebay-room 240 "$bundle"/tests/forebay-room
+}
+
+python() {
+    local whole_card=(python/tests/test_other_process.py python/tests/test_allocations.py)
     step pytest 420 python3 -m pytest -q --timeout 120 -p no:cacheprovider -n 8 --dist loadfile python/tests \
         "${whole_card[@]/#/--ignore=}"
     step pytest-whole-card 240 python3 -m pytest -q --timeout 120 -p no:cacheprovider "${whole_card[@]}"
-    step forebay-room 240 "$bundle"/tests/forebay-room
+}
+
+tests() {
+    rust
+    python
 }
 
 demo() {
@@ -80,14 +90,14 @@ export -f capped
 
 for one in ${what/#all/tests demo stack}; do
     case $one in
-    tests | demo) "$one" ;;
+    tests | rust | python | demo) "$one" ;;
     experts) benchmark "$one" bash -c 'capped 32G "$@"' capped ;;
     little_ram) benchmark "$one" bash -c 'capped 2G "$@"' capped ;;
     *)
         if [ -f "bench/$one.py" ]; then
             benchmark "$one"
         else
-            echo "nothing is called $one: tests, demo, all, or a bench/NAME.py"
+            echo "nothing is called $one: tests, rust, python, demo, all, or a bench/NAME.py"
             touch "$failures/$one" "$out/$one.log"
         fi
         ;;

@@ -118,14 +118,14 @@ def timed(name: str, call: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, di
 
 def main() -> int:
     chosen = parse()
-    write(chosen.file, int(chosen.gib * GIB))
+    is_cuda = chosen.device != "host"
+    write(chosen.file, int(chosen.gib * GIB), torch.device(chosen.device if is_cuda else "cpu"))
     weights = forebay.load(chosen.file)
     nbytes = sum(weight.nbytes for weight in weights.values())
     allowed = limit()
     memory = "no limit of memory" if allowed is None else f"{allowed / GIB:.1f} GiB of memory"
     print(f"{nbytes / 1e9:.1f} GB of weights, {memory}")
     model, x = Layers(weights), torch.randn(1, COLUMNS, dtype=torch.bfloat16)
-    is_cuda = chosen.device != "host"
     with torch.no_grad():
         if is_cuda:
             x = x.to(chosen.device)
