@@ -127,7 +127,7 @@ def main() -> int:
     with torch.no_grad():
         write_weights(chosen.file, chosen.blocks, chosen.width, device)
         write_weights(eight, chosen.blocks, chosen.width, device, torch.float8_e4m3fn)
-        link = link_rate() if is_cuda else None
+        link = link_rate(device=device) if is_cuda else None
         rows = [
             streamed(chosen, kind, path, link)
             for kind, path in (("bf16", chosen.file), ("float8", eight), ("float8, scaled by row", eight))

@@ -433,7 +433,7 @@ SECTIONS: list[tuple[str, Callable[[Path], str]]] = [
     ("peers*.json", side_by_side("Forebay and its peers", peers.markdown, peers.picture)),
     ("comfyui*.json", comfyui_cells),
     ("loaders.json", side_by_side("Loading a file to the GPU", loaders.markdown, loaders.picture)),
-    ("pressure.json", under_pressure),
+    ("pressure*.json", under_pressure),
     ("switch.json", switch),
     ("experts.json", experts),
     ("tests.txt", checks),

@@ -79,6 +79,9 @@ class _Boundary:
         """In place of a ``forward``."""
         if self._device.type == "cuda":
             refuse_capture(self._module)
+        if torch.compiler.is_dynamo_compiling():
+            # This is left to Python: generators' states are not compiled. What is called here is.
+            return self._run(original, _Before(args, kwargs, _Generators(self._device)), args, kwargs)
         running = self._running
         if running.drawn_from is not None:
             return self._run(original, _Before(args, kwargs), args, kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -32,6 +33,13 @@ def engine() -> Callable[..., forebay.Engine]:
         return forebay.Engine(support.DEVICE, budget=budget_mib * support.MIB, readers=2, **poison)
 
     return make
+
+
+@pytest.fixture
+def current_device() -> Iterator[None]:
+    """Makes the device that is tested torch's current one, for what torch does on no other."""
+    with torch.cuda.device(support.TORCH_DEVICE) if support.DEVICE != "host" else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture(autouse=True)

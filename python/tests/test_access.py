@@ -114,6 +114,7 @@ ALIASES = {
 }
 
 
+@pytest.mark.usefixtures("current_device")
 @pytest.mark.parametrize("alias", ALIASES)
 def test_results_that_share_memory_keep_it(alias, model, plain, attachment) -> None:
     kept, expected = ALIASES[alias](model[2].weight), ALIASES[alias](plain[2].weight)

@@ -34,6 +34,7 @@ def test_a_capture_is_refused_unless_the_weights_are_lent(
 
 
 @pytest.mark.skipif(DEVICE == "host", reason="needs a GPU")
+@pytest.mark.usefixtures("current_device")
 @pytest.mark.parametrize("rerun", [True, False])
 def test_a_graph_of_lent_weights_can_be_replayed(engine: Engines, rerun: bool) -> None:
     model = randomize(linears(8))

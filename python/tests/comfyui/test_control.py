@@ -145,6 +145,7 @@ def test_logging(name: str, level: int) -> None:
         logger.setLevel(before)
 
 
+@pytest.mark.usefixtures("current_device")
 def test_recording_leaves_allocation_to_torch() -> None:
     stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
     recorder = malloc_graph.record(stream, assert_graph_breaks=True)
