@@ -240,8 +240,9 @@ fn two_hundred_spikes_leave_residency_and_steps_as_they_were() {
         }
     }
     // What a spike pushed out is filled again once: two passes stream twice, and refill what left. What was read ahead as
-    // memory was taken, a window of 16 pages, may be read again, and so may what was as it came back.
-    let bound = 2 * (steady + 34 + 16) + 34 + 2 * 16;
+    // memory was taken, a window of 16 pages, may be read again, and so may what was as it came back. On a busy machine what
+    // the spike before pushed out, after which there was no pass, comes back only now.
+    let bound = 2 * (steady + 34 + 16) + 34 + 2 * 16 + 34 + 16;
     assert!(most <= bound, "{most} pages were filled around a spike, not {bound}");
     pass_until_resident(&mut consumer, &model, &weights, before - 1);
     (0..12).for_each(|_| pass(&mut consumer, &model, &weights));
