@@ -9,10 +9,11 @@ use forebay_store::{Source, read_rows};
 use parking_lot::Mutex;
 use smallvec::SmallVec;
 
-use crate::acquire::{Above, Found, OwnOperation, Use, Used};
+use crate::acquire::{Above, Found, Use, Used};
 use crate::engine::{Engine, note_uses};
 use crate::filler::source_error;
 use crate::layout::{Class, Layout, Placed};
+use crate::operation::OwnOperation;
 use crate::stats::VbarStats;
 use crate::vbar::{Span, Spans, Vbar};
 use crate::{EngineError, Result};

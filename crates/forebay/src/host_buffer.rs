@@ -26,7 +26,7 @@ pub(crate) use self::helper::{Helper, run};
 use self::memory::HostMemory;
 use crate::cache::ram::{Cgroup, Ram};
 use crate::engine::Engine;
-use crate::filler::Reader;
+use crate::reader::Reader;
 use crate::{EngineError, Result};
 
 /// Memory that is taken ahead of need, at most and at least.

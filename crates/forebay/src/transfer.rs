@@ -14,8 +14,9 @@ use parking_lot::{Condvar, Mutex};
 
 use crate::attachment::Attachment;
 use crate::engine::Engine;
-use crate::filler::{Reader, source_error};
+use crate::filler::source_error;
 use crate::host_buffer::{HostBuffer, HostRange};
+use crate::reader::Reader;
 use crate::state::Shared;
 use crate::{EngineError, Result};
 
