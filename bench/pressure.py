@@ -197,7 +197,7 @@ def groups(chosen: argparse.Namespace) -> list[Group]:
     some = [times for times in chosen.times if times == 2] if chosen.quick else chosen.times
     for allocator in chosen.allocators:
         if allocator != "native":
-            found += [Group(OURS, allocator, times, activations) for times in some]
+            found += [Group(OURS, allocator, times, activations + process) for times in some]
     if wanted(chosen, "video"):
         systems = [OURS, *(["to"] if "to" in chosen.peers else [])]
         found += [
