@@ -27,7 +27,7 @@ export FOREBAY_TEST_DEVICE := $(DEVICE)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build run test test-rust test-python comfyui lint kernels bench storm loom miri tsan clean
+.PHONY: help setup build run test test-rust test-python test-torch comfyui lint kernels bench storm loom miri tsan clean
 .DELETE_ON_ERROR:
 
 help: ## Print this list
@@ -61,6 +61,15 @@ test-rust: ## Run the Rust tests
 
 test-python: build ## Run the Python tests
 	cd python && $(VIRTUAL_ENV)/bin/python -m pytest tests $(ARGS)
+
+# By default the oldest that pyproject.toml allows.
+TORCH ?= 2.6.0
+test-torch: build ## Run the Python tests with another release of torch: TORCH=2.6.0
+	$(PYTHON) -m venv target/torch-$(TORCH)
+	sed 's/^torch==[^;]*/torch==$(TORCH)/' python/requirements-dev.txt > target/torch-$(TORCH)/requirements.txt
+	target/torch-$(TORCH)/bin/python -m pip install --quiet -r target/torch-$(TORCH)/requirements.txt
+	VIRTUAL_ENV=$(abspath target)/torch-$(TORCH) PIP_QUIET=1 $(BIN)/maturin develop --release --manifest-path python/Cargo.toml
+	cd python && $(abspath target)/torch-$(TORCH)/bin/python -m pytest tests $(ARGS)
 
 # A checkout of ComfyUI.
 COMFYUI ?=

@@ -117,6 +117,8 @@ ALIASES = {
 @pytest.mark.usefixtures("current_device")
 @pytest.mark.parametrize("alias", ALIASES)
 def test_results_that_share_memory_keep_it(alias, model, plain, attachment) -> None:
+    if alias == "subclass" and torch.__version__.startswith("2.6."):
+        pytest.skip("torch 2.6 has no as_subclass of any tensor with __torch_dispatch__")
     kept, expected = ALIASES[alias](model[2].weight), ALIASES[alias](plain[2].weight)
     for _ in range(2):
         stream_by(model, plain)

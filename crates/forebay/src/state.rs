@@ -36,6 +36,9 @@ pub enum Budget {
     Headroom(Bytes),
 }
 
+/// How long the budget must be able to rise by a little before it does: others take and give small amounts all the time.
+const CALM: Duration = Duration::from_secs(1);
+
 /// Bytes read ahead that are not filled yet: 10 ms of the link.
 const MOST_UNDER_WAY: Bytes = Bytes::mib(512);
 
@@ -98,6 +101,8 @@ pub(crate) struct State {
     pub(crate) making_room: usize,
     /// Those among them that need all that can leave.
     pub(crate) emptying: usize,
+    /// Since when the budget could be higher by a little, and what it could have been all that time.
+    offer: Option<(Instant, Bytes)>,
     /// What the budget may not rise beyond, while somebody runs with as little memory for weights as can be.
     pub(crate) squeezed: Option<Squeezed>,
     /// Demands that wait for memory.
@@ -133,6 +138,7 @@ impl Shared {
                 stop: false,
                 look_after: Instant::now(),
                 making_room: 0,
+                offer: None,
                 emptying: 0,
                 squeezed: None,
                 waiting: 0,
@@ -385,11 +391,29 @@ impl State {
         };
         let target = self.squeezed.map_or(target, |squeezed| target.min(squeezed.most));
         let is_whole = self.budget == Budget::Fixed(target);
-        let rises = target > now && (is_whole || target - now >= least);
+        let lasting = self.offered_for_long(now, target, device.granularity());
+        let target = match lasting {
+            Some(lasting) if target > now && target - now < least => lasting,
+            _ => target,
+        };
+        let rises = target > now && (is_whole || target - now >= least || lasting.is_some());
         if rises || target < now {
+            self.offer = None;
             self.decide(|policy, books, out| policy.set_budget(target, books, out));
         }
         Ok(rises)
+    }
+
+    /// What the budget could have been for a while, where that is more than it is, though too little to follow at once.
+    fn offered_for_long(&mut self, now: Bytes, target: Bytes, least: Bytes) -> Option<Bytes> {
+        if target.saturating_sub(now) < least {
+            self.offer = None;
+            return None;
+        }
+        let (since, offered) =
+            self.offer.map_or((Instant::now(), target), |(since, o)| (since, o.min(target)));
+        self.offer = Some((since, offered));
+        (since.elapsed() >= CALM).then_some(offered)
     }
 
     /// What the engine has and what nobody has.

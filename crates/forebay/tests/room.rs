@@ -252,6 +252,23 @@ fn two_hundred_spikes_leave_residency_and_steps_as_they_were() {
 }
 
 #[test]
+fn a_little_that_stays_free_is_used_after_a_while() {
+    let mut random = Random::seeded_for(Duration::from_secs(60));
+    let (rig, _ballast) = small_device();
+    let count = (free(&rig).get() / PAGE.get() + 24) as usize;
+    let weights = Weights::in_a_file(&mut random, &vec![2 * MIB; count]);
+    let engine = try_engine_on(rig.device.clone(), Budget::Headroom(PAGE * 2)).unwrap();
+    // Less than a budget follows at once.
+    let taken = Frame::new(rig.device.clone(), PAGE).unwrap();
+    let model = weights.attach(&engine, "model");
+    let mut consumer = rig.consumer();
+    (0..12).for_each(|_| pass(&mut consumer, &model, &weights));
+    let before = resident(&model);
+    drop(taken);
+    pass_until_resident(&mut consumer, &model, &weights, before + 1);
+}
+
+#[test]
 fn a_ballast_is_others_memory() {
     let (rig, _ballast) = small_device();
     let engine = try_engine_on(rig.device.clone(), Budget::Headroom(PAGE)).unwrap();
