@@ -391,29 +391,26 @@ impl State {
         };
         let target = self.squeezed.map_or(target, |squeezed| target.min(squeezed.most));
         let is_whole = self.budget == Budget::Fixed(target);
-        let lasting = self.offered_for_long(now, target, device.granularity());
-        let target = match lasting {
-            Some(lasting) if target > now && target - now < least => lasting,
-            _ => target,
-        };
-        let rises = target > now && (is_whole || target - now >= least || lasting.is_some());
-        if rises || target < now {
+        let at_once = target < now || is_whole || target - now >= least;
+        let target = if at_once { target } else { self.offered_for_long(now, target, device.granularity()) };
+        if target != now {
             self.offer = None;
             self.decide(|policy, books, out| policy.set_budget(target, books, out));
         }
-        Ok(rises)
+        Ok(target > now)
     }
 
-    /// What the budget could have been for a while, where that is more than it is, though too little to follow at once.
-    fn offered_for_long(&mut self, now: Bytes, target: Bytes, least: Bytes) -> Option<Bytes> {
-        if target.saturating_sub(now) < least {
+    /// What the budget could have been for a while, where that is more than `now` by `least`; else `now`.
+    fn offered_for_long(&mut self, now: Bytes, target: Bytes, least: Bytes) -> Bytes {
+        if target - now < least {
             self.offer = None;
-            return None;
+            return now;
         }
-        let (since, offered) =
-            self.offer.map_or((Instant::now(), target), |(since, o)| (since, o.min(target)));
+        // An offer from before the application raised the budget is none.
+        let known = self.offer.filter(|(_, offered)| *offered > now);
+        let (since, offered) = known.map_or((Instant::now(), target), |(since, o)| (since, o.min(target)));
         self.offer = Some((since, offered));
-        (since.elapsed() >= CALM).then_some(offered)
+        if since.elapsed() >= CALM { offered } else { now }
     }
 
     /// What the engine has and what nobody has.
@@ -469,6 +466,23 @@ mod tests {
 
     use super::*;
     use crate::{Engine, LayoutOptions, Use, WeightKind, WeightSpec};
+
+    #[test]
+    fn an_offer_counts_once_it_lasted_and_only_above_the_budget()
+    -> std::result::Result<(), Box<dyn std::error::Error>> {
+        let device = HostDevice::new(HostConfig::default())?;
+        let engine = Engine::new(Arc::new(device), EngineConfig::default())?;
+        let mut state = engine.shared().state.lock();
+        let mut offered = |lasting: Bytes, target: Bytes| {
+            state.offer = Instant::now().checked_sub(CALM * 2).map(|since| (since, lasting));
+            state.offered_for_long(Bytes::mib(20), target, Bytes::mib(2))
+        };
+        assert_eq!(offered(Bytes::mib(22), Bytes::mib(24)), Bytes::mib(22));
+        assert_eq!(offered(Bytes::mib(26), Bytes::mib(24)), Bytes::mib(24));
+        assert_eq!(offered(Bytes::mib(22), Bytes::mib(21)), Bytes::mib(20), "less than a frame");
+        assert_eq!(offered(Bytes::mib(10), Bytes::mib(24)), Bytes::mib(20), "from before the budget rose");
+        Ok(())
+    }
 
     #[test]
     fn little_is_under_way_however_much_fits() -> std::result::Result<(), Box<dyn std::error::Error>> {
