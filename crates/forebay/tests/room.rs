@@ -196,6 +196,12 @@ fn headroom_is_kept_for_other_processes_which_get_it_while_weights_stream() {
     consumer.check();
 }
 
+/// Weights of a page each, 24 more than the device has room for.
+fn more_than_fits(random: &mut Random, rig: &Rig) -> Weights {
+    let count = (free(rig).get() / PAGE.get() + 24) as usize;
+    Weights::in_a_file(random, &vec![2 * MIB; count])
+}
+
 /// Pages filled in some passes.
 fn moved(
     consumer: &mut Consumer,
@@ -215,8 +221,7 @@ fn moved(
 fn two_hundred_spikes_leave_residency_and_steps_as_they_were() {
     let mut random = Random::seeded_for(Duration::from_secs(240));
     let (rig, _ballast) = small_device();
-    let count = (free(&rig).get() / PAGE.get() + 24) as usize;
-    let weights = Weights::in_a_file(&mut random, &vec![2 * MIB; count]);
+    let weights = more_than_fits(&mut random, &rig);
     let engine = try_engine_on(rig.device.clone(), Budget::Headroom(PAGE * 2)).unwrap();
     let model = weights.attach(&engine, "model");
     let mut consumer = rig.consumer();
@@ -255,8 +260,7 @@ fn two_hundred_spikes_leave_residency_and_steps_as_they_were() {
 fn a_little_that_stays_free_is_used_after_a_while() {
     let mut random = Random::seeded_for(Duration::from_secs(60));
     let (rig, _ballast) = small_device();
-    let count = (free(&rig).get() / PAGE.get() + 24) as usize;
-    let weights = Weights::in_a_file(&mut random, &vec![2 * MIB; count]);
+    let weights = more_than_fits(&mut random, &rig);
     let engine = try_engine_on(rig.device.clone(), Budget::Headroom(PAGE * 2)).unwrap();
     // Less than a budget follows at once.
     let taken = Frame::new(rig.device.clone(), PAGE).unwrap();
