@@ -26,11 +26,11 @@ from typing import Any
 import children
 from children import Outcome, Row
 
-OURS = "forebay"
+OURS, PLAIN = "forebay", "to"
 PEERS: dict[str, tuple[str, str | None]] = {
     "diffusers": ("diffusers group offloading, streams", "diffusers"),
     "aimdo": ("comfy-aimdo, from the file", "comfy-aimdo"),
-    "to": ("plain torch, a layer at a time", None),
+    PLAIN: ("plain torch, a layer at a time", None),
 }
 """Titles, and the package that a system is."""
 ALLOCATORS = {
@@ -198,16 +198,18 @@ def groups(chosen: argparse.Namespace) -> list[Group]:
     for allocator in chosen.allocators:
         if allocator != "native":
             found += [Group(OURS, allocator, times, activations + process) for times in some]
+    peers = [peer for peer in chosen.peers if peer != PLAIN]
     if wanted(chosen, "video"):
-        systems = [OURS, *(["to"] if "to" in chosen.peers else [])]
+        # Of plain torch nothing else is asked, and the allocator is what counts.
+        systems = [OURS, *(peer for peer in chosen.peers if peer == PLAIN)]
         found += [
             Group(system, allocator, 0.0, (VIDEO,)) for allocator in chosen.allocators for system in systems
         ]
-        found += [Group(peer, "native", 0.0, (VIDEO,)) for peer in chosen.peers if peer != "to"]
+        found += [Group(peer, "native", 0.0, (VIDEO,)) for peer in peers]
     # A peer that ran out of memory begins again for the next cell, which takes time.
     of_peers = tuple(cell for cell in activations if not chosen.quick or cell.kind == "once")
-    for peer in chosen.peers:
-        found += [Group(peer, "native", times, of_peers) for times in some if peer != "to"]
+    for peer in peers:
+        found += [Group(peer, "native", times, of_peers) for times in some]
     return [group for group in found if group.cells]
 
 
@@ -216,7 +218,7 @@ def run_group(chosen: argparse.Namespace, group: Group, wheels: children.Wheels)
     rows: list[Row] = []
     cells = list(group.cells)
     try:
-        package = PEERS.get(group.system, ("", None))[1]
+        package = package_of(group.system)
         site = wheels.site([*([package] if package else []), *NEEDS.get(group.system, ())])
     except RuntimeError as error:
         return [row_of(group, cell, {"same": False, "reason": str(error)}) for cell in cells]
@@ -265,7 +267,7 @@ def run(
 
 def child(chosen: argparse.Namespace) -> int:
     setting = json.loads(chosen.child)
-    package = PEERS.get(setting["system"], ("", None))[1]
+    package = package_of(setting["system"])
     with children.reporting(chosen.report, [name for name in (package,) if name]) as report:
         if package == "comfy-aimdo":
             from comfy_aimdo import control  # it wants to be there before torch
@@ -296,6 +298,16 @@ def row_of(group: Group, cell: Cell, row: Row) -> Row:
         "kind": cell.kind,
         "share": cell.share,
     }
+
+
+def package_of(system: str) -> str | None:
+    """What a system is installed from, where it is a peer's."""
+    return PEERS[system][1] if system in PEERS else None
+
+
+def title_of(system: str, allocator: str) -> str:
+    """A system, and of ours what carries it under this allocator."""
+    return f"Forebay, {MECHANISMS[allocator]}" if system == OURS else PEERS[system][0]
 
 
 def is_right(row: Row) -> bool:
@@ -335,7 +347,7 @@ def markdown(result: dict[str, Any]) -> str:
     for system, allocator in dict.fromkeys((row["system"], row["allocator"]) for row in matrix):
         own = [row for row in matrix if (row["system"], row["allocator"]) == (system, allocator)]
         times = list(dict.fromkeys(row["times"] for row in own))
-        title = f"Forebay, {MECHANISMS[allocator]}" if system == OURS else PEERS[system][0]
+        title = title_of(system, allocator)
         found = {(row["cell"], row["times"]): row for row in own}
         lines = [
             f"| {title} | " + " | ".join(f"weights {n:g} x the card" for n in times) + " |",
@@ -356,8 +368,8 @@ def markdown(result: dict[str, Any]) -> str:
                 f"{told['refilled'] / 1e9:.2f} GB; same: {'yes' if row['same'] else 'NO'}"
             )
         elif row["kind"] in ("spikes", "video"):
-            title = MECHANISMS[row["allocator"]] if row["system"] == OURS else PEERS[row["system"]][0]
-            name = f"Forebay, {title}" if row["system"] == OURS else f"{title}, {row['allocator']}"
+            name = title_of(row["system"], row["allocator"])
+            name += "" if row["system"] == OURS else f", {row['allocator']}"
             parts.append(f"{row['cell']}, {name}: {outcome_of(row)}; {row.get('told', '')}")
     return "\n\n".join(parts)
 
