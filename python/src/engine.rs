@@ -306,7 +306,11 @@ pub(crate) fn vbar_stats<'py>(py: Python<'py>, stats: &VbarStats) -> PyResult<Bo
 fn spec(maps: &ProcessMaps, (name, address, nbytes, owner, table): PyWeight) -> WeightSpec {
     let (address, len) = (address as usize, nbytes as usize);
     let source = match maps.source_of(address, len) {
-        Some((file, offset)) => Source::file(&file, offset, Bytes::new(nbytes)),
+        Some((file, offset)) => {
+            // SAFETY: just found. The tensor is kept for a detach, and nobody writes to weights that are attached.
+            unsafe { maps.drop_pages(address, len) };
+            Source::file(&file, offset, Bytes::new(nbytes))
+        }
         // SAFETY: `owner` is the tensor whose storage this is; it keeps the memory for as long as the source lives.
         None => Source::memory(Arc::new(unsafe { MemoryRange::new(address as *const u8, len, owner) })),
     };

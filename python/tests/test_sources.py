@@ -72,6 +72,33 @@ def test_tensors_of_other_loaders(path, engine) -> None:
         assert same(model(x), expected)
 
 
+@pytest.mark.parametrize("loader", [forebay.load, safetensors.load_file])
+def test_what_was_looked_at_before_is_not_kept_mapped(loader, path, engine) -> None:
+    """Mapped pages count as in use, where the page cache is too small for all."""
+    model = loaded(loader(path))
+    x = torch.randn(2, 768)
+    with torch.no_grad():
+        expected = model(x)
+    weights = 4 * 768 * 768 * 4
+    assert mapped(path) > 0.9 * weights
+    with forebay.attach(model, engine(6), page_size=2 * MIB):
+        assert mapped(path) < 0.1 * weights
+    with torch.no_grad():
+        assert same(model(x), expected)
+
+
+def mapped(path: Path) -> int:
+    """Bytes of a file that are mapped and in the process's memory."""
+    areas = Path("/proc/self/smaps").read_text().split("VmFlags:")
+    of_file = (area for area in areas if str(path) in area)
+    return sum(
+        int(line.split()[1]) << 10
+        for area in of_file
+        for line in area.splitlines()
+        if line.startswith("Rss:")
+    )
+
+
 def test_a_model_of_transformers(tmp_path, engine) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(

@@ -40,9 +40,24 @@ impl Policy {
         Rank(self.vbars[id.0 as usize].as_ref().map_or(0, |vbar| vbar.watermark))
     }
 
+    /// How many ranks of a VBAR stay resident once its passes have settled: what the watermark and the budget allow beside
+    /// a window.
+    pub fn settled_watermark(&self, id: VbarId) -> Rank {
+        let Some(vbar) = &self.vbars[id.0 as usize] else { return Rank(0) };
+        let frames = u32::try_from(self.budget.get() / vbar.spec.page_size.get()).unwrap_or(u32::MAX);
+        let fits = if frames < vbar.spec.pages { frames.saturating_sub(vbar.spec.window) } else { frames };
+        Rank(vbar.watermark.min(fits))
+    }
+
     /// A page's rank in its VBAR.
     pub fn rank(&self, page: PageRef) -> Rank {
         self.vbars[page.vbar.0 as usize].as_ref().map_or(Rank(0), |vbar| vbar.ranks.rank(page.page))
+    }
+
+    /// The page of a rank.
+    pub fn page_of(&self, id: VbarId, rank: Rank) -> Option<PageRef> {
+        let vbar = self.vbars[id.0 as usize].as_ref().filter(|vbar| rank.0 < vbar.spec.pages)?;
+        Some(PageRef { vbar: id, page: vbar.ranks.page(rank) })
     }
 
     /// Whether a page has its place below the watermark.
@@ -72,6 +87,16 @@ impl Policy {
     /// The VBARs, highest priority first.
     pub fn priorities(&self) -> impl Iterator<Item = VbarId> {
         self.priority.iter().rev().copied()
+    }
+
+    /// The VBARs, highest priority first; those at the top that are used in turn in an order that their turns do not change.
+    pub fn lasting_priorities(&self) -> Vec<VbarId> {
+        let mut ids: Vec<VbarId> = self.priorities().collect();
+        let is_in_turn =
+            |id: &VbarId| self.vbars[id.0 as usize].as_ref().is_some_and(|vbar| vbar.is_in_turn());
+        let in_turn = ids.iter().take_while(|id| is_in_turn(id)).count();
+        ids[..in_turn].sort_unstable();
+        ids
     }
 
     /// The VBAR used last, or else the one of the highest priority.

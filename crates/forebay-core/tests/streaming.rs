@@ -41,7 +41,11 @@ fn warm(n: u32, frames: u32, window: u32, lag: usize, passes: usize) -> Checked<
 }
 
 fn check_steady(n: u32, frames: u32, window: u32, lag: usize) -> Checked {
-    let (mut engine, mut model) = warm(n, frames, window, lag, 2)?;
+    let (mut engine, mut model) = warm(n, frames, window, lag, 0)?;
+    let foreseen = engine.world.policy.settled_watermark(model.id).0;
+    for _ in 0..2 {
+        engine.pass(&mut model)?;
+    }
     let watermark = engine.world.policy.watermark(model.id);
     for _ in 0..3 {
         let Pass { fills, most, waits } = engine.pass(&mut model)?;
@@ -53,6 +57,11 @@ fn check_steady(n: u32, frames: u32, window: u32, lag: usize) -> Checked {
     let kept = resident(&engine, &model);
     let expected = if frames >= n { n } else { frames.saturating_sub(window) };
     ensure!(kept.len() as u32 >= expected, "{} of {expected} pages are kept", kept.len());
+    let settled = engine.world.policy.settled_watermark(model.id).0;
+    ensure!(
+        (foreseen, settled) == (expected, expected),
+        "{foreseen} and {settled} pages foreseen, not {expected}"
+    );
     let around = kept.iter().chain(kept.first()).copied().collect::<Vec<_>>();
     let widest = around.windows(2).map(|pair| (pair[1] + n - pair[0] - 1) % n + 1).max().unwrap_or(0);
     ensure!(widest <= (4 * n / expected.max(1)).max(1), "{widest} pages between two kept ones of {kept:?}");

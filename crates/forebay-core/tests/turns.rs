@@ -114,6 +114,23 @@ fn what_is_missing_is_streamed_once_a_round_and_shares_are_even() {
 }
 
 #[test]
+fn lasting_priorities_follow_a_model_that_goes_on_alone_but_not_turns() {
+    let mut rig = Rig::new(&[24, 24], 30, 1);
+    rig.passes(0, 10).unwrap();
+    let lasting = |rig: &Rig| rig.engine.world.policy.lasting_priorities();
+    let ids: Vec<VbarId> = rig.models.iter().map(|model| model.id).collect();
+    assert_eq!(lasting(&rig), ids);
+    rig.passes(1, 10).unwrap();
+    assert_eq!(lasting(&rig), [ids[1], ids[0]]);
+    rig.rounds(SETTLED).unwrap();
+    let settled = lasting(&rig);
+    for model in [0, 1, 0, 1] {
+        rig.passes(model, 1).unwrap();
+        assert_eq!(lasting(&rig), settled);
+    }
+}
+
+#[test]
 fn pages_of_other_sizes_count_by_their_bytes() {
     let large = VbarSpec { page_size: UNIT * 2, ..streamed(12, WINDOW) };
     let mut rig = Rig::of([streamed(24, WINDOW), large], 28, 1);

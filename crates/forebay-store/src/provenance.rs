@@ -12,6 +12,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
+use rustix::mm;
 
 use crate::error::{Result, StoreError};
 use crate::file::SourceFile;
@@ -73,6 +74,25 @@ impl ProcessMaps {
         let offset = first.offset.checked_add((addr - first.start) as u64)?;
         let inside = offset.checked_add(len as u64).is_some_and(|end| end <= file.len().get());
         inside.then_some((file, offset))
+    }
+
+    /// Takes the pages of a range out of the process's memory, but for those that it shares with its neighbours. They stay in
+    /// the page cache, are found there when they are touched again, and until then the kernel may reclaim them: what is
+    /// mapped counts as in use. Advice only: a refusal is ignored.
+    ///
+    /// # Safety
+    /// [`source_of`](Self::source_of) found a file behind the range, and nobody wrote to it since.
+    pub unsafe fn drop_pages(&self, addr: usize, len: usize) {
+        let page = rustix::param::page_size();
+        let (first, end) = (addr.next_multiple_of(page), (addr + len) / page * page);
+        if first >= end {
+            return;
+        }
+        let at = std::ptr::with_exposed_provenance_mut(first);
+        // SAFETY: the pages are a file's, unmodified, as the caller promises: the same bytes come back.
+        if let Err(error) = unsafe { mm::madvise(at, end - first, mm::Advice::LinuxDontNeed) } {
+            tracing::debug!(%error, "mapped pages stay in the process's memory");
+        }
     }
 
     /// The areas that `addr..end` lies in, where they are adjacent parts of one file. Never empty.

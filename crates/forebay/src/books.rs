@@ -1,6 +1,7 @@
 //! What the engine knows of pages beside the policy: who used them, what they wait for, what went wrong.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use forebay_core::{Bytes, FrameId, PageRef, Pins, Schedule, VbarId};
@@ -47,8 +48,8 @@ pub(crate) struct VbarBook {
     pub(crate) through_ring: Vec<u32>,
     /// Pages are filled again: what is streamed may be registered.
     pub(crate) pass_is_over: bool,
-    /// Streamed pages of lower ranks are read through the page cache, all others past it. `None`: all through it.
-    pub(crate) cached_below: Option<u32>,
+    /// Pages of these ranks are read through the page cache, all others past it. `None`: all through it.
+    pub(crate) cached: Option<Range<u32>>,
     pub(crate) schedule: Schedule,
     pub(crate) trace_tail: u64,
     /// Used at least once: read-ahead makes sense.
@@ -302,7 +303,7 @@ mod tests {
             parked: false,
             through_ring: Vec::new(),
             pass_is_over: false,
-            cached_below: None,
+            cached: None,
             schedule: Schedule::new(0),
             trace_tail: 0,
             started: false,

@@ -458,7 +458,7 @@ impl Engine {
             parked: false,
             through_ring: Vec::new(),
             pass_is_over: false,
-            cached_below: None,
+            cached: None,
             schedule: Schedule::new(scheduled as u32),
             trace_tail: 0,
             started: false,

@@ -197,6 +197,14 @@ impl Layout {
         self.conversions.get(weight as usize)?.as_ref()
     }
 
+    /// The stored bytes that a page is filled from.
+    pub(crate) fn stored_of(&self, page: u32) -> impl Iterator<Item = Segment> {
+        let converted = self.converted[page as usize].iter().filter_map(|part| {
+            Some(part.stored(self.conversion(part.weight)?, &self.sources[part.weight as usize]))
+        });
+        self.segments[page as usize].iter().cloned().chain(converted)
+    }
+
     /// The page order of this layout.
     pub(crate) fn order(&self) -> RankOrder {
         RankOrder::Spread { first: self.small_pages, last: self.table_pages }

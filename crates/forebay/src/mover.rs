@@ -103,6 +103,9 @@ impl Mover {
             self.log(&mut state);
             state.land();
             state.take_in_uses();
+            if state.is_cache_shared_anew() {
+                shared.register.notify_one();
+            }
             if !state.stop {
                 state.read_ahead();
             }

@@ -109,6 +109,8 @@ pub(crate) struct State {
     pub(crate) waiting: usize,
     /// Leases that are recalled and not returned yet.
     pub(crate) recalled: usize,
+    /// The VBAR that came first when the page cache was shared.
+    pub(crate) cache_shared_for: Option<VbarId>,
     scratch: Vec<Command>,
 }
 
@@ -143,6 +145,7 @@ impl Shared {
                 squeezed: None,
                 waiting: 0,
                 recalled: 0,
+                cache_shared_for: None,
                 scratch: Vec::new(),
             }),
             device,

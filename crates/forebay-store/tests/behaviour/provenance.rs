@@ -58,6 +58,41 @@ impl Mapped {
 }
 
 #[test]
+fn pages_of_a_traced_range_leave_the_process_and_come_back() {
+    let mut mapped = Mapped::new();
+    mapped.touch_all();
+    let (page, changed) = (mapped.page, 3 * mapped.page + 7);
+    mapped.map[changed] ^= 0xff;
+    let maps = ProcessMaps::snapshot().unwrap();
+    // From the middle of a page to the middle of the next but one: the one between is dropped.
+    let range = (mapped.addr(page / 2), 2 * page);
+    assert!(maps.source_of(range.0, range.1).is_some());
+    assert_eq!(resident(&mapped), [true; PAGES - 1]);
+    // SAFETY: traced above, and not written to.
+    unsafe { maps.drop_pages(range.0, range.1) };
+    assert_eq!(resident(&mapped), [true, false, true, true, true]);
+    // SAFETY: less than a memory page.
+    unsafe { maps.drop_pages(mapped.addr(10), page / 2) };
+    let mut expected = mapped.bytes[page..].to_vec();
+    expected[changed] ^= 0xff;
+    assert_eq!(mapped.map[..], expected);
+}
+
+/// Which whole pages of the mapping the process has in its memory.
+fn resident(mapped: &Mapped) -> Vec<bool> {
+    use std::os::unix::fs::FileExt;
+    let pagemap = File::open("/proc/self/pagemap").unwrap();
+    let entry = |page: usize| {
+        let mut entry = [0; 8];
+        pagemap
+            .read_exact_at(&mut entry, (mapped.addr(page * mapped.page) / mapped.page * 8) as u64)
+            .unwrap();
+        u64::from_ne_bytes(entry) >> 63 == 1
+    };
+    (0..PAGES - 1).map(entry).collect()
+}
+
+#[test]
 fn an_unmodified_private_mapping_is_traced_to_its_file() {
     let mapped = Mapped::new();
     let len = mapped.map.len();

@@ -18,6 +18,7 @@ use parking_lot::MutexGuard;
 use super::ram::Ram;
 use super::registered::{NotRegistered, PagePlan, RegisteredPage};
 use super::registering::Job;
+use super::share::GivenUp;
 use crate::filler::{self, Fill};
 use crate::reader::Reader;
 use crate::state::{Shared, State};
@@ -203,7 +204,8 @@ impl Keeper {
     /// Looks at the host's memory when it is time, shares the page cache, and lets go of what the memory is wanted for.
     /// Whether anything was done.
     fn look_at_memory(&mut self, state: &mut MutexGuard<'_, State>) -> bool {
-        let is_time = self.looked.is_none_or(|looked| looked.elapsed() >= PERIOD);
+        let is_time =
+            self.looked.is_none_or(|looked| looked.elapsed() >= PERIOD) || state.is_cache_shared_anew();
         if is_time {
             let ram = MutexGuard::unlocked(state, Ram::read);
             self.looked = Some(Instant::now());
@@ -213,7 +215,8 @@ impl Keeper {
             let most = if is_pressed { state.registering.held() } else { Bytes::MAX };
             state.registering.set_room(room.min(most));
             let most = self.shared.page_cache.unwrap_or(Bytes::MAX);
-            state.share_cache(ram.map_or(most, |ram| ram.cache_room().min(most)));
+            let given_up = state.share_cache(ram.map_or(most, |ram| ram.cache_room().min(most)));
+            MutexGuard::unlocked(state, || given_up.iter().for_each(GivenUp::leave_cache));
         }
         let (over_limit, over_room) = state.registering.over();
         if over_room == Bytes::ZERO {
