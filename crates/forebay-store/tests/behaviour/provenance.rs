@@ -81,12 +81,11 @@ fn pages_of_a_traced_range_leave_the_process_and_come_back() {
 /// Which whole pages of the mapping the process has in its memory.
 fn resident(mapped: &Mapped) -> Vec<bool> {
     use std::os::unix::fs::FileExt;
-    let pagemap = File::open("/proc/self/pagemap").unwrap();
+    let pagemap = File::open("/proc/self/pagemap").expect("the page table of this process");
     let entry = |page: usize| {
         let mut entry = [0; 8];
-        pagemap
-            .read_exact_at(&mut entry, (mapped.addr(page * mapped.page) / mapped.page * 8) as u64)
-            .unwrap();
+        let at = mapped.addr(page * mapped.page) / mapped.page * entry.len();
+        pagemap.read_exact_at(&mut entry, at as u64).expect("an entry for each page");
         u64::from_ne_bytes(entry) >> 63 == 1
     };
     (0..PAGES - 1).map(entry).collect()
