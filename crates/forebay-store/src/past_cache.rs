@@ -72,22 +72,45 @@ impl SourceFile {
     /// # Errors
     /// As `read_exact_at`.
     pub fn read_past_cache(&self, offset: u64, dst: &mut [u8], through: &mut DirectBuffer) -> Result<()> {
-        let direct = self.direct().filter(|_| !is_cached(self.as_fd(), offset, dst.len() as u64));
-        if direct.is_some_and(|direct| read_direct(direct, offset, dst, through.aligned()).is_ok()) {
-            return Ok(());
+        let Some(len) = NonZeroU64::new(dst.len() as u64) else { return Ok(()) };
+        let cached = Cached::of(self.as_fd(), offset, len.get());
+        let direct = self.direct().filter(|_| cached != Cached::All);
+        let is_read =
+            direct.is_some_and(|direct| read_direct(direct, offset, dst, through.aligned()).is_ok());
+        if !is_read {
+            // In the cache, truncated, or not to be read directly: the plain read finds out, with its own errors.
+            self.read_exact_at(offset, dst)?;
         }
-        // In the cache, truncated, or not to be read directly: the plain read finds out, with its own errors.
-        self.read_exact_at(offset, dst)?;
-        if let Some(len) = NonZeroU64::new(dst.len() as u64) {
+        if !is_read || cached != Cached::None {
             self.advise(offset, Some(len), Advice::DontNeed);
         }
         Ok(())
     }
 }
 
-/// Whether all of a range is in the page cache. `false` where the kernel does not tell: before Linux 6.5, and for files
-/// that are not the process's own. (A read that must not wait would not do: it starts to read from disk.)
-fn is_cached(file: BorrowedFd<'_>, offset: u64, len: u64) -> bool {
+/// How much of a range is in the page cache.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Cached {
+    None,
+    Some,
+    All,
+}
+
+impl Cached {
+    /// `None` where the kernel does not tell: before Linux 6.5, and for files that are not the process's own. (A read that
+    /// must not wait would not do: it starts to read from disk.)
+    fn of(file: BorrowedFd<'_>, offset: u64, len: u64) -> Cached {
+        let page = rustix::param::page_size() as u64;
+        let pages = (offset + len - 1) / page - offset / page + 1;
+        match cached_pages(file, offset, len) {
+            0 => Cached::None,
+            cached if cached < pages => Cached::Some,
+            _ => Cached::All,
+        }
+    }
+}
+
+fn cached_pages(file: BorrowedFd<'_>, offset: u64, len: u64) -> u64 {
     /// `struct cachestat`: pages in the cache, dirty ones, those being written, those evicted, and evicted lately.
     #[repr(C)]
     #[derive(Default)]
@@ -96,14 +119,10 @@ fn is_cached(file: BorrowedFd<'_>, offset: u64, len: u64) -> bool {
         others: [u64; 4],
     }
     const CACHESTAT: libc::c_long = 451;
-    if len == 0 {
-        return true;
-    }
     let (range, mut counts) = ([offset, len], Counts::default());
     // SAFETY: the descriptor is open, and both structures are laid out as the kernel says and live through the call.
     let result = unsafe { libc::syscall(CACHESTAT, file.as_raw_fd(), range.as_ptr(), &raw mut counts, 0) };
-    let page = rustix::param::page_size() as u64;
-    result == 0 && counts.cached > (offset + len - 1) / page - offset / page
+    if result == 0 { counts.cached } else { 0 }
 }
 
 fn read_direct(file: &File, offset: u64, dst: &mut [u8], through: &mut [u8]) -> io::Result<()> {

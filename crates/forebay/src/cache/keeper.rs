@@ -215,7 +215,8 @@ impl Keeper {
             let most = if is_pressed { state.registering.held() } else { Bytes::MAX };
             state.registering.set_room(room.min(most));
             let most = self.shared.page_cache.unwrap_or(Bytes::MAX);
-            let given_up = state.share_cache(ram.map_or(most, |ram| ram.cache_room().min(most)));
+            let held = state.registering.held();
+            let given_up = state.share_cache(ram.map_or(most, |ram| ram.unmapped_room(held).min(most)));
             MutexGuard::unlocked(state, || given_up.iter().for_each(GivenUp::leave_cache));
         }
         let (over_limit, over_room) = state.registering.over();

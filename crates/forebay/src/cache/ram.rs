@@ -15,6 +15,8 @@ pub(crate) struct Ram {
     pub(crate) total: Bytes,
     /// What could be had without swapping, page cache included.
     pub(crate) available: Bytes,
+    /// Page cache that processes have mapped, as they have their programs and libraries.
+    pub(crate) mapped: Bytes,
     /// The memory cgroup above the process that leaves least.
     pub(crate) cgroup: Option<Cgroup>,
     /// Of the last ten seconds, the percentage in which something waited for memory.
@@ -28,6 +30,8 @@ pub(crate) struct Cgroup {
     pub(crate) used: Bytes,
     /// The part of `used` that is page cache, and can be had again.
     pub(crate) file: Bytes,
+    /// The part of `file` that processes have mapped.
+    mapped: Bytes,
     pressure: f64,
 }
 
@@ -35,16 +39,24 @@ impl Ram {
     /// As it is now. `None` where the system does not tell.
     pub(crate) fn read() -> Option<Ram> {
         let text = |path: &str| fs::read_to_string(path).ok();
-        let (available, total) = meminfo(&text("/proc/meminfo")?)?;
+        let (available, mapped, total) = meminfo(&text("/proc/meminfo")?)?;
         let cgroup = text("/proc/self/cgroup").and_then(|own| tightest(Path::new(CGROUPS), &own));
         let pressure = text("/proc/pressure/memory").map_or(0.0, |text| some_of_10_s(&text));
         let pressure = cgroup.map_or(pressure, |cgroup| pressure.max(cgroup.pressure));
-        Some(Ram { total, available, cgroup, pressure })
+        Some(Ram { total, available, mapped, cgroup, pressure })
     }
 
     /// What the page cache may take, what it holds now included.
     pub(crate) fn cache_room(&self) -> Bytes {
         self.cgroup.map_or(self.available, |cgroup| self.available.min(cgroup.room()))
+    }
+
+    /// What the page cache may take of files that nobody has mapped: what is mapped is in use. `ours` is what this engine has
+    /// mapped of its weights.
+    pub(crate) fn unmapped_room(&self, ours: Bytes) -> Bytes {
+        let beside = |room: Bytes, mapped: Bytes| room.saturating_sub(mapped.saturating_sub(ours));
+        let room = beside(self.available, self.mapped);
+        self.cgroup.map_or(room, |cgroup| room.min(beside(cgroup.room(), cgroup.mapped)))
     }
 
     /// The memory that there is for this process and those it shares its limit with.
@@ -57,7 +69,7 @@ impl Cgroup {
     /// One without pressure.
     #[cfg(test)]
     pub(crate) fn new(limit: Bytes, used: Bytes, file: Bytes) -> Self {
-        Cgroup { limit, used, file, pressure: 0.0 }
+        Cgroup { limit, used, file, mapped: Bytes::ZERO, pressure: 0.0 }
     }
 
     /// What is left when all that can be had again was given back.
@@ -96,28 +108,32 @@ fn read_cgroup(folder: &Path) -> Option<Cgroup> {
         found.map_or(Bytes::ZERO, Bytes::new)
     };
     let pressure = read("memory.pressure").map_or(0.0, |text| some_of_10_s(&text));
-    // Files in memory count as files, but cannot be given back.
+    // Files in memory count as files, mapped ones too, but cannot be given back.
     if let Some(limit) = read("memory.max") {
         return Some(Cgroup {
             limit: number(limit)?,
             used: read("memory.current").and_then(number)?,
             file: entry("file").saturating_sub(entry("shmem")) + entry("slab_reclaimable"),
+            mapped: entry("file_mapped").saturating_sub(entry("shmem")),
             pressure,
         });
     }
     let limit = read("memory.limit_in_bytes").and_then(number).filter(|limit| *limit < NO_LIMIT)?;
     let used = read("memory.usage_in_bytes").and_then(number)?;
     let file = entry("total_cache").saturating_sub(entry("total_shmem"));
-    Some(Cgroup { limit, used, file, pressure })
+    let mapped = entry("total_mapped_file").saturating_sub(entry("total_shmem"));
+    Some(Cgroup { limit, used, file, mapped, pressure })
 }
 
-/// Available and total memory.
-fn meminfo(text: &str) -> Option<(Bytes, Bytes)> {
+/// Memory that is available, that is mapped page cache, and all there is.
+fn meminfo(text: &str) -> Option<(Bytes, Bytes, Bytes)> {
     let value = |key: &str| {
         let line = text.lines().find_map(|line| line.strip_prefix(key))?;
         line.trim().strip_suffix(" kB")?.trim().parse().ok().map(Bytes::kib)
     };
-    Some((value("MemAvailable:")?, value("MemTotal:")?))
+    let mapped = value("Mapped:").unwrap_or(Bytes::ZERO);
+    let shared = value("Shmem:").unwrap_or(Bytes::ZERO);
+    Some((value("MemAvailable:")?, mapped.saturating_sub(shared), value("MemTotal:")?))
 }
 
 /// The percentage of the last ten seconds from the kernel's table of pressure; 0 where it is not told.
@@ -134,7 +150,9 @@ mod tests {
     #[test]
     fn memory_is_read_from_the_kernels_table() {
         let text = "MemTotal:       24000000 kB\nMemFree:  1 kB\nMemAvailable:   12000000 kB\n";
-        assert_eq!(meminfo(text), Some((Bytes::kib(12_000_000), Bytes::kib(24_000_000))));
+        assert_eq!(meminfo(text), Some((Bytes::kib(12_000_000), Bytes::ZERO, Bytes::kib(24_000_000))));
+        let text = format!("{text}Mapped:  500 kB\nShmem:  200 kB\n");
+        assert_eq!(meminfo(&text), Some((Bytes::kib(12_000_000), Bytes::kib(300), Bytes::kib(24_000_000))));
         assert_eq!(meminfo("MemTotal: 1 kB\n"), None);
     }
 
@@ -158,10 +176,12 @@ mod tests {
         write("outer/middle", ["5000\n", "100\n", "file 0\n"]);
         write(
             "outer",
-            ["8192\n", "6000\n", "anon 700\nfile 3000\nfile_mapped 5\nshmem 500\nslab_reclaimable 200\n"],
+            ["8192\n", "6000\n", "anon 700\nfile 3000\nfile_mapped 505\nshmem 500\nslab_reclaimable 200\n"],
         );
-        let outer =
-            Cgroup { limit: Bytes::new(8192), used: Bytes::new(6000), file: Bytes::new(2700), pressure: 0.0 };
+        let outer = Cgroup {
+            mapped: Bytes::new(5),
+            ..Cgroup::new(Bytes::new(8192), Bytes::new(6000), Bytes::new(2700))
+        };
         assert_eq!(outer.room(), Bytes::new(8192 - 3300));
         assert_eq!(tightest(root.path(), "4:memory:/x\n0::/outer/middle/inner\n"), Some(outer));
         assert_eq!(tightest(root.path(), "0::/other\n"), None);
@@ -186,9 +206,12 @@ mod tests {
         let ram = Ram {
             total: Bytes::new(10_000),
             available: Bytes::new(9000),
+            mapped: Bytes::new(4200),
             cgroup: Some(outer),
             pressure: 0.0,
         };
         assert_eq!((ram.cache_room(), ram.limit()), (Bytes::new(4892), Bytes::new(8192)));
+        let beside = [0, 3, 7, 5000].map(|ours| ram.unmapped_room(Bytes::new(ours)).get());
+        assert_eq!(beside, [4800, 4803, 4807, 4892]);
     }
 }
