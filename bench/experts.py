@@ -150,17 +150,20 @@ def turn(
 ) -> dict[str, Any]:
     """Some steps of one expert: seconds of each, their limits, and what they moved and read."""
     compute, link, disk = rates
-    seconds, limits, moved, read, same = [], [], [], [], True
+    seconds, limits, moved, read, past, same = [], [], [], [], [], True
     for _ in range(steps):
-        filled, from_disk = attachment.stats()[0]["filled"], disk_bytes()
+        before, from_disk = attachment.stats()[0], disk_bytes()
         y, took = timed_step(model, x)
         seconds.append(took)
-        moved.append(attachment.stats()[0]["filled"] - filled)
+        after = attachment.stats()[0]
+        moved.append(after["filled"] - before["filled"])
+        past.append(after["past_cache"] - before["past_cache"])
         read.append(disk_bytes() - from_disk)
         limits.append(max(compute, moved[-1] / link, read[-1] / disk))
         same = same and torch.equal(y, expected)
     return {
         "steps_s": seconds, "limits_s": limits, "moved_bytes": moved, "disk_bytes": read,
+        "past_cache_bytes": past,
         "resident_bytes": attachment.stats()[0]["resident"], "same": same,
     }  # fmt: skip
 

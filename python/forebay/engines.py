@@ -94,11 +94,13 @@ def stats(device: str | torch.device | Engine | None = None) -> dict[str, Any]:
 
     Returns:
         ``device``, ``device_name``, ``budget``, ``held``, ``free_frames``, ``pinned_host``, ``registered``, ``reserved``
-        (of the small weights' pages), ``operations`` and ``views`` (how many hold weights), and ``models``, a list of dicts, most recently used first: ``name``, ``bytes``, ``page_size``, ``pages``,
-        ``watermark``, ``resident``, ``streamed``, ``absent``, ``pinned``, ``filled``, ``direct``, ``past_cache``,
-        ``looked_up`` (bytes), ``filled_pages``, ``waits``, ``wait_s``, ``longest_wait_s``, ``mispredicted``, ``lent``
-        (whether its weights are lent as a whole), ``parked`` (whether it is detached and its memory kept). Of ``filled``, ``direct`` was read by the copy engine itself from
-        the registered page cache, and ``past_cache`` past it, where it is too small.
+        (of the small weights' pages), ``operations`` and ``views`` (how many hold weights), and ``models``, a list of
+        dicts, most recently used first: ``name``, ``bytes``, ``page_size``, ``pages``, ``watermark``, ``resident``,
+        ``streamed``, ``absent``, ``pinned``, ``filled``, ``direct``, ``past_cache``, ``looked_up`` (bytes),
+        ``filled_pages``, ``waits``, ``wait_s``, ``longest_wait_s``, ``mispredicted``, ``lent`` (whether its weights are
+        lent as a whole), ``parked`` (whether it is detached and its memory kept). Of ``filled``, ``direct`` was read by
+        the copy engine itself from the registered page cache, and ``past_cache`` past it, where it is too small:
+        ``cached`` is then the range of ranks that have a share in it, otherwise None.
     """
     return engine(device).stats()
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from forebay._forebay import Engine
+from forebay.allocations import has_expandable_segments
 
 _WANTED = re.compile(r"Tried to allocate ([\d.]+) ?(bytes|KiB|MiB|GiB)")
 _UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
@@ -72,10 +73,11 @@ class Shortage:
             f"small weights, {self.operations} running operations, {self.views} views), torch's tensors "
             f"{_mib(self.allocated)}, torch's cache {_mib(self.cached)}, and others {_mib(self.others)}"
         )
-        if self.needed is not None and self.needed <= self.free + self.cached:
+        in_pieces = self.needed is not None and self.needed <= self.free + self.cached
+        if in_pieces and not has_expandable_segments():
             text += (
-                ". That would have been enough in one piece: PYTORCH_ALLOC_CONF=expandable_segments:True keeps torch's "
-                "cache from being in pieces"
+                ". That would have been enough in one piece: PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True keeps "
+                "torch's cache from being in pieces"
             )
         return text
 

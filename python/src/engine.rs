@@ -293,6 +293,7 @@ pub(crate) fn vbar_stats<'py>(py: Python<'py>, stats: &VbarStats) -> PyResult<Bo
     dict.set_item("filled", stats.filled.get())?;
     dict.set_item("direct", stats.direct.get())?;
     dict.set_item("past_cache", stats.past_cache.get())?;
+    dict.set_item("cached", stats.cached.as_ref().map(|ranks| (ranks.start, ranks.end)))?;
     dict.set_item("parked", stats.parked)?;
     dict.set_item("filled_pages", stats.filled_pages)?;
     dict.set_item("looked_up", stats.looked_up.get())?;

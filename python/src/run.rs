@@ -6,7 +6,7 @@ use std::cell::RefCell;
 use std::sync::{Arc, OnceLock};
 
 use forebay::device::StreamHandle;
-use forebay::{Attachment, Begun, Engine, Pinned, Use, View};
+use forebay::{Attachment, Begun, Bytes, Engine, Pinned, Use, View};
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::intern;
 use pyo3::prelude::*;
@@ -74,10 +74,22 @@ pub(crate) fn run_as<'py>(
     if weights.is_empty() {
         return without_interception(func, args, kwargs);
     }
-    match mode {
+    let result = match mode {
         Mode::Pure => on_plain(func, args, kwargs, &weights),
         Mode::Checked => checked(func, args, kwargs, &weights),
         Mode::Views => on_views(func, args, kwargs, &weights),
+    }?;
+    for group in by_engine(&weights) {
+        leave_if_squeezed(func.py(), group[0].shared.attachment.engine())?;
+    }
+    Ok(result)
+}
+
+/// Where what runs did not fit before: nothing of the weights is left beside what comes next.
+fn leave_if_squeezed(py: Python<'_>, engine: &Engine) -> PyResult<()> {
+    match engine.is_squeezed() {
+        true => py.detach(|| engine.make_room(Bytes::MAX)).map(drop).map_err(raised),
+        false => Ok(()),
     }
 }
 

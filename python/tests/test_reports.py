@@ -19,7 +19,7 @@ from forebay.examination import doctor, main
 KEYS = {
     "name", "bytes", "page_size", "pages", "watermark", "resident", "streamed", "absent", "filled", "filled_pages",
     "looked_up", "waits", "wait_s", "mispredicted", "pinned", "lent",
-    "direct", "past_cache", "longest_wait_s", "parked",
+    "direct", "past_cache", "cached", "longest_wait_s", "parked",
 }  # fmt: skip
 
 

@@ -72,7 +72,8 @@ def test_the_second_run_is_what_the_first_would_have_been(hungry, engine) -> Non
         assert same(hungry(move(X)), expected)
         assert hungry.calls == 2
         # Half of the model had run, and in the second run only an operation's weights were there.
-        assert hungry.seen[0] >= 8 * MIB and hungry.seen[1] <= 8 * MIB, hungry.seen
+        assert hungry.seen[0] >= 8 * MIB, "weights were there"
+        assert hungry.seen[1] == held.stats()["reserved"], "between two operations nothing that could leave is left"
         torch.manual_seed(7)
         assert same(hungry(move(X)), expected)
         assert hungry.calls == 3
@@ -96,8 +97,12 @@ def test_a_part_that_is_called_by_itself_is_run_again(engine) -> None:
         assert same(decoder(x), expected)
 
 
-@pytest.mark.parametrize(("cached", "says"), [(3000, True), (2000, False)])
-def test_memory_in_pieces_is_told(cached, says) -> None:
+@pytest.mark.parametrize(
+    ("cached", "conf", "says"),
+    [(3000, "", True), (2000, "", False), (3000, "expandable_segments:True", False)],
+)
+def test_memory_in_pieces_is_told(cached, conf, says, monkeypatch) -> None:
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", conf)
     shortage = Shortage(
         device="cuda:0", needed=3584 * MIB, total=16384 * MIB, free=1000 * MIB, weights=0, pinned=0, operations=0, views=0,
         allocated=12000 * MIB, cached=cached * MIB, others=0,

@@ -290,20 +290,22 @@ impl Shared {
             let reserved = self.reserved_beside(state, distinct);
             let outcome = state.decide(|policy, books, out| policy.demand(distinct, reserved, books, out));
             self.work.notify_one();
+            let needed = match outcome {
+                Outcome::TooLarge { needed } => needed + reserved,
+                Outcome::Blocked if state.squeezed.is_some() => state.size_of(distinct) + state.pinned(),
+                Outcome::Blocked | Outcome::Granted | Outcome::Refused => Bytes::ZERO,
+            };
+            if state.rises_if_squeezed(&*self.device, needed)? {
+                continue;
+            }
             match outcome {
                 Outcome::Granted => return Ok(true),
-                Outcome::TooLarge { needed } if state.may_rise(needed + reserved) => {
-                    state.follow_memory(&*self.device, Bytes::new(1))?;
-                }
                 Outcome::TooLarge { .. } if wait.looks_again(self, state) => {}
                 Outcome::Refused if above == Above::Refuse => return Ok(false),
                 Outcome::TooLarge { .. } if above == Above::Refuse => return Ok(false),
                 Outcome::TooLarge { needed } => {
                     let budget = state.policy.budget();
                     return Err(EngineError::TooLarge { device: self.id, needed, budget, reserved });
-                }
-                Outcome::Blocked if state.rises_beyond_pins(distinct) => {
-                    state.follow_memory(&*self.device, Bytes::new(1))?;
                 }
                 Outcome::Refused | Outcome::Blocked => {
                     // Nothing is lent as a whole meanwhile.

@@ -366,6 +366,7 @@ impl Engine {
             filled: Bytes::new(load(&counters.filled_bytes)),
             direct: Bytes::new(load(&counters.direct_bytes)),
             past_cache: Bytes::new(load(&counters.past_cache_bytes)),
+            cached: state.books.vbars.get(&vbar.id).and_then(|book| book.cached.clone()),
             filled_pages: load(&counters.filled_pages),
             looked_up: Bytes::new(load(&counters.looked_up_bytes)),
             waits: load(&counters.waits),

@@ -5,6 +5,7 @@
 //! holders of leases.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use forebay_core::{Bytes, PageRef};
@@ -124,8 +125,9 @@ impl Engine {
         }
     }
 
-    /// From now on weights take as little memory as can be: what one operation needs. Everything else leaves. For running
-    /// what did not fit. Ends with the result.
+    /// From now on weights take as little memory as can be: what one operation needs, and nothing is read ahead. Everything
+    /// else leaves. For running what did not fit, with [`make_room`](Self::make_room) after each operation.
+    /// Ends with the result.
     ///
     /// # Errors
     /// What the device reports.
@@ -138,11 +140,17 @@ impl Engine {
             let number = state.squeezed.map_or(0, |squeezed| squeezed.number);
             let most = state.squeezed.map_or(most, |squeezed| squeezed.most.max(most));
             state.squeezed = Some(Squeezed { most, number: number + 1 });
+            self.shared().is_squeezed.store(true, Ordering::Release);
             state.decide(|policy, books, out| policy.set_budget(policy.budget().min(most), books, out));
         }
         let squeeze = Squeeze(Arc::clone(self));
         self.make_room(Bytes::MAX)?;
         Ok(squeeze)
+    }
+
+    /// Whether a [`Squeeze`] lives. Takes no lock.
+    pub fn is_squeezed(&self) -> bool {
+        self.shared().is_squeezed.load(Ordering::Acquire)
     }
 
     /// Takes device memory as any other program would: to leave less of a device to everybody, in tests and benchmarks.
@@ -210,6 +218,7 @@ impl Drop for Squeeze {
             .squeezed
             .filter(|squeezed| squeezed.number > 1)
             .map(|squeezed| Squeezed { number: squeezed.number - 1, ..squeezed });
+        self.0.shared().is_squeezed.store(state.squeezed.is_some(), Ordering::Release);
         state.look_after = Instant::now();
         drop(state);
         self.0.shared().work.notify_one();
@@ -262,11 +271,6 @@ impl State {
         self.books.frame_bytes().saturating_sub(self.policy.held())
     }
 
-    /// Lets a squeezed budget rise beyond what is pinned for longer. Whether it did.
-    pub(crate) fn rises_beyond_pins(&mut self, demanded: &[PageRef]) -> bool {
-        self.squeezed.is_some() && self.may_rise(self.size_of(demanded) + self.pinned())
-    }
-
     /// Bytes of pages.
     pub(crate) fn size_of(&self, pages: &[PageRef]) -> Bytes {
         let size = |id| self.books.vbars.get(&id).map_or(Bytes::ZERO, |book| book.vbar.page_size);
@@ -282,13 +286,11 @@ impl State {
         pinned.sum()
     }
 
-    /// Lets a squeezed budget rise to what an operation cannot be done without. Whether that is more than before.
-    pub(crate) fn may_rise(&mut self, needed: Bytes) -> bool {
-        let Some(squeezed) = self.squeezed.as_mut().filter(|squeezed| squeezed.most < needed) else {
-            return false;
-        };
-        squeezed.most = needed;
-        true
+    /// Lets a squeezed budget rise to what an operation cannot be done without. Whether it did.
+    pub(crate) fn rises_if_squeezed(&mut self, device: &dyn Device, needed: Bytes) -> Result<bool> {
+        let Some(squeezed) = self.squeezed.as_mut() else { return Ok(false) };
+        squeezed.most = squeezed.most.max(needed);
+        Ok(self.policy.budget() < needed && self.follow_memory(device, Bytes::new(1))?)
     }
 }
 

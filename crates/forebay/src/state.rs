@@ -8,7 +8,7 @@
 use std::cmp::Reverse;
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use forebay_core::{Bytes, Command, PageRef, Policy, Serial, VbarId};
@@ -68,6 +68,8 @@ pub(crate) struct Shared {
     pub(crate) operations: AtomicUsize,
     /// Exported tensors that hold weights.
     pub(crate) views: AtomicUsize,
+    /// A [`Squeeze`](crate::Squeeze) lives. Changes under the state lock.
+    pub(crate) is_squeezed: AtomicBool,
     pub(crate) ring: AtomicU64,
     pub(crate) ring_config: RingConfig,
     /// The most that the page cache may hold of the weights, as set by the application.
@@ -160,6 +162,7 @@ impl Shared {
             reserved: AtomicU64::new(0),
             operations: AtomicUsize::new(0),
             views: AtomicUsize::new(0),
+            is_squeezed: AtomicBool::new(false),
             ring: AtomicU64::new(0),
             ring_config: config.ring,
             page_cache: config.page_cache,
@@ -285,7 +288,7 @@ impl State {
     /// Reads ahead for the model in use, as far as frames may be taken for it.
     pub(crate) fn read_ahead(&mut self) {
         // What a demand gave back would be taken before it asks again, and what is being filled cannot leave.
-        if self.waiting > 0 || self.emptying > 0 {
+        if self.waiting > 0 || self.emptying > 0 || self.squeezed.is_some() {
             return;
         }
         let Some(id) = self.policy.in_use() else { return };

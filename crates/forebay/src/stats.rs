@@ -1,6 +1,7 @@
 //! Numbers for people: what is resident, what was moved, who waited.
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -70,6 +71,8 @@ pub struct VbarStats {
     pub direct: Bytes,
     /// Of these, bytes that were read past the page cache, as there is no room for them in it.
     pub past_cache: Bytes,
+    /// The ranks that have a share in the page cache and are read through it. `None` where it has room for all.
+    pub cached: Option<Range<u32>>,
     /// Pages filled since it was attached.
     pub filled_pages: u64,
     /// Bytes of table rows looked up at their source.
