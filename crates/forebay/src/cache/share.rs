@@ -112,9 +112,9 @@ impl State {
                 let sources = book.vbar.layout.as_ref().map_or(&[][..], |layout| &layout.sources);
                 read_ahead_of_files(sources, run.is_none());
             }
-            // The first one's other pages leave as they are read; what else there is of them may be read from the cache once.
-            let all = || (i > 0).then_some(0..demand.pages);
-            let was = std::mem::replace(&mut book.cached, run.clone()).or_else(all);
+            let was = std::mem::replace(&mut book.cached, run.clone());
+            // Other pages of the first one leave as they are read, and may be found in the cache until then.
+            let was = if i > 0 { Some(0..demand.pages) } else { was };
             let (Some(was), Some(now)) = (was, run) else { continue };
             let vbar = Arc::clone(&book.vbar);
             let left = was.filter(|rank| !now.contains(rank));
