@@ -435,7 +435,7 @@ SECTIONS: list[tuple[str, Callable[[Path], str]]] = [
     ("loaders.json", side_by_side("Loading a file to the GPU", loaders.markdown, loaders.picture)),
     ("pressure*.json", under_pressure),
     ("switch.json", switch),
-    ("experts.json", experts),
+    ("experts*.json", experts),
     ("tests.txt", checks),
     ("summary.txt", summary),
 ]
