@@ -79,18 +79,12 @@ pub(crate) fn run_as<'py>(
         Mode::Checked => checked(func, args, kwargs, &weights),
         Mode::Views => on_views(func, args, kwargs, &weights),
     }?;
-    for group in by_engine(&weights) {
-        leave_if_squeezed(func.py(), group[0].shared.attachment.engine())?;
+    let engines = weights.iter().map(|weight| weight.get().shared.attachment.engine());
+    for engine in engines.filter(|engine| engine.is_squeezed()) {
+        // What runs did not fit before: nothing of the weights is left beside what comes next.
+        func.py().detach(|| engine.make_room(Bytes::MAX)).map_err(raised)?;
     }
     Ok(result)
-}
-
-/// Where what runs did not fit before: nothing of the weights is left beside what comes next.
-fn leave_if_squeezed(py: Python<'_>, engine: &Engine) -> PyResult<()> {
-    match engine.is_squeezed() {
-        true => py.detach(|| engine.make_room(Bytes::MAX)).map(drop).map_err(raised),
-        false => Ok(()),
-    }
 }
 
 /// Calls with the plain tensors, pinned meanwhile.

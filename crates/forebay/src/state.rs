@@ -371,9 +371,9 @@ impl State {
         }
     }
 
-    /// Whether somebody waits for memory.
+    /// Whether somebody waits for memory, or runs with as little for weights as can be.
     pub(crate) fn is_wanted(&self) -> bool {
-        self.waiting > 0 || self.making_room > 0 || self.recalled > 0
+        self.waiting > 0 || self.making_room > 0 || self.recalled > 0 || self.squeezed.is_some()
     }
 
     /// Whether it is time to look at the device's memory; the next time is after `period`.
