@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from fits import seconds
-from stack import Stack, inputs, link_rate, load, setting, write_weights
+from stack import Stack, inputs, link_rate, load, setting, torch_device, write_weights
 
 import forebay
 
@@ -121,8 +121,8 @@ def streamed(chosen: argparse.Namespace, kind: str, path: Path, link: float | No
 
 def main() -> int:
     chosen = parse()
-    is_cuda = chosen.device != "host"
-    device = torch.device(chosen.device if is_cuda else "cpu")
+    device = torch_device(chosen.device)
+    is_cuda = device.type == "cuda"
     eight = chosen.file.with_suffix(".fp8" + chosen.file.suffix)
     with torch.no_grad():
         write_weights(chosen.file, chosen.blocks, chosen.width, device)

@@ -37,6 +37,7 @@ from stack import (
     load,
     setting,
     timed_step,
+    torch_device,
     write_weights,
 )
 
@@ -84,8 +85,8 @@ def compute_time(stack: Stack, x: torch.Tensor) -> float:
 
 def main() -> int:
     chosen = parse()
-    is_cuda = chosen.device != "host"
-    device = torch.device(chosen.device if is_cuda else "cpu")
+    device = torch_device(chosen.device)
+    is_cuda = device.type == "cuda"
     paths = {
         name: chosen.folder / f"forebay-expert-{number}.safetensors"
         for number, name in enumerate(EXPERTS, start=1)

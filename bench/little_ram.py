@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from stack import add_device, anonymous_mib, disk_bytes, setting
+from stack import add_device, anonymous_mib, disk_bytes, setting, torch_device
 from torch import nn
 
 import forebay
@@ -118,8 +118,9 @@ def timed(name: str, call: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, di
 
 def main() -> int:
     chosen = parse()
-    is_cuda = chosen.device != "host"
-    write(chosen.file, int(chosen.gib * GIB), torch.device(chosen.device if is_cuda else "cpu"))
+    device = torch_device(chosen.device)
+    is_cuda = device.type == "cuda"
+    write(chosen.file, int(chosen.gib * GIB), device)
     weights = forebay.load(chosen.file)
     nbytes = sum(weight.nbytes for weight in weights.values())
     allowed = limit()

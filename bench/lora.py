@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from stack import GIB, Stack, inputs, load, setting, write_weights
+from stack import GIB, Stack, inputs, load, setting, torch_device, write_weights
 from torch import nn
 
 import forebay
@@ -170,8 +170,8 @@ class Run:
 
 def main() -> int:
     chosen = parse()
-    is_cuda = chosen.device != "host"
-    device = torch.device(chosen.device if is_cuda else "cpu")
+    device = torch_device(chosen.device)
+    is_cuda = device.type == "cuda"
     rows: list[dict[str, Any]] = []
     outputs: dict[tuple[str, int], State] = {}
     with torch.no_grad():

@@ -190,6 +190,11 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default=default, help="host or cuda:N (default: %(default)s)")
 
 
+def torch_device(name: str) -> torch.device:
+    """What torch calls the device of ``--device``."""
+    return torch.device("cpu" if name == "host" else name)
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
