@@ -113,6 +113,8 @@ pub(crate) struct State {
     pub(crate) recalled: usize,
     /// The VBAR that came first when the page cache was shared.
     pub(crate) cache_shared_for: Option<VbarId>,
+    /// Pages that lost their place in the page cache, and may be in it still.
+    pub(crate) leaving_cache: VecDeque<PageRef>,
     scratch: Vec<Command>,
 }
 
@@ -148,6 +150,7 @@ impl Shared {
                 waiting: 0,
                 recalled: 0,
                 cache_shared_for: None,
+                leaving_cache: VecDeque::new(),
                 scratch: Vec::new(),
             }),
             device,

@@ -18,7 +18,6 @@ use parking_lot::MutexGuard;
 use super::ram::Ram;
 use super::registered::{NotRegistered, PagePlan, RegisteredPage};
 use super::registering::Job;
-use super::share::GivenUp;
 use crate::filler::{self, Fill};
 use crate::reader::Reader;
 use crate::state::{Shared, State};
@@ -38,7 +37,7 @@ const PRESSURE: f64 = 10.0;
 const PATIENCE: Duration = Duration::from_secs(2);
 /// Refusals by the device after which it is not asked any more.
 const MOST_REFUSALS: u32 = 3;
-/// Pages given back in one go.
+/// Pages given back, or given up in the page cache, in one go.
 const AT_ONCE: usize = 8;
 
 pub(crate) struct Keeper {
@@ -74,7 +73,11 @@ impl Keeper {
                 self.give_back(&mut state);
             } else if state.stop && !state.registering.expects_job() {
                 return;
-            } else if !self.look_at_memory(&mut state) && !self.use_quiet(&mut state) {
+            } else if self.look_at_memory(&mut state) {
+                // And again, as the lock was let go.
+            } else if let Some(given_up) = state.take_leaving_cache(AT_ONCE) {
+                MutexGuard::unlocked(&mut state, || given_up.leave_cache());
+            } else if !self.use_quiet(&mut state) {
                 // Nothing let go of the lock since the state was looked at.
                 match state.books.vbars.is_empty() && !state.registering.has_rest() {
                     true => shared.register.wait(&mut state),
@@ -216,8 +219,7 @@ impl Keeper {
             state.registering.set_room(room.min(most));
             let most = self.shared.page_cache.unwrap_or(Bytes::MAX);
             let held = state.registering.held();
-            let given_up = state.share_cache(ram.map_or(most, |ram| ram.unmapped_room(held).min(most)));
-            MutexGuard::unlocked(state, || given_up.iter().for_each(GivenUp::leave_cache));
+            state.share_cache(ram.map_or(most, |ram| ram.unmapped_room(held).min(most)));
         }
         let (over_limit, over_room) = state.registering.over();
         if over_room == Bytes::ZERO {

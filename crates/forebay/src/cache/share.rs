@@ -66,17 +66,14 @@ fn shares(room: Bytes, demands: &[Demand]) -> Option<Vec<u32>> {
 }
 
 /// Pages that have no place in the page cache any more.
-pub(crate) struct GivenUp {
-    vbar: Arc<Vbar>,
-    pages: Vec<PageIndex>,
-}
+pub(crate) struct GivenUp(Vec<(Arc<Vbar>, PageIndex)>);
 
 impl GivenUp {
-    /// Tells the kernel. Takes time: about 50 ms a GB.
+    /// Tells the kernel, which takes its time.
     pub(crate) fn leave_cache(&self) {
-        let Some(layout) = &self.vbar.layout else { return };
-        for segment in self.pages.iter().flat_map(|page| layout.stored_of(page.0)) {
-            leave_cache(&segment);
+        for (vbar, page) in &self.0 {
+            let layout = vbar.layout.iter();
+            layout.flat_map(|layout| layout.stored_of(page.0)).for_each(|segment| leave_cache(&segment));
         }
     }
 }
@@ -87,9 +84,8 @@ impl State {
         self.policy.lasting_priorities().first().copied() != self.cache_shared_for
     }
 
-    /// Divides a page cache of `room` among the VBARs. What loses its place is to be told to the kernel, without the lock.
-    #[must_use]
-    pub(crate) fn share_cache(&mut self, room: Bytes) -> Vec<GivenUp> {
+    /// Divides a page cache of `room` among the VBARs. What loses its place is given up.
+    pub(crate) fn share_cache(&mut self, room: Bytes) {
         let priorities = self.policy.lasting_priorities();
         self.cache_shared_for = priorities.first().copied();
         let mut open: Vec<(VbarId, Demand)> = Vec::new();
@@ -102,7 +98,6 @@ impl State {
         }
         let demands: Vec<Demand> = open.iter().map(|(_, demand)| *demand).collect();
         let shares = shares(room, &demands);
-        let mut given_up = Vec::new();
         for (i, (id, demand)) in open.iter().enumerate() {
             let book = self.books.vbar(*id);
             let run = shares.as_ref().map(|shares| demand.run_of(shares[i], book.cached.as_ref()));
@@ -117,12 +112,18 @@ impl State {
             // Other pages of the first one leave as they are read, and may be found in the cache until then.
             let was = if i > 0 { Some(0..demand.pages) } else { was };
             let (Some(was), Some(now)) = (was, run) else { continue };
-            let vbar = Arc::clone(&book.vbar);
             let left = was.filter(|rank| !now.contains(rank));
-            let pages = left.filter_map(|rank| self.policy.page_of(*id, Rank(rank))).map(|page| page.page);
-            given_up.push(GivenUp { vbar, pages: pages.collect() });
+            self.leaving_cache.extend(left.filter_map(|rank| self.policy.page_of(*id, Rank(rank))));
         }
-        given_up
+    }
+
+    /// Takes some of what was given up, but for what has a place again: what is done about it takes its time, and shares may
+    /// change meanwhile.
+    pub(crate) fn take_leaving_cache(&mut self, most: usize) -> Option<GivenUp> {
+        let pages: Vec<PageRef> = self.leaving_cache.drain(..most.min(self.leaving_cache.len())).collect();
+        let past = pages.iter().filter(|&&page| self.is_past_cache(page));
+        let past = past.map(|page| (Arc::clone(&self.books.vbars[&page.vbar].vbar), page.page));
+        (!pages.is_empty()).then(|| GivenUp(past.collect()))
     }
 
     /// Whether the page cache is too small for a VBAR. Then the disk is what takes time, and to register what is cached
@@ -165,7 +166,13 @@ fn read_ahead_of_files(sources: &[Source], ahead: bool) {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+
+    use forebay_device::host::{HostConfig, HostDevice};
+    use forebay_store::SourceFile;
+
     use super::*;
+    use crate::{Budget, Engine, EngineConfig, LayoutOptions, WeightKind, WeightSpec};
 
     fn demand(resident: u32, streamed: u32) -> Demand {
         Demand { page_size: Bytes::mib(32), pages: resident + streamed, resident }
@@ -197,6 +204,38 @@ mod tests {
         assert_eq!(demand(0, 100).run_of(95, Some(&(10..50))), ranks(5, 100));
         // More is resident.
         assert_eq!(demand(30, 70).run_of(40, Some(&(10..50))), ranks(30, 70));
+    }
+
+    #[test]
+    fn what_has_a_place_again_does_not_leave_the_cache() -> Result<(), Box<dyn std::error::Error>> {
+        let page = Bytes::mib(2);
+        let mut file = tempfile::NamedTempFile::new()?;
+        file.write_all(&vec![7; page.as_usize()])?;
+        let source = Source::file(&SourceFile::open(file.path())?, 0, page);
+        let weight =
+            |n| WeightSpec { name: format!("w{n}"), source: source.clone(), kind: WeightKind::Whole };
+        let config = EngineConfig {
+            budget: Budget::Fixed(page * 8),
+            page_cache: Some(page * 16),
+            ..EngineConfig::default()
+        };
+        let engine = Engine::new(Arc::new(HostDevice::new(HostConfig::default())?), config)?;
+        let options = LayoutOptions { page_size: Some(page), ..LayoutOptions::default() };
+        let model = engine.attach("model", (0..40).map(weight).collect(), options)?;
+        let mut state = engine.shared().state.lock();
+        state.share_cache(page * 16);
+        let run = state.books.vbar(model.vbar().id).cached.clone().ok_or("all fits")?;
+        assert_eq!(run.len(), 14);
+        state.leaving_cache = (0..40).map(|number| model.vbar().page_ref(number)).collect();
+        let mut left = 0;
+        while let Some(GivenUp(pages)) = state.take_leaving_cache(3) {
+            assert!(pages.len() <= 3);
+            let rank = |page: &PageIndex| state.policy.rank(model.vbar().page_ref(page.0)).0;
+            assert!(pages.iter().all(|(_, page)| !run.contains(&rank(page))));
+            left += pages.len();
+        }
+        assert_eq!(left, 40 - 14);
+        Ok(())
     }
 
     #[test]
