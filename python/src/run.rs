@@ -79,10 +79,13 @@ pub(crate) fn run_as<'py>(
         Mode::Checked => checked(func, args, kwargs, &weights),
         Mode::Views => on_views(func, args, kwargs, &weights),
     }?;
-    let engines = weights.iter().map(|weight| weight.get().shared.attachment.engine());
-    for engine in engines.filter(|engine| engine.is_squeezed()) {
+    let is_squeezed = |weight: &Weight| weight.shared.attachment.engine().is_squeezed();
+    if weights.iter().any(|weight| is_squeezed(weight.get())) {
         // What runs did not fit before: nothing of the weights is left beside what comes next.
-        func.py().detach(|| engine.make_room(Bytes::MAX)).map_err(raised)?;
+        for group in by_engine(&weights).iter().filter(|group| is_squeezed(group[0])) {
+            let engine = group[0].shared.attachment.engine();
+            func.py().detach(|| engine.make_room(Bytes::MAX)).map_err(raised)?;
+        }
     }
     Ok(result)
 }

@@ -452,7 +452,8 @@ impl Policy {
         }
     }
 
-    pub(crate) fn at(&mut self, id: VbarId, rank: Rank) -> PageRef {
+    /// The page of a rank.
+    pub fn at(&mut self, id: VbarId, rank: Rank) -> PageRef {
         PageRef { vbar: id, page: self.vbar(id).ranks.page(rank) }
     }
 

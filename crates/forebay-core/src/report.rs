@@ -54,12 +54,6 @@ impl Policy {
         self.vbars[page.vbar.0 as usize].as_ref().map_or(Rank(0), |vbar| vbar.ranks.rank(page.page))
     }
 
-    /// The page of a rank.
-    pub fn page_of(&self, id: VbarId, rank: Rank) -> Option<PageRef> {
-        let vbar = self.vbars[id.0 as usize].as_ref().filter(|vbar| rank.0 < vbar.spec.pages)?;
-        Some(PageRef { vbar: id, page: vbar.ranks.page(rank) })
-    }
-
     /// Whether a page has its place below the watermark.
     pub fn is_kept(&self, page: PageRef) -> bool {
         self.vbars[page.vbar.0 as usize].as_ref().is_some_and(|vbar| vbar.is_kept(page.page))
@@ -92,11 +86,13 @@ impl Policy {
     /// The VBARs, highest priority first; those at the top that are used in turn in an order that their turns do not change.
     pub fn lasting_priorities(&self) -> Vec<VbarId> {
         let mut ids: Vec<VbarId> = self.priorities().collect();
-        let is_in_turn =
-            |id: &VbarId| self.vbars[id.0 as usize].as_ref().is_some_and(|vbar| vbar.is_in_turn());
-        let in_turn = ids.iter().take_while(|id| is_in_turn(id)).count();
-        ids[..in_turn].sort_unstable();
+        ids[..self.top_in_turn().count()].sort_unstable();
         ids
+    }
+
+    /// The first of the [lasting priorities](Self::lasting_priorities).
+    pub fn lasting_first(&self) -> Option<VbarId> {
+        self.top_in_turn().map(|(id, _)| id).min().or_else(|| self.priorities().next())
     }
 
     /// The VBAR used last, or else the one of the highest priority.

@@ -200,13 +200,19 @@ impl Policy {
         self.priority.iter().position(|&other| other == id).unwrap_or(0)
     }
 
+    /// The VBARs at the top of the priorities that are used in turn, highest priority first.
+    pub(crate) fn top_in_turn(&self) -> impl Iterator<Item = (VbarId, &Vbar)> {
+        self.priorities().map_while(|id| {
+            let vbar = self.vbars[id.0 as usize].as_deref().filter(|vbar| vbar.is_in_turn())?;
+            Some((id, vbar))
+        })
+    }
+
     /// The group, as places in the order of priorities. There is none where it costs less to take what is missing from each
     /// other than to have a window each.
     pub(crate) fn group(&self) -> Range<usize> {
         let (mut all, mut windows, mut members) = (Bytes::ZERO, Bytes::ZERO, 0);
-        for id in self.priority.iter().rev() {
-            let vbar = self.vbars[id.0 as usize].as_ref().filter(|vbar| vbar.is_in_turn());
-            let Some(member) = vbar else { break };
+        for (_, member) in self.top_in_turn() {
             all += member.bytes_of(member.spec.pages);
             windows += member.bytes_of(member.spec.window.min(member.spec.pages));
             members += 1;

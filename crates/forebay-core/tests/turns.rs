@@ -117,7 +117,12 @@ fn what_is_missing_is_streamed_once_a_round_and_shares_are_even() {
 fn lasting_priorities_follow_a_model_that_goes_on_alone_but_not_turns() {
     let mut rig = Rig::new(&[24, 24], 30, 1);
     rig.passes(0, 10).unwrap();
-    let lasting = |rig: &Rig| rig.engine.world.policy.lasting_priorities();
+    let lasting = |rig: &Rig| {
+        let policy = &rig.engine.world.policy;
+        let lasting = policy.lasting_priorities();
+        assert_eq!(policy.lasting_first(), lasting.first().copied());
+        lasting
+    };
     let ids: Vec<VbarId> = rig.models.iter().map(|model| model.id).collect();
     assert_eq!(lasting(&rig), ids);
     rig.passes(1, 10).unwrap();

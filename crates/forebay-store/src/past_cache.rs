@@ -72,7 +72,7 @@ impl SourceFile {
     /// # Errors
     /// As `read_exact_at`.
     pub fn read_past_cache(&self, offset: u64, dst: &mut [u8], through: &mut DirectBuffer) -> Result<()> {
-        let Some(len) = NonZeroU64::new(dst.len() as u64) else { return Ok(()) };
+        let Some(len) = NonZeroU64::new(dst.len() as u64) else { return self.read_exact_at(offset, dst) };
         let cached = Cached::of(self.as_fd(), offset, len.get());
         let direct = self.direct().filter(|_| cached != Cached::All);
         let is_read =

@@ -64,6 +64,8 @@ mod scratch;
 mod state;
 mod stats;
 mod streams;
+#[cfg(test)]
+mod testing;
 mod timeline;
 mod trace;
 mod transfer;

@@ -467,14 +467,12 @@ fn is_of(command: &Command, id: VbarId) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
-
     use forebay_device::StreamHandle;
     use forebay_device::host::{HostConfig, HostDevice};
-    use forebay_store::{Source, SourceFile};
 
     use super::*;
-    use crate::{Engine, LayoutOptions, Use, WeightKind, WeightSpec};
+    use crate::testing::attach_pages;
+    use crate::{Engine, Use};
 
     #[test]
     fn an_offer_counts_once_it_lasted_and_only_above_the_budget()
@@ -496,16 +494,10 @@ mod tests {
     #[test]
     fn little_is_under_way_however_much_fits() -> std::result::Result<(), Box<dyn std::error::Error>> {
         let page = Bytes::mib(32);
-        let mut file = tempfile::NamedTempFile::new()?;
-        file.write_all(&vec![7; page.as_usize()])?;
-        let source = Source::file(&SourceFile::open(file.path())?, 0, page);
-        let weight =
-            |n| WeightSpec { name: format!("w{n}"), source: source.clone(), kind: WeightKind::Whole };
         let device = HostDevice::new(HostConfig { capacity: Bytes::gib(2), ..HostConfig::default() })?;
         let config = EngineConfig { budget: Budget::Fixed(page * 24), ..EngineConfig::default() };
         let engine = Engine::new(Arc::new(device), config)?;
-        let options = LayoutOptions { page_size: Some(page), ..LayoutOptions::default() };
-        let model = engine.attach("model", (0..40).map(weight).collect(), options)?;
+        let model = attach_pages(&engine, page, 40)?;
         // Readers get no further than their slots.
         let copies = engine.shared().copy.lock();
         std::thread::scope(|scope| {

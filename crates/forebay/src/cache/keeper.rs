@@ -73,11 +73,10 @@ impl Keeper {
                 self.give_back(&mut state);
             } else if state.stop && !state.registering.expects_job() {
                 return;
-            } else if self.look_at_memory(&mut state) {
-                // And again, as the lock was let go.
-            } else if let Some(given_up) = state.take_leaving_cache(AT_ONCE) {
-                MutexGuard::unlocked(&mut state, || given_up.leave_cache());
-            } else if !self.use_quiet(&mut state) {
+            } else if !self.look_at_memory(&mut state)
+                && !Self::leave_cache(&mut state)
+                && !self.use_quiet(&mut state)
+            {
                 // Nothing let go of the lock since the state was looked at.
                 match state.books.vbars.is_empty() && !state.registering.has_rest() {
                     true => shared.register.wait(&mut state),
@@ -103,6 +102,13 @@ impl Keeper {
         });
         state.registering.job_done();
         state.registering.rest_after(began.elapsed());
+    }
+
+    /// Tells the kernel of some pages that have no place in its cache any more. Whether there were any.
+    fn leave_cache(state: &mut MutexGuard<'_, State>) -> bool {
+        let Some(given_up) = state.take_leaving_cache(AT_ONCE) else { return false };
+        MutexGuard::unlocked(state, || given_up.leave_cache());
+        true
     }
 
     /// Does what is better done when nothing goes on. Whether there was anything.

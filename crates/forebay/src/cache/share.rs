@@ -81,15 +81,14 @@ impl GivenUp {
 impl State {
     /// Whether another VBAR comes first than when the page cache was shared.
     pub(crate) fn is_cache_shared_anew(&self) -> bool {
-        self.policy.lasting_priorities().first().copied() != self.cache_shared_for
+        self.policy.lasting_first() != self.cache_shared_for
     }
 
     /// Divides a page cache of `room` among the VBARs. What loses its place is given up.
     pub(crate) fn share_cache(&mut self, room: Bytes) {
-        let priorities = self.policy.lasting_priorities();
-        self.cache_shared_for = priorities.first().copied();
+        self.cache_shared_for = self.policy.lasting_first();
         let mut open: Vec<(VbarId, Demand)> = Vec::new();
-        for id in priorities {
+        for id in self.policy.lasting_priorities() {
             let Some(book) = self.books.vbars.get(&id).filter(|book| book.is_open()) else { continue };
             let Some(layout) = &book.vbar.layout else { continue };
             let pages = layout.pages - layout.table_pages;
@@ -113,7 +112,7 @@ impl State {
             let was = if i > 0 { Some(0..demand.pages) } else { was };
             let (Some(was), Some(now)) = (was, run) else { continue };
             let left = was.filter(|rank| !now.contains(rank));
-            self.leaving_cache.extend(left.filter_map(|rank| self.policy.page_of(*id, Rank(rank))));
+            self.leaving_cache.extend(left.map(|rank| self.policy.at(*id, Rank(rank))));
         }
     }
 
@@ -166,13 +165,11 @@ fn read_ahead_of_files(sources: &[Source], ahead: bool) {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
-
     use forebay_device::host::{HostConfig, HostDevice};
-    use forebay_store::SourceFile;
 
     use super::*;
-    use crate::{Budget, Engine, EngineConfig, LayoutOptions, WeightKind, WeightSpec};
+    use crate::testing::attach_pages;
+    use crate::{Budget, Engine, EngineConfig};
 
     fn demand(resident: u32, streamed: u32) -> Demand {
         Demand { page_size: Bytes::mib(32), pages: resident + streamed, resident }
@@ -209,19 +206,13 @@ mod tests {
     #[test]
     fn what_has_a_place_again_does_not_leave_the_cache() -> Result<(), Box<dyn std::error::Error>> {
         let page = Bytes::mib(2);
-        let mut file = tempfile::NamedTempFile::new()?;
-        file.write_all(&vec![7; page.as_usize()])?;
-        let source = Source::file(&SourceFile::open(file.path())?, 0, page);
-        let weight =
-            |n| WeightSpec { name: format!("w{n}"), source: source.clone(), kind: WeightKind::Whole };
         let config = EngineConfig {
             budget: Budget::Fixed(page * 8),
             page_cache: Some(page * 16),
             ..EngineConfig::default()
         };
         let engine = Engine::new(Arc::new(HostDevice::new(HostConfig::default())?), config)?;
-        let options = LayoutOptions { page_size: Some(page), ..LayoutOptions::default() };
-        let model = engine.attach("model", (0..40).map(weight).collect(), options)?;
+        let model = attach_pages(&engine, page, 40)?;
         let mut state = engine.shared().state.lock();
         state.share_cache(page * 16);
         let run = state.books.vbar(model.vbar().id).cached.clone().ok_or("all fits")?;
