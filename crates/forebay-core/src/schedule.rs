@@ -2,9 +2,12 @@
 //!
 //! A model reads its weights in the same order pass after pass. The schedule remembers, for every pair of consecutive
 //! uses, which use came next (a second-order Markov predictor in the sense of D. Joseph and D. Grunwald, "Prefetching
-//! using Markov predictors", ISCA 1997); two uses of context tell apart the places of a tied weight. What was never
-//! seen is guessed from the layout: the next weight by place, after the last the first. A wrong guess costs a wait,
-//! never a wrong result.
+//! using Markov predictors", ISCA 1997); two uses of context tell apart the places of a tied weight. A pair that was
+//! never seen is followed by what last followed its second use, and at the end of a first pass that begins again.
+//!
+//! Before all were used once, those that were not are expected in layout order. Modules seldom run in the very order in
+//! which they were made, so one that was skipped stays expected for some while. A wrong guess costs a wait, never a wrong
+//! result.
 
 use std::collections::{HashMap, VecDeque};
 
@@ -13,6 +16,20 @@ const HORIZON: usize = 512;
 
 /// How many predicted uses may be skipped before the prediction is thrown away.
 const SKIP: usize = 16;
+
+/// How often a weight that was never used may be skipped before it is expected no longer.
+const PATIENCE: u8 = 16;
+
+/// How many uses in a row may come again, or from far away, before the weights that were never used are not waited for.
+const STRAY: u32 = 3;
+
+/// A use that is expected.
+#[derive(Clone, Copy, Debug)]
+struct Expected {
+    weight: u32,
+    /// It is the first of this weight.
+    is_first: bool,
+}
 
 /// The schedule of one VBAR. Weights are numbered in layout order.
 ///
@@ -29,11 +46,20 @@ const SKIP: usize = 16;
 pub struct Schedule {
     weights: u32,
     next: HashMap<(u32, u32), u32>,
-    /// The last two uses; `weights` stands for "none yet".
+    /// What came last after each weight; `weights` stands for "nothing yet".
+    after: Vec<u32>,
+    /// The last two uses, and the very first; `weights` stands for "none yet".
     last: (u32, u32),
+    first: u32,
     /// Predicted uses, nearest first. The first `planned` of them have been handed out.
-    queue: VecDeque<u32>,
+    queue: VecDeque<Expected>,
     planned: usize,
+    /// For each weight how often it may still be skipped: as long as it was never used.
+    patience: Vec<u8>,
+    /// The first weight in layout order that was never expected; from there on a first pass goes.
+    unseen: u32,
+    /// Uses in a row that nobody expected.
+    stray: u32,
     mispredicted: u64,
 }
 
@@ -43,9 +69,14 @@ impl Schedule {
         let mut schedule = Schedule {
             weights,
             next: HashMap::new(),
+            after: vec![weights; weights as usize],
             last: (weights, weights),
+            first: weights,
             queue: VecDeque::new(),
             planned: 0,
+            patience: vec![PATIENCE; weights as usize],
+            unseen: 0,
+            stray: 0,
             mispredicted: 0,
         };
         schedule.extend();
@@ -56,38 +87,41 @@ impl Schedule {
     /// expected.
     pub fn used(&mut self, weight: u32, mut dropped: impl FnMut(u32)) -> bool {
         debug_assert!(weight < self.weights);
-        if self.last.1 != self.weights {
-            if self.next.len() >= self.memory_limit() {
-                self.next.clear();
-            }
-            self.next.insert(self.last, weight);
-        }
-        self.last = (self.last.1, weight);
+        self.extend_to(SKIP + 1);
+        self.learn(weight);
+        let is_new = std::mem::take(&mut self.patience[weight as usize]) > 0;
         let mut was_planned = false;
-        match self.queue.iter().take(SKIP).position(|&expected| expected == weight) {
+        match self.queue.iter().take(SKIP + 1).position(|expected| expected.weight == weight) {
             Some(skipped) => {
-                for _ in 0..skipped {
-                    self.drop_front(&mut dropped);
-                }
-                self.queue.pop_front();
-                was_planned = self.planned > 0;
-                self.planned = self.planned.saturating_sub(1);
+                let kept = self.skip(skipped, &mut dropped);
+                self.queue.remove(kept);
+                was_planned = self.planned > kept;
+                self.planned -= usize::from(was_planned);
                 self.mispredicted += u64::from(skipped > 0);
+                self.stray = 0;
             }
             None => {
                 self.mispredicted += 1;
-                while !self.queue.is_empty() {
-                    self.drop_front(&mut dropped);
+                self.stray += 1;
+                // A weight that is used twice in a first pass changes nothing about the rest of it.
+                let goes_on = !is_new && self.is_first_pass() && self.stray < STRAY;
+                if !goes_on {
+                    while !self.queue.is_empty() {
+                        self.drop_at(0, &mut dropped);
+                    }
+                    self.unseen = if is_new { weight + 1 } else { self.weights };
                 }
             }
         }
+        // What was learned now bears on all that nobody relies on yet.
+        self.take_back();
         self.extend();
         was_planned
     }
 
     /// The next predicted use that was not handed out yet, if it lies within the horizon.
     pub fn plan_next(&mut self) -> Option<u32> {
-        let weight = *self.queue.get(self.planned)?;
+        let weight = self.queue.get(self.planned)?.weight;
         self.planned += 1;
         self.extend();
         Some(weight)
@@ -99,7 +133,7 @@ impl Schedule {
     /// read ahead for far uses would only be in the way of near ones.
     pub fn unplan_last(&mut self) -> Option<u32> {
         self.planned = self.planned.checked_sub(1)?;
-        self.queue.get(self.planned).copied()
+        self.queue.get(self.planned).map(|expected| expected.weight)
     }
 
     /// How often a use was not the one expected.
@@ -112,31 +146,97 @@ impl Schedule {
         1024 + 8 * self.weights as usize
     }
 
-    fn drop_front(&mut self, dropped: &mut impl FnMut(u32)) {
-        let weight = self.queue.pop_front();
-        if self.planned > 0 {
+    fn learn(&mut self, weight: u32) {
+        let (_, before) = self.last;
+        if before == self.weights {
+            self.first = weight;
+        } else {
+            if self.next.len() >= self.memory_limit() {
+                self.next.clear();
+            }
+            self.next.insert(self.last, weight);
+            self.after[before as usize] = weight;
+        }
+        self.last = (before, weight);
+    }
+
+    /// Whether weights are expected that were never used.
+    fn is_first_pass(&self) -> bool {
+        self.queue.front().is_some_and(|expected| expected.is_first)
+    }
+
+    /// Another use came before the nearest `count`. How many of these are still expected: they stay the nearest.
+    fn skip(&mut self, count: usize, dropped: &mut impl FnMut(u32)) -> usize {
+        let mut kept = 0;
+        for _ in 0..count {
+            let Expected { weight, is_first } = self.queue[kept];
+            match &mut self.patience[weight as usize] {
+                left if is_first && *left > 0 => {
+                    *left -= 1;
+                    kept += 1;
+                }
+                _ => self.drop_at(kept, dropped),
+            }
+        }
+        kept
+    }
+
+    fn drop_at(&mut self, place: usize, dropped: &mut impl FnMut(u32)) {
+        let expected = self.queue.remove(place);
+        if self.planned > place {
             self.planned -= 1;
-            weight.into_iter().for_each(dropped);
+            expected.into_iter().for_each(|expected| dropped(expected.weight));
         }
     }
 
-    /// Keeps at least one prediction beyond the planned ones, up to the horizon.
+    /// Keeps a prediction beyond the planned ones, up to the horizon.
     fn extend(&mut self) {
-        while self.weights > 0 && self.queue.len() <= self.planned && self.queue.len() < HORIZON {
-            let context = match self.queue.len() {
-                0 => self.last,
-                1 => (self.last.1, self.queue[0]),
-                n => (self.queue[n - 2], self.queue[n - 1]),
-            };
-            self.queue.push_back(self.predict(context));
+        self.extend_to(HORIZON.min(self.planned + 1));
+    }
+
+    fn extend_to(&mut self, len: usize) {
+        while self.weights > 0 && self.queue.len() < len {
+            let first = self.take_unseen();
+            let weight = first.unwrap_or_else(|| self.predict(self.context()));
+            self.queue.push_back(Expected { weight, is_first: first.is_some() });
+        }
+    }
+
+    /// Forgets predictions that were not handed out.
+    fn take_back(&mut self) {
+        for Expected { weight, is_first } in self.queue.drain(self.planned..) {
+            if is_first {
+                self.unseen = self.unseen.min(weight);
+            }
+        }
+    }
+
+    /// The next weight in layout order that was never used or expected.
+    fn take_unseen(&mut self) -> Option<u32> {
+        let found = (self.unseen..self.weights).find(|&weight| self.patience[weight as usize] > 0);
+        self.unseen = found.map_or(self.weights, |weight| weight + 1);
+        found
+    }
+
+    /// The last two predicted uses, or uses where there are no two.
+    fn context(&self) -> (u32, u32) {
+        match self.queue.len() {
+            0 => self.last,
+            1 => (self.last.1, self.queue[0].weight),
+            n => (self.queue[n - 2].weight, self.queue[n - 1].weight),
         }
     }
 
     fn predict(&self, context: (u32, u32)) -> u32 {
-        match self.next.get(&context) {
-            Some(&next) => next,
-            None if context.1 + 1 < self.weights => context.1 + 1,
-            None => 0,
+        let known = self.next.get(&context).or_else(|| self.after.get(context.1 as usize));
+        if let Some(&next) = known.filter(|next| **next < self.weights) {
+            return next;
+        }
+        let beside = if context.1 < self.weights { context.1 + 1 } else { 0 };
+        let is_new = self.patience.get(beside as usize).is_some_and(|left| *left > 0);
+        match is_new || self.first == self.weights {
+            true => beside % self.weights,
+            false => self.first,
         }
     }
 }
@@ -173,6 +273,9 @@ mod tests {
     #[test]
     fn a_skipped_layer_drops_only_itself() {
         let mut schedule = Schedule::new(10);
+        for weight in 0..10 {
+            schedule.used(weight, |_| {});
+        }
         for _ in 0..6 {
             schedule.plan_next();
         }
@@ -181,6 +284,35 @@ mod tests {
         schedule.used(3, |w| dropped.push(w));
         assert_eq!(dropped, [1, 2]);
         assert_eq!(schedule.plan_next(), Some(6), "4 and 5 stay planned");
+    }
+
+    #[test]
+    fn weights_that_are_used_before_others_of_their_block_leave_these_expected() {
+        // As made: a, b, modulation; as used: modulation, a, b.
+        let mut schedule = Schedule::new(12);
+        let mut planned = vec![];
+        for block in 0..4 {
+            for weight in [2, 0, 1].map(|weight| 3 * block + weight) {
+                planned.extend(std::iter::from_fn(|| schedule.plan_next()).take(4));
+                schedule.used(weight, |dropped| panic!("{dropped} is still expected"));
+            }
+        }
+        planned.truncate(12);
+        assert_eq!(planned, (0..12).collect::<Vec<_>>(), "each is planned once");
+    }
+
+    #[test]
+    fn a_weight_that_is_never_used_is_not_expected_for_ever() {
+        let mut schedule = Schedule::new(40);
+        for _ in 0..3 {
+            schedule.plan_next();
+        }
+        let mut dropped = vec![];
+        for weight in 2..30 {
+            schedule.used(weight, |w| dropped.push(w));
+        }
+        assert_eq!(dropped, [0, 1]);
+        assert_eq!(ahead(&mut schedule, 2), [30, 31]);
     }
 
     #[test]

@@ -91,6 +91,18 @@ fn the_first_pass_reads_each_page_once_and_begins_the_next() {
     }
 }
 
+#[test]
+fn a_first_pass_in_another_order_within_blocks_reads_each_page_once() {
+    // As the model has them: a, b, modulation, nine pages a block; as it uses them: modulation, a, b.
+    let order = (0..8).flat_map(|block| [6, 7, 8, 0, 1, 2, 3, 4, 5].map(|page| 9 * block + page));
+    for frames in [20, 24, 36, 60] {
+        let mut engine = engine(frames, 1);
+        let mut model = engine.attach(streamed(72, 12));
+        let first = engine.pass_over(&mut model, order.clone()).unwrap();
+        assert!(first.fills <= 72 + 12, "{frames} frames: {first:?}");
+    }
+}
+
 fn check_spike(n: u32, frames: u32, low: u32) -> Checked {
     const WINDOW: u32 = 4;
     let (mut engine, mut model) = warm(n, frames, WINDOW, 1, 3)?;
