@@ -4,6 +4,7 @@
 mod common;
 
 use std::fs;
+use std::time::Duration;
 
 use common::{Random, Rig, Weights};
 use forebay::Bytes;
@@ -29,10 +30,20 @@ impl Holdings {
             mappings: fs::read_to_string("/proc/self/maps").unwrap().lines().count(),
             address_space: number("VmSize:") << 10,
             resident: number("VmRSS:") << 10,
-            descriptors: fs::read_dir("/proc/self/fd").unwrap().count(),
+            descriptors: open_descriptors(),
             threads: number("Threads:"),
         }
     }
+}
+
+/// The fewest of some looks: a thread of the engine may just be reading what the system tells of its memory. What is leaked
+/// is open in all of them.
+fn open_descriptors() -> usize {
+    let look = || {
+        std::thread::sleep(Duration::from_millis(5));
+        fs::read_dir("/proc/self/fd").unwrap().count()
+    };
+    (0..20).map(|_| look()).min().unwrap()
 }
 
 #[test]
