@@ -240,6 +240,15 @@ class Attachment:
         for model in self._models:
             model.prioritize()
 
+    def prefetch(self) -> None:
+        """Begins to read weights ahead of a forward that will come, as using the model does. Returns at once.
+
+        They are read in the order in which they will be used as far as that is known, else in that of the module, as far as
+        there is memory for them. Of several modules the first is read.
+        """
+        for model in self._models[:1]:
+            model.prefetch()
+
     def deprioritize(self) -> None:
         """To the bottom of the priorities: this model's memory is taken first."""
         for model in self._models:

@@ -87,6 +87,11 @@ impl Model {
         py.detach(|| self.shared.attachment.prioritize());
     }
 
+    /// Reads weights ahead of a pass that is to begin.
+    fn prefetch(&self, py: Python<'_>) {
+        py.detach(|| self.shared.attachment.prefetch());
+    }
+
     /// To the bottom of the priorities.
     fn deprioritize(&self, py: Python<'_>) {
         py.detach(|| self.shared.attachment.deprioritize());

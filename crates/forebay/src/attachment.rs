@@ -215,6 +215,12 @@ impl Attachment {
         self.engine.prioritize(&self.vbar);
     }
 
+    /// Reads weights ahead of a pass that is to begin, in the order in which they will be used as far as that is known, into
+    /// the memory that they would get by being used. Returns at once.
+    pub fn prefetch(&self) {
+        self.engine.prefetch(&self.vbar);
+    }
+
     /// To the bottom of the priorities: its memory is taken first.
     pub fn deprioritize(&self) {
         self.engine.deprioritize(&self.vbar);

@@ -393,6 +393,18 @@ impl Engine {
         }
     }
 
+    /// A pass over a model is expected: its weights are read ahead from now on.
+    pub(crate) fn prefetch(&self, vbar: &Vbar) {
+        let mut state = self.shared.state.lock();
+        state.take_in_uses();
+        if state.is_open(vbar.id) {
+            state.books.vbar(vbar.id).started = true;
+            state.policy.touch(vbar.id, 0);
+        }
+        drop(state);
+        self.shared.work.notify_one();
+    }
+
     /// Begins to remove a VBAR: what is not pinned leaves at once, the rest with its last pin.
     pub(crate) fn close(&self, vbar: &Vbar) {
         let mut state = self.shared.state.lock();

@@ -100,6 +100,8 @@ class ForebayModelPatcher(ModelPatcherDynamic):  # type: ignore[misc]
             for callback in self.get_all_callbacks(CallbacksMP.ON_LOAD):
                 callback(self, device, lowvram_model_memory, force_patch_weights, full_load)
             self.apply_hooks(self.forced_hooks, force_apply=True)
+            # It is about to run.
+            loaded.attachment.prefetch()
 
     def partially_unload(
         self, device_to: torch.device, memory_to_free: float = 0, force_patch_weights: bool = False
