@@ -178,6 +178,11 @@ impl Engine {
         py.detach(|| self.inner.squeeze()).map(Squeeze::new).map_err(raised)
     }
 
+    /// Forgets what was read ahead of `read_to_device`.
+    fn end_read_ahead(&self, py: Python<'_>) {
+        py.detach(|| self.inner.end_read_ahead());
+    }
+
     /// Waits until everything decided so far is done.
     fn settle(&self, py: Python<'_>) -> PyResult<()> {
         py.detach(|| self.inner.settle()).map_err(raised)

@@ -74,6 +74,14 @@ pub(crate) fn read_header(file: &Arc<SourceFile>) -> Result<Header> {
     Ok(Header { tensors, metadata })
 }
 
+/// Where the tensors of an open safetensors file are, in the order of their bytes: offsets and lengths.
+///
+/// # Errors
+/// [`StoreError::NotSafetensors`] for another file, and others as for [`Checkpoint::open`](crate::Checkpoint::open).
+pub fn tensor_ranges(file: &Arc<SourceFile>) -> Result<Vec<(u64, Bytes)>> {
+    Ok(read_header(file)?.tensors.iter().map(|tensor| (tensor.offset, tensor.bytes)).collect())
+}
+
 /// The header's text, and where the tensors' bytes start.
 fn header_text(file: &SourceFile) -> Result<(String, u64)> {
     let not_safetensors =

@@ -11,6 +11,7 @@ use forebay_store::{ReaderPool, Urgency};
 use parking_lot::Mutex;
 
 use crate::acquire::{Above, Found, Use};
+use crate::ahead::Ahead;
 use crate::attachment::{Attachment, Begun, Counted, Pinned, View, Waiting};
 use crate::books::{PageBook, VbarBook};
 use crate::cache::keeper::Keeper;
@@ -41,6 +42,7 @@ pub struct Engine {
     copier: Mutex<Option<Arc<Copier>>>,
     helper: Helper,
     helper_starts: Once,
+    pub(crate) ahead: Arc<Ahead>,
     /// Lock order: never together with the state lock.
     pub(crate) parked: Mutex<Vec<Arc<Vbar>>>,
 }
@@ -76,6 +78,7 @@ impl Engine {
             copier: Mutex::new(Some(copier)),
             helper: Helper::default(),
             helper_starts: Once::new(),
+            ahead: Arc::default(),
             parked: Mutex::default(),
         };
         engine.start("forebay-mover", move || mover.run())?;

@@ -39,6 +39,7 @@
 //! The layers below are re-exported: [`device`] (backends), [`store`] (sources), [`policy`] (who keeps memory).
 
 mod acquire;
+mod ahead;
 mod attachment;
 mod books;
 mod cache;

@@ -44,8 +44,9 @@ pub struct OnDevice {
 }
 
 impl Engine {
-    /// Reads a part of a file to the device, through the readers' pinned slots. Work that is enqueued in the stream after
-    /// this returns finds the bytes.
+    /// Reads a part of a file to the device, through pinned memory. Work that is enqueued in the stream after this returns
+    /// finds the bytes. Tensors of a safetensors file are read ahead of the calls that ask for them, in the order in which
+    /// they were asked for before.
     ///
     /// # Errors
     /// [`EngineError::Transfer`] where the file cannot be read, and what the device reports. The place then holds arbitrary
@@ -55,6 +56,14 @@ impl Engine {
     /// The place is memory of this device and nobody else's until the copies have ended; the stream is one of the device and
     /// lives as long.
     pub unsafe fn read_to_device(&self, part: &FilePart, to: OnDevice) -> Result<()> {
+        let shared = self.shared();
+        shared.state.lock().check()?;
+        if let Some(readers) = self.readers() {
+            // SAFETY: as the caller promises.
+            if let Some(read) = unsafe { self.ahead.read(shared, &readers, part, to) } {
+                return read;
+            }
+        }
         let from = part.clone();
         self.for_each_chunk(part.bytes, move |shared, reader, at, len| {
             let addr = to.addr.offset(at);
@@ -62,6 +71,12 @@ impl Engine {
             // SAFETY: as the caller promises.
             unsafe { reader.copy_in(shared, len, (addr, to.stream), read) }
         })
+    }
+
+    /// Forgets what was read ahead of [`read_to_device`](Engine::read_to_device), and gives the memory for it back. May wait
+    /// for the device.
+    pub fn end_read_ahead(&self) {
+        self.ahead.end(self.shared());
     }
 
     /// Writes what work now in the stream leaves at a place on the device to a part of a file, and returns when the bytes

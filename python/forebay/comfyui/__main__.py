@@ -97,8 +97,8 @@ def _parser() -> argparse.ArgumentParser:
         "--pinned",
         type=_gib,
         metavar="GIB",
-        help="let ComfyUI keep at most so much of its weights in pinned memory; what it does not keep is read from the page "
-        "cache at each use (default: as much as it asks for)",
+        help="let ComfyUI keep copies of so much of its weights in pinned memory; what it does not keep is read from the page "
+        "cache at each use (default: what no file has)",
     )
     parser.add_argument(
         "--node",

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
+import json
 import os
 from pathlib import Path
 
 import pytest
 import support
 import torch
+from safetensors.torch import save_file
 from support import MIB
 
 from forebay.comfyui.aimdo import host_buffer
+from forebay.comfyui.aimdo.copies import Copies
 from forebay.comfyui.aimdo.host_buffer import HostBuffer, read_file_to_device
 from forebay.comfyui.aimdo.model_mmap import ModelMMAP
 from forebay.comfyui.aimdo.model_vbar import ModelVBAR, vbar_fault, vbar_unpin
@@ -205,6 +209,48 @@ def test_host_buffers_together_grow_no_further_than_their_limit(
         HostBuffer(1)
 
 
+@pytest.fixture
+def copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_buffer, "_copies", Copies())
+    monkeypatch.delenv(host_buffer.LIMIT, raising=False)
+
+
+def test_no_copies_are_kept_of_weights_that_a_file_has(comfy, file, copies) -> None:
+    opened, contents = file
+    made = comfy(64)
+    weights, patches = HostBuffer(0, 64 * MIB, 1 << 30), HostBuffer(0, 8 * MIB, 1 << 30)
+    target = torch.zeros(contents.numel(), dtype=torch.uint8, device=made.device)
+    for _ in range(3):  # as ComfyUI does with each weight, in each step
+        with pytest.raises(RuntimeError, match="no copy of 3146752 bytes"):
+            weights.extend(3 * MIB + 1024, register=False)
+        read_file_to_device(opened, 0, 3 * MIB, stream(), target.data_ptr(), made.id, mark_cold=False)
+    patches.extend(MIB, register=False)
+    assert (weights.size, patches.size) == (0, MIB)
+
+
+def test_copies_are_kept_of_weights_that_no_file_has(comfy, file, copies) -> None:
+    opened, contents = file
+    made = comfy(64)
+    weights = HostBuffer(0, 64 * MIB, 1 << 30)
+    target = torch.zeros(contents.numel(), dtype=torch.uint8, device=made.device)
+    for kept in (False, True, True):
+        before = weights.size
+        with contextlib.nullcontext() if kept else pytest.raises(RuntimeError):
+            weights.extend(2 * MIB, register=False)  # one that was copied from memory
+        assert weights.size == before + (2 * MIB if kept else 0)
+        with pytest.raises(RuntimeError):
+            weights.extend(3 * MIB, register=False)
+        read_file_to_device(opened, 0, 3 * MIB, stream(), target.data_ptr(), made.id, mark_cold=False)
+
+
+def test_as_many_copies_are_kept_as_the_user_says(comfy, copies, monkeypatch: pytest.MonkeyPatch) -> None:
+    comfy(64)
+    monkeypatch.setenv(host_buffer.LIMIT, "1")
+    weights = HostBuffer(0, 64 * MIB, 1 << 30)
+    weights.extend(3 * MIB, register=False)
+    assert weights.size == 3 * MIB
+
+
 @pytest.mark.parametrize("size", [1, 4096, 3 * MIB + 1, None])
 def test_files_into_host_buffers(comfy, file, size: int | None) -> None:
     opened, contents = file
@@ -236,6 +282,32 @@ def test_files_into_host_buffers_and_to_the_device(comfy, file, register: bool) 
         del buffer
         synchronize()
         assert torch.equal(target.cpu(), contents)
+
+
+def test_tensors_of_files_are_read_ahead(comfy, tmp_path: Path) -> None:
+    made = comfy(64)
+    sizes = [3 * MIB, 0, 100, 5 * MIB + 3, MIB, 7]
+    tensors = {str(n): torch.randint(0, 256, (size,), dtype=torch.uint8) for n, size in enumerate(sizes)}
+    save_file(tensors, tmp_path / "weights.safetensors")
+    pinned = made.engine.stats()["pinned_host"]
+    with (tmp_path / "weights.safetensors").open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+        places = {
+            name: 8 + length + entry["data_offsets"][0] for name, entry in header.items() if name in tensors
+        }
+        for _ in range(3):
+            for name, tensor in tensors.items():
+                target = torch.zeros(tensor.numel() or 1, dtype=torch.uint8, device=made.device)
+                synchronize()
+                read_file_to_device(
+                    opened, places[name], tensor.numel(), stream(), target.data_ptr(), made.id
+                )
+                synchronize()
+                assert torch.equal(target.cpu()[: tensor.numel()], tensor)
+    assert made.engine.stats()["pinned_host"] > pinned
+    host_buffer.cleanup_file_reader()
+    assert made.engine.stats()["pinned_host"] == pinned
 
 
 def test_files_to_the_device(comfy, file) -> None:

@@ -9,12 +9,14 @@ from typing import Any
 
 from forebay import _forebay
 from forebay.comfyui.aimdo import devices
+from forebay.comfyui.aimdo.copies import HELD_AHEAD, Copies
 
 LIMIT = "FOREBAY_COMFYUI_PINNED_GIB"
-"""The environment variable that sets how far all host buffers together may grow, in GiB. Without: as ComfyUI asks. What a
-buffer refuses to hold, ComfyUI reads from the file again at each use."""
+"""The environment variable that sets how far all host buffers together may grow, in GiB. Without: as far as copies of weights
+are needed, see :mod:`copies`. What a buffer refuses to hold, ComfyUI reads from the file again at each use."""
 
 _buffers: weakref.WeakSet[HostBuffer] = weakref.WeakSet()
+_copies = Copies()
 
 
 def total_size() -> int:
@@ -43,6 +45,7 @@ class HostBuffer:
         limit = devices.count("max_grow_size", max_grow_size)
         ahead = devices.count("prewarm", prewarm)
         self.mark_cold = mark_cold
+        self._holds_weights = ahead >= HELD_AHEAD
         self._buffer = _forebay.HostBuffer(
             devices.any_engine(), limit=max(limit, size) if limit else 0, ahead=ahead
         )
@@ -71,12 +74,16 @@ class HostBuffer:
             The buffer's address.
 
         Raises:
-            RuntimeError: Past its range or the limit of all buffers, where the process's memory cgroup has no room, and where
-                the system or a device refuses.
+            RuntimeError: Past its range or the limit of all buffers, for copies of weights that a file has, where the process's
+                memory cgroup has no room, and where the system or a device refuses.
             ValueError: For a negative number.
         """
         size = devices.count("size", size)
         limit = os.environ.get(LIMIT)
+        if not limit and self._holds_weights and not _copies.is_needed(size):
+            raise RuntimeError(
+                f"no copy of {size} bytes is kept of weights that a file has ({LIMIT} says how many GiB are)"
+            )
         if limit and total_size() + size > float(limit) * 2**30:
             raise RuntimeError(
                 f"host buffers grow up to {limit} GiB together ({LIMIT}); {size} bytes more were asked for"
@@ -172,6 +179,7 @@ def read_file_to_device(
     """
     arguments = _arguments(file, file_offset, size, device_ptr)
     _forebay.read_to_device(devices.context(device).engine, *arguments, _stream(stream))
+    _copies.note_read(size)
 
 
 def write_device_to_file(
@@ -200,7 +208,9 @@ def write_host_to_file(file: Any, file_offset: int, size: int, host_ptr: int) ->
 
 
 def cleanup_file_reader() -> None:
-    """Ends what was read ahead: nothing is, every read ends with its call. The readers' memory is the engines'."""
+    """Forgets what was read ahead, and gives the memory for it back."""
+    for context in list(devices.contexts.values()):
+        context.engine.end_read_ahead()
 
 
 def _arguments(file: Any, file_offset: int, size: int, address: int) -> tuple[int, int, int, int]:
