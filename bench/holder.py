@@ -1,13 +1,14 @@
 """Another process that takes GPU memory when it is told to, in pieces as they become free, and gives it back.
 
-Reads commands from its input, one a line: ``take BYTES`` and ``give``. Answers each with a line of JSON. It needs the
-driver alone, so that it starts at once.
+Reads commands from its input, one a line: ``take BYTES``, ``give`` and ``free``. Answers each with a line of JSON. It needs
+the driver alone, so that it starts at once.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
+import signal
 import sys
 import time
 
@@ -43,26 +44,42 @@ class Driver:
         """Gives back what was allocated."""
         self._call("cuMemFree_v2", ctypes.c_uint64(address))
 
+    def free_bytes(self) -> int:
+        """What nobody has of the device's memory."""
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        self._call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
+        return free.value
+
 
 def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends with its parent, and no sooner
     driver = Driver(int(sys.argv[1]))
-    held: list[int] = []
+    held: dict[int, int] = {}
     answer({"ready": True})
     for line in sys.stdin:
         command, *rest = line.split()
         start = time.monotonic()
+        if command == "free":
+            answer({"free": driver.free_bytes()})
+            continue
         if command == "take":
-            wanted = int(rest[0])
-            while len(held) * PIECE < wanted and time.monotonic() - start < PATIENCE_S:
-                piece = driver.allocate(PIECE)
-                if piece is None:
-                    time.sleep(0.0005)
-                else:
-                    held.append(piece)
+            take(driver, held, int(rest[0]))
         else:
             while held:
-                driver.free(held.pop())
-        answer({"held": len(held) * PIECE, "seconds": time.monotonic() - start})
+                driver.free(held.popitem()[0])
+        answer({"held": sum(held.values()), "seconds": time.monotonic() - start})
+
+
+def take(driver: Driver, held: dict[int, int], wanted: int) -> None:
+    """Takes until so many bytes are held, as they become free. ``held`` has sizes by address."""
+    end = time.monotonic() + PATIENCE_S
+    while (missing := wanted - sum(held.values())) > 0 and time.monotonic() < end:
+        piece = min(PIECE, missing)
+        address = driver.allocate(piece)
+        if address is None:
+            time.sleep(0.0005)
+        else:
+            held[address] = piece
 
 
 def answer(told: dict[str, object]) -> None:

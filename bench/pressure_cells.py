@@ -7,11 +7,8 @@ import contextlib
 import ctypes
 import faulthandler
 import gc
-import json
 import os
 import statistics
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +18,7 @@ from typing import Any
 import stack
 import torch
 from children import Row, reason_of
+from others import OtherProcess, Others
 from pressure import SETUP, patience
 from runners import RUNNERS, Layers, Runner
 from safetensors.torch import load_file
@@ -280,75 +278,6 @@ class Activation:
         # One everywhere, so that the result is what it would be without.
         ones = torch.full((self.nbytes,), 1, dtype=torch.uint8, device=self._device)
         return output * ones[-1].to(output.dtype)
-
-
-class Others:
-    """Somebody else who takes memory and gives it back, while a step runs."""
-
-    def take(self, nbytes: int) -> None:
-        """Begins to take as much."""
-        raise NotImplementedError
-
-    def wait_until_taken(self) -> tuple[int, float]:
-        """How much it got, and within how many seconds."""
-        raise NotImplementedError
-
-    def give_later(self) -> None:
-        """Gives everything back without waiting for it."""
-        raise NotImplementedError
-
-    def give(self) -> None:
-        """Gives everything back."""
-        raise NotImplementedError
-
-
-class OtherProcess(Others):
-    """``holder.py``. It is there before the card is measured: its context takes memory as well."""
-
-    def __init__(self, ordinal: int) -> None:
-        command = [sys.executable, Path(__file__).with_name("holder.py"), str(ordinal)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._asked = 0
-        self._answer()
-
-    def take(self, nbytes: int) -> None:
-        self._ask(f"take {nbytes}")
-
-    def wait_until_taken(self) -> tuple[int, float]:
-        told = self._answer()
-        self._asked -= 1
-        return told["held"], told["seconds"]
-
-    def give_later(self) -> None:
-        self._ask("give")
-
-    def give(self) -> None:
-        while self._asked:
-            self._answer()
-            self._asked -= 1
-        self._ask("give")
-        self._answer()
-        self._asked -= 1
-
-    def _ask(self, text: str) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(text + "\n")
-        self._process.stdin.flush()
-        self._asked += 1
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError("the other process ended")
-        return json.loads(line)
-
-    def __enter__(self) -> OtherProcess:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.wait()
 
 
 class OtherThread(Others):
