@@ -2,10 +2,17 @@
 
 A cell is a model, a format, with or without a LoRA, text encoders and decoder, on a card of so many GiB: another process
 holds the rest of the device's memory. Every system runs every cell in a process of its own, one after the other, with the
-same seed; results are compared by hash with those of ComfyUI's own offloading (``--disable-dynamic-vram``), with a LoRA with
-those of comfy-aimdo. A first step counts from the call that samples; later steps are the median of all others. The limit of
-a later step is the larger of the fastest later step on a card that holds everything, measured here, and the bytes that were
-not resident over the link's rate.
+same seed. Processes are started together (``--together``) and import what needs no device; each is measured from its
+release, which is when the one before it has ended.
+
+Results are compared by hash with those of ComfyUI's own offloading (``--disable-dynamic-vram``). With a LoRA ComfyUI rounds
+patched weights in one way where they are loaded and in another where they are patched as they are used: comfy-aimdo and what
+stands in for it are compared with comfy-aimdo, and native, which gives the former everywhere, with ComfyUI's own offloading
+on a card that holds everything.
+
+A first step counts from the call that samples; its limit is the larger of the fastest later step on a card that holds
+everything, measured here, and all the model's bytes over the link's rate. Later steps are the median of all others; their
+limit is the same with the bytes that were not resident.
 
 What runs is a tool that starts ComfyUI without a server (``--tool``), over a checkout (``--comfyui``, a folder or a tar.gz
 of one). ``bench/comfyui_wheels.sh`` gathers both and what ComfyUI imports, for a machine without a network.
@@ -14,113 +21,46 @@ of one). ``bench/comfyui_wheels.sh`` gathers both and what ComfyUI imports, for 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import importlib.abc
 import json
 import os
 import platform
-import re
 import runpy
 import statistics
 import sys
 import tarfile
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 
 import children
-from children import Outcome, Row
+from card import Card
+from children import Child, Outcome, Row
+from comfyui_cells import GROUPS, LEGACY, SYSTEMS, Cell
+from touch import touch
 
 GIB = 1 << 30
 PACKAGE = "forebay.comfyui.aimdo"
 NEEDS = ("torchsde", "trampoline", "comfy-kitchen")
 """What ComfyUI imports and the machine may lack."""
-
-
-@dataclass(frozen=True)
-class System:
-    """A way in which ComfyUI keeps its weights."""
-
-    title: str
-    comfy: tuple[str, ...] = ()
-    distribution: str | None = "forebay"
-    native: bool = False
-    environment: tuple[tuple[str, str], ...] = ()
-
-    @property
-    def wheel(self) -> str | None:
-        """What is to be installed for it alone."""
-        return None if self.distribution == "forebay" else self.distribution
-
-
-LEGACY = "legacy"
-SYSTEMS = {
-    LEGACY: System("ComfyUI's own offloading", ("--disable-dynamic-vram",), None),
-    "aimdo": System("", distribution="comfy-aimdo"),
-    "dropin": System("Forebay in its place"),
-    "unpinned": System(
-        "Forebay in its place, nothing pinned", environment=(("FOREBAY_COMFYUI_PINNED_GIB", "0"),)
-    ),
-    "native": System("Forebay, native", native=True),
-}
-
-
-@dataclass(frozen=True)
-class Cell:
-    """What is run."""
-
-    arch: str
-    quant: str = "bf16"
-    card: float = 12
-    """GiB of device memory that are free at the start; 0: all."""
-    size: str = "full"
-    instances: int = 1
-    rounds: int = 1
-    lora: float = 0
-    te: bool = False
-    vae: bool = False
-
-    @property
-    def name(self) -> str:
-        """As the command line takes it."""
-        parts = [self.arch, self.quant, f"{self.card:g}"]
-        parts += [f"lora{self.lora:g}"] if self.lora else []
-        parts += [f"x{self.instances}"] if self.instances > 1 else []
-        parts += [f"r{self.rounds}"] if self.rounds > 1 else []
-        parts += [word for word in ("te", "vae") if getattr(self, word)]
-        return "-".join([*parts, *([] if self.size == "full" else [self.size])])
-
-    @classmethod
-    def parse(cls, text: str) -> Cell:
-        """The cell of a name."""
-        arch, quant, card, *rest = text.split("-")
-        cell = cls(arch, quant, float(card))
-        for word in rest:
-            if word in ("te", "vae"):
-                cell = replace(cell, **{word: True})
-            elif word.startswith("lora"):
-                cell = replace(cell, lora=float(word[4:]))
-            elif re.fullmatch(r"x\d+", word):
-                cell = replace(cell, instances=int(word[1:]))
-            elif re.fullmatch(r"r\d+", word):
-                cell = replace(cell, rounds=int(word[1:]))
-            elif word in ("tiny", "small", "medium", "full"):
-                cell = replace(cell, size=word)
-            else:
-                raise argparse.ArgumentTypeError(f"no part of a cell's name: {word}")
-        return cell
-
-
-GROUPS = {
-    "flux": ["flux-bf16-80", "flux-bf16-12", "flux-bf16-24", "flux-bf16-12-lora0.8", "flux-fp8scaled-8"],
-    "wan": ["wan-fp16-80", "wan-fp16-8-x2-r2"],
-    "small": [
-        "zimage-bf16-80", "zimage-bf16-8", "zimage-fp8scaled-8-lora0.8", "sd15-bf16-80", "sd15-bf16-8-lora0.8",
-    ],
-    "whole": ["flux-bf16-24-te-vae", "zimage-bf16-12-vae"],
-    "tiny": ["flux-bf16-0-tiny", "flux-fp8scaled-0-lora0.8-tiny"],
-}  # fmt: skip
+GATE = "comfy.model_management"
+"""The module of ComfyUI's that is the first to use the device."""
+EARLY = (
+    "scipy.integrate",
+    "scipy.stats",
+    "scipy.ndimage",
+    "torchsde",
+    "torchvision",
+    "transformers.models.clip.tokenization_clip",
+)
+"""What ComfyUI imports behind the gate though it needs no device, and takes long."""
+MACHINE = "machine"
+"""The child that measures the machine."""
 
 
 def parse() -> argparse.Namespace:
@@ -138,45 +78,58 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=["legacy", "aimdo", "dropin"])
     parser.add_argument("--steps", type=int, default=4, help="steps a sampling (default: %(default)s)")
-    parser.add_argument("--timeout", type=float, default=240, help="seconds a process (default: %(default)s)")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=240,
+        help="seconds a process, from its release (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--together", type=int, default=8, help="processes that are started at once (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--warm-gib",
+        type=float,
+        default=0,
+        help="GiB of memory that are used and freed before each release, on a GPU: as much as the largest system uses "
+        "(default: none)",
+    )
     parser.add_argument(
         "--until", type=float, default=540, help="begin no other after so many seconds (default: %(default)s)"
     )
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--work", type=Path, default=Path("/tmp/forebay-comfyui"), help="where weights go")
     parser.add_argument("--out", type=Path, default=Path("target/comfyui"), help="folder for the results")
-    parser.add_argument("--child", choices=[*SYSTEMS, "machine"], help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=[*SYSTEMS, MACHINE], help=argparse.SUPPRESS)
     parser.add_argument("--report", type=Path, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    chosen = parser.parse_args()
+    if chosen.together < 1:
+        parser.error("--together: at least one")
+    return chosen
 
 
 def main() -> int:
     chosen = parse()
     if chosen.child:
         return child(chosen)
-    started = time.monotonic()
+    end = time.monotonic() + chosen.until
     names = [name for cell in chosen.cells for name in GROUPS.get(cell, [cell])]
     cells = [Cell.parse(name) for name in dict.fromkeys(names)]
     chosen.out.mkdir(parents=True, exist_ok=True)
     children.end_with_their_parent()
-    wheels = children.Wheels(chosen.wheels)
-    systems = [name for name in SYSTEMS if name in chosen.systems]
-    with tempfile.TemporaryDirectory(prefix="forebay-comfyui-") as folder:
-        root = unpacked(chosen.comfyui, Path(folder))
-        found = run(chosen, root, "machine", None, wheels).rows
-        machine = found[0] if found else {"gpu": "none", "memory_bytes": 0, "link_gb_s": 0}
-        rows: list[Row] = []
-        for cell in cells:
-            for name in systems:
-                if time.monotonic() - started > chosen.until:
-                    outcome = Outcome(reason=f"not begun: {chosen.until:.0f} s are over")
-                else:
-                    outcome = run(chosen, root, name, cell, wheels, machine["memory_bytes"])
-                rows.append(row_of(cell, name, outcome, chosen.steps))
-                print(f"{cell.name:28} {name:8} {told(rows[-1])}", flush=True)
-                result = gathered(machine, rows)
-                (chosen.out / "comfyui.json").write_text(json.dumps(result, indent=1))
-                (chosen.out / "comfyui.md").write_text(markdown(result) + "\n")
+    jobs = [Job(name, cell) for cell in cells for name in SYSTEMS if name in chosen.systems]
+    rows: list[Row] = []
+    with contextlib.ExitStack() as opened:
+        folder = opened.enter_context(tempfile.TemporaryDirectory(prefix="forebay-comfyui-"))
+        card = opened.enter_context(Card())
+        runs = Runs(chosen, unpacked(chosen.comfyui, Path(folder)), card, end)
+        outcomes = opened.enter_context(contextlib.closing(runs.outcomes(jobs)))
+        for job, outcome in outcomes:
+            rows.append(row_of(job.cell, job.system, outcome, chosen.steps))
+            print(f"{job.cell.name:28} {job.system:8} {told(rows[-1])}", flush=True)
+            result = gathered(runs.machine, rows)
+            (chosen.out / "comfyui.json").write_text(json.dumps(result, indent=1))
+            (chosen.out / "comfyui.md").write_text(markdown(result) + "\n")
     print(markdown(result))
     return 0 if all(row.get("same", True) for row in result["rows"]) else 1
 
@@ -190,49 +143,105 @@ def unpacked(checkout: Path, folder: Path) -> Path:
     return folder
 
 
-def run(
-    chosen: argparse.Namespace,
-    root: Path,
-    name: str,
-    cell: Cell | None,
-    wheels: children.Wheels,
-    memory_bytes: int = 0,
-) -> Outcome:
-    """Runs one cell on one system."""
-    wheel = SYSTEMS[name].wheel if name in SYSTEMS else None
-    try:
-        # The first name is the folder's: a system with a wheel of its own has one of its own.
-        site = wheels.site([*filter(None, [wheel]), *NEEDS])
-    except RuntimeError as error:
-        return Outcome(reason=str(error))
-    arguments: list[object] = ["--child", name, "--comfyui", root, "--tool", chosen.tool.resolve()]
-    arguments += ["--device", chosen.device, "--steps", chosen.steps, "--work", chosen.work]
-    log = chosen.out / f"{name}.log"
-    if cell is not None:
-        card = cell.card * GIB if cell.card and cell.card * GIB < memory_bytes else 0
-        hog = (memory_bytes - card) / GIB if card else 0
-        arguments += ["--cells", cell.name, f"{hog:.3f}"]
-        log = chosen.out / f"{cell.name}-{name}.log"
-    environment = dict(SYSTEMS[name].environment) if name in SYSTEMS else {}
-    return children.run_child(
-        Path(__file__), arguments, site=site, log=log, timeout=chosen.timeout, environment=environment
-    )
+@dataclass(frozen=True)
+class Job:
+    """One cell on one system, which a child runs."""
+
+    system: str
+    cell: Cell
+
+
+class Runs:
+    """Runs children, some of which are started together."""
+
+    def __init__(self, chosen: argparse.Namespace, root: Path, card: Card, end: float) -> None:
+        self.machine: Row = {"gpu": "none", "memory_bytes": 0, "link_gb_s": 0}
+        self._chosen = chosen
+        self._root = root
+        self._card = card
+        self._wheels = children.Wheels(chosen.wheels)
+        self._end = end
+
+    def outcomes(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Outcome]]:
+        """Each job's outcome, in their order; ``machine`` is known with the first."""
+        for at in range(0, len(jobs), self._chosen.together):
+            with contextlib.ExitStack() as opened:
+                measuring = self._start(MACHINE, None, opened) if at == 0 else None
+                batch = [
+                    (job, Outcome() if self._is_late() else self._start(job.system, job.cell, opened))
+                    for job in jobs[at : at + self._chosen.together]
+                ]
+                started = [measuring, *(child for _, child in batch)]
+                children.wait_until_ready(
+                    [child for child in started if isinstance(child, Child)], self._chosen.timeout
+                )
+                if measuring is not None:
+                    outcome = self._released(measuring, 0)
+                    if outcome.rows:
+                        self.machine = outcome.rows[0]
+                    else:
+                        print(f"the machine is not known: {outcome.reason}", flush=True)
+                for job, child in batch:
+                    if self._is_late():
+                        yield job, Outcome(reason=f"not begun: {self._chosen.until:.0f} s are over")
+                    else:
+                        yield job, self._released(child, self._bytes_of(job.cell))
+
+    def _is_late(self) -> bool:
+        return time.monotonic() > self._end
+
+    def _start(self, name: str, cell: Cell | None, opened: contextlib.ExitStack) -> Child | Outcome:
+        """A child on its way to its gate."""
+        system = SYSTEMS.get(name)
+        try:
+            # The first name is the folder's: a system with a wheel of its own has one of its own.
+            site = self._wheels.site([*filter(None, [system and system.wheel]), *NEEDS])
+        except RuntimeError as error:
+            return Outcome(reason=str(error))
+        chosen = self._chosen
+        arguments: list[object] = ["--child", name, "--comfyui", self._root, "--tool", chosen.tool.resolve()]
+        arguments += ["--device", chosen.device, "--steps", chosen.steps, "--work", chosen.work]
+        arguments += ["--cells", cell.name] if cell else []
+        log = chosen.out / f"{cell.name}-{name}.log" if cell else chosen.out / f"{name}.log"
+        environment = dict(system.environment) if system else {}
+        child = Child(Path(__file__), arguments, site=site, log=log, environment=environment, waits=True)
+        return opened.enter_context(child)
+
+    def _released(self, child: Child | Outcome, card: int) -> Outcome:
+        """What becomes of a child on a card of so many bytes; 0: all there are."""
+        if isinstance(child, Outcome):
+            return child
+        if not child.has_ended:
+            try:
+                if self._chosen.device == "cuda":
+                    self._card.leave(card)
+                    touch(int(self._chosen.warm_gib * GIB))
+            except (OSError, RuntimeError) as error:
+                return Outcome(reason=children.reason_of(error))
+            child.release()
+        return child.watch(self._chosen.timeout)
+
+    def _bytes_of(self, cell: Cell) -> int:
+        """Of its card; 0 where that is all there are."""
+        nbytes = int(cell.card * GIB)
+        return nbytes if nbytes < self.machine["memory_bytes"] else 0
 
 
 def child(chosen: argparse.Namespace) -> int:
-    if chosen.child == "machine":
+    if chosen.child == MACHINE:
         with children.reporting(chosen.report) as report:
+            importlib.import_module("stack")
+            children.wait_for_release()
             report(measured())
         return 0
     system = SYSTEMS[chosen.child]
-    name, hog = chosen.cells
-    cell = Cell.parse(name)
+    cell = Cell.parse(chosen.cells[0])
     with (
         children.reporting(chosen.report, [system.distribution] if system.distribution else []) as report,
         tempfile.NamedTemporaryFile(suffix=".json") as out,
     ):
         arguments: list[object] = ["--comfy-root", chosen.comfyui, "--work", chosen.work, "--out", out.name]
-        arguments += ["--device", chosen.device, "--steps", chosen.steps, "--hog-gib", hog]
+        arguments += ["--device", chosen.device, "--steps", chosen.steps]
         for setting in ("arch", "size", "quant", "instances", "rounds", "lora"):
             arguments += [f"--{setting}", getattr(cell, setting)]
         arguments += [f"--{word}" for word in ("te", "vae") if getattr(cell, word)]
@@ -240,6 +249,7 @@ def child(chosen: argparse.Namespace) -> int:
             arguments += ["--aimdo-package", PACKAGE]
         if system.native:
             importlib.import_module("forebay.comfyui.native").install()
+        sys.meta_path.insert(0, Gate())
         sys.argv = [str(chosen.tool), *map(str, arguments), "--", *system.comfy]
         try:
             runpy.run_path(str(chosen.tool), run_name="__main__")
@@ -248,6 +258,21 @@ def child(chosen: argparse.Namespace) -> int:
             if text:
                 report(json.loads(text))
     return 0
+
+
+class Gate(importlib.abc.MetaPathFinder):
+    """Finds nothing. Whoever imports the first module that uses the device waits here for the release."""
+
+    def __init__(self) -> None:
+        self._is_passed = False
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        if name == GATE and not self._is_passed:
+            self._is_passed = True
+            for early in EARLY:
+                with contextlib.suppress(Exception):  # ComfyUI's to say
+                    importlib.import_module(early)
+            children.wait_for_release()
 
 
 def measured() -> Row:
@@ -296,25 +321,20 @@ def row_of(cell: Cell, system: str, outcome: Outcome, steps: int) -> Row:
 
 def gathered(machine: Row, rows: list[Row]) -> Row:
     """All rows, compared."""
-    # With a LoRA ComfyUI's dynamic path rounds elsewhere than its own offloading does, whatever package it runs on.
-    found = {(row["cell"], row["system"]): row.get("hashes") for row in rows}
-    reference = {
-        name: found.get((name, "aimdo")) if Cell.parse(name).lora else found.get((name, LEGACY))
-        for name, _ in found
-    }
+    references = References(rows)
     computing: dict[tuple[str, ...], float] = {}
     for row in rows:
         cell = Cell.parse(row["cell"])
-        if row.get("later_s") and (cell.card == 0 or cell.card >= 80):
+        if row.get("later_s") and cell.holds_everything:
             key = (cell.arch, cell.quant, cell.size)
             computing[key] = min(computing.get(key, row["later_s"]), row["later_s"])
     link = machine["link_gb_s"] * 1e9
     compared = []
     for row in rows:
         cell, more = Cell.parse(row["cell"]), {}
-        rounds_elsewhere = cell.lora and row["system"] == LEGACY
-        if row.get("hashes") and reference.get(row["cell"]) and not rounds_elsewhere:
-            more["same"] = row["hashes"] == reference[row["cell"]]
+        reference = references.of(cell, row["system"])
+        if row.get("hashes") and reference:
+            more["same"] = row["hashes"] == reference
         compute = computing.get((cell.arch, cell.quant, cell.size))
         if row.get("later_s") and compute and link:
             moved = max(0, row["weights_bytes"] - row["resident_bytes"])
@@ -323,6 +343,28 @@ def gathered(machine: Row, rows: list[Row]) -> Row:
         compared.append({**row, **more})
     command = " ".join(["python", *sys.argv])
     return {"command": command, "date": date.today().isoformat(), **machine, "rows": compared}
+
+
+class References:
+    """The hashes that a system's are compared with; None where they are not known."""
+
+    def __init__(self, rows: list[Row]) -> None:
+        hashes = [(Cell.parse(row["cell"]), row["system"], row.get("hashes")) for row in rows]
+        self._found = {(cell, system): value for cell, system, value in hashes if value}
+        self._loaded = {
+            replace(cell, card=0): value
+            for (cell, system), value in self._found.items()
+            if system == LEGACY and cell.holds_everything
+        }
+
+    def of(self, cell: Cell, system: str) -> list[str] | None:
+        """Of a system in a cell."""
+        if not cell.lora:
+            return self._found.get((cell, LEGACY))
+        # Where weights are loaded ComfyUI rounds patched ones in another way than where they are patched as they are used.
+        if SYSTEMS[system].native:
+            return self._loaded.get(replace(cell, card=0))
+        return None if system == LEGACY else self._found.get((cell, "aimdo"))
 
 
 def told(row: Row) -> str:
@@ -337,13 +379,17 @@ def told(row: Row) -> str:
 def markdown(result: Row) -> str:
     """A table for each cell."""
     parts = [
-        "Seconds; a first step for each model. GiB of anonymous memory (the process's peak), of memory that ComfyUI has "
-        "pinned, and of the device's memory in use, others' included. The same: every result's hash is that of ComfyUI's "
-        "own offloading; with a LoRA that of comfy-aimdo, as ComfyUI rounds patched weights elsewhere where memory is dynamic."
+        "Seconds; a first step for each model, and again in each further round. Their limit is that of a step for which "
+        "nothing is resident. GiB of anonymous memory (the process's peak), of memory that ComfyUI has pinned, and of the "
+        "device's memory in use, others' included. The same: every result's hash is that of ComfyUI's own offloading. With a "
+        "LoRA ComfyUI rounds patched weights in one way where they are loaded and in another where it patches them as they "
+        "are used: native always gives the former, and is compared with ComfyUI's own offloading on a card that holds "
+        "everything; comfy-aimdo and Forebay in its place are compared with comfy-aimdo."
     ]
     cells = list(dict.fromkeys(row["cell"] for row in result["rows"]))
     for cell in cells:
-        head = ["", "first step", "again", "later steps", "x limit", "anonymous", "pinned", "device", "same"]
+        head = ["", "first step", "x limit", "again", "x limit", "later steps", "x limit"]
+        head += ["anonymous", "pinned", "device", "same"]
         lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         for row in (row for row in result["rows"] if row["cell"] == cell):
             versions = [f"{name} {version}" for name, version in row.get("versions", {}).items()]
@@ -355,16 +401,21 @@ def markdown(result: Row) -> str:
 
 def cells_of(row: Row) -> list[str]:
     if "reason" in row:
-        return [row["reason"].replace("|", "/"), *[""] * 7]
+        return [row["reason"].replace("|", "/"), *[""] * 9]
 
     def seconds(values: list[float]) -> str:
         return ", ".join(f"{value:.2f}" for value in values)
 
+    def ratio(values: list[float], limit: str) -> str:
+        return f"{statistics.mean(values) / row[limit]:.2f}" if values and row.get(limit) else ""
+
     sizes = [f"{row[key] / GIB:.1f}" for key in ("anonymous_bytes", "pinned_bytes", "device_bytes")]
-    later = f"{row['later_s']:.3f}" if row["later_s"] is not None else ""
-    ratio = f"{row['later_s'] / row['limit_s']:.2f}" if row.get("limit_s") and row["later_s"] else ""
+    firsts = [row["first_s"], row["again_s"]]
+    steps = [cell for values in firsts for cell in (seconds(values), ratio(values, "first_limit_s"))]
+    later = row["later_s"]
+    steps += [f"{later:.3f}", ratio([later], "limit_s")] if later is not None else ["", ""]
     same = {True: "yes", False: "NO", None: ""}[row.get("same")]
-    return [seconds(row["first_s"]), seconds(row["again_s"]), later, ratio, *sizes, same]
+    return [*steps, *sizes, same]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,99 @@
+"""What ``comfyui.py`` runs, and the ways in which ComfyUI keeps its weights there."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class System:
+    """A way in which ComfyUI keeps its weights."""
+
+    title: str
+    comfy: tuple[str, ...] = ()
+    distribution: str | None = "forebay"
+    native: bool = False
+    environment: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def wheel(self) -> str | None:
+        """What is to be installed for it alone."""
+        return None if self.distribution == "forebay" else self.distribution
+
+
+LEGACY = "legacy"
+SYSTEMS = {
+    LEGACY: System("ComfyUI's own offloading", ("--disable-dynamic-vram",), None),
+    "aimdo": System("", distribution="comfy-aimdo"),
+    "dropin": System("Forebay in its place"),
+    "unpinned": System(
+        "Forebay in its place, nothing pinned", environment=(("FOREBAY_COMFYUI_PINNED_GIB", "0"),)
+    ),
+    "native": System("Forebay, native", native=True),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is run."""
+
+    arch: str
+    quant: str = "bf16"
+    card: float = 12
+    """GiB of device memory that are free at the start; 0: all."""
+    size: str = "full"
+    instances: int = 1
+    rounds: int = 1
+    lora: float = 0
+    te: bool = False
+    vae: bool = False
+
+    @property
+    def holds_everything(self) -> bool:
+        """Whether nothing is to be offloaded."""
+        return self.card == 0 or self.card >= 80
+
+    @property
+    def name(self) -> str:
+        """As the command line takes it."""
+        parts = [self.arch, self.quant, f"{self.card:g}"]
+        parts += [f"lora{self.lora:g}"] if self.lora else []
+        parts += [f"x{self.instances}"] if self.instances > 1 else []
+        parts += [f"r{self.rounds}"] if self.rounds > 1 else []
+        parts += [word for word in ("te", "vae") if getattr(self, word)]
+        return "-".join([*parts, *([] if self.size == "full" else [self.size])])
+
+    @classmethod
+    def parse(cls, text: str) -> Cell:
+        """The cell of a name."""
+        arch, quant, card, *rest = text.split("-")
+        cell = cls(arch, quant, float(card))
+        for word in rest:
+            if word in ("te", "vae"):
+                cell = replace(cell, **{word: True})
+            elif word.startswith("lora"):
+                cell = replace(cell, lora=float(word[4:]))
+            elif re.fullmatch(r"x\d+", word):
+                cell = replace(cell, instances=int(word[1:]))
+            elif re.fullmatch(r"r\d+", word):
+                cell = replace(cell, rounds=int(word[1:]))
+            elif word in ("tiny", "small", "medium", "full"):
+                cell = replace(cell, size=word)
+            else:
+                raise argparse.ArgumentTypeError(f"no part of a cell's name: {word}")
+        return cell
+
+
+GROUPS = {
+    "flux": [
+        "flux-bf16-80", "flux-bf16-80-lora0.8", "flux-bf16-12", "flux-bf16-24", "flux-bf16-12-lora0.8", "flux-fp8scaled-8",
+    ],
+    "wan": ["wan-fp16-80", "wan-fp16-8-x2-r2"],
+    "small": [
+        "zimage-bf16-80", "zimage-bf16-8", "zimage-fp8scaled-8-lora0.8", "sd15-bf16-80", "sd15-bf16-8-lora0.8",
+    ],
+    "whole": ["flux-bf16-24-te-vae", "zimage-bf16-12-vae"],
+    "tiny": ["flux-bf16-0-tiny", "flux-fp8scaled-0-lora0.8-tiny"],
+}  # fmt: skip

@@ -1,0 +1,118 @@
+"""The benchmark of ComfyUI: who is compared with whom, and that nobody imports while another is measured."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+BENCH = Path(__file__).parents[2] / "bench"
+MACHINE = {"gpu": "none", "memory_bytes": 0, "link_gb_s": 10}
+TOOL = """
+import argparse, json, sys
+parser = argparse.ArgumentParser()
+for name in ("comfy-root", "work", "out", "arch"):
+    parser.add_argument("--" + name)
+chosen, _ = parser.parse_known_args()
+def log(what):
+    with open(chosen.work + "/log", "a") as file:
+        file.write(f"{what} {chosen.arch}\\n")
+if chosen.arch == "wan":
+    raise RuntimeError("no such model")
+sys.path.insert(0, chosen.comfy_root)
+log("came")
+import comfy.model_management
+log("began")
+phase = {"phase": "sample round 0 model 0", "s": 1, "step_s": [1.0, 0.5], "result": {"sha256": "ab"}}
+with open(chosen.out, "w") as file:
+    json.dump({"phases": [phase]}, file)
+log("ended")
+"""
+
+
+@pytest.fixture
+def comfyui(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(BENCH)
+    return importlib.import_module("comfyui")
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    package = tmp_path / "checkout" / "comfy"
+    package.mkdir(parents=True)
+    for name in ("__init__", "model_management"):
+        (package / f"{name}.py").touch()
+    (tmp_path / "tool.py").write_text(TOOL)
+    return package.parent
+
+
+def run(checkout: Path, *arguments: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows, and what the tool did in its order."""
+    folder = checkout.parent
+    command = [sys.executable, BENCH / "comfyui.py", "--comfyui", checkout, "--tool", folder / "tool.py"]
+    command += ["--device", "cpu", "--systems", "legacy", "--work", folder, "--out", folder / "out"]
+    (folder / "log").touch()
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((folder / "out" / "comfyui.json").read_text())["rows"]
+    return rows, (folder / "log").read_text().splitlines()
+
+
+def test_all_come_before_the_first_begins(checkout: Path) -> None:
+    rows, log = run(checkout, "--cells", "flux-bf16-0-tiny", "wan-fp16-0-tiny", "sd15-bf16-0-tiny")
+    assert sorted(log[:2]) == ["came flux", "came sd15"]
+    assert log[2:] == ["began flux", "ended flux", "began sd15", "ended sd15"]
+    assert [row.get("reason") for row in rows] == [None, "RuntimeError: no such model", None]
+    assert [row["first_s"] for row in rows if "first_s" in row] == [[1.0], [1.0]]
+
+
+def test_who_comes_too_late_is_not_begun(checkout: Path) -> None:
+    rows, log = run(checkout, "--cells", "flux-bf16-0-tiny", "sd15-bf16-0-tiny", "--until", "0")
+    assert [row["reason"] for row in rows] == ["not begun: 0 s are over"] * 2
+    assert log == []
+
+
+def row(cell: str, system: str, result: str, **more: Any) -> dict[str, Any]:
+    """As a child's report makes it."""
+    sizes = dict.fromkeys(("anonymous_bytes", "pinned_bytes", "device_bytes", "resident_bytes"), 0)
+    times = {"first_s": [3.0, 5.0], "again_s": [], "later_s": 1.0, "weights_bytes": 20e9}
+    return {"cell": cell, "system": system, "hashes": [result], **sizes, **times, **more}
+
+
+def test_with_a_lora_native_is_compared_with_what_is_loaded(comfyui: ModuleType) -> None:
+    on_use = [("aimdo", "u"), ("dropin", "u"), ("unpinned", "l"), ("native", "l"), ("legacy", "m")]
+    rows = [row("flux-bf16-12-lora0.8", system, result) for system, result in on_use]
+    rows += [row("flux-bf16-8-lora0.5", system, result) for system, result in on_use]
+    rows += [row("flux-bf16-80-lora0.8", "legacy", "l"), row("flux-bf16-80-lora0.8", "native", "u")]
+    same = [found.get("same") for found in comfyui.gathered(MACHINE, rows)["rows"]]
+    assert same == [True, True, False, True, None, True, True, False, None, None, None, False]
+
+
+def test_without_a_lora_all_are_compared_with_comfyuis_own(comfyui: ModuleType) -> None:
+    rows = [
+        row("flux-bf16-12", system, result)
+        for system, result in [("legacy", "a"), ("aimdo", "a"), ("native", "b")]
+    ]
+    rows.append(row("flux-bf16-24", "native", "a"))
+    same = [found.get("same") for found in comfyui.gathered(MACHINE, rows)["rows"]]
+    assert same == [True, True, False, None]
+
+
+def test_first_steps_have_a_limit(comfyui: ModuleType) -> None:
+    rows = [row("flux-bf16-80", "legacy", "a"), row("flux-bf16-12-x2-r2", "native", "a", again_s=[1.0, 2.0])]
+    result = comfyui.gathered(MACHINE, rows)
+    lines = [line.split(" | ") for line in comfyui.markdown(result).splitlines() if "3.00, 5.00" in line]
+    # 20 GB at 10 GB/s.
+    assert [line[1:7] for line in lines] == [
+        ["3.00, 5.00", "2.00", "", "", "1.000", "0.50"],
+        ["3.00, 5.00", "2.00", "1.00, 2.00", "0.75", "1.000", "0.50"],
+    ]
+    for found in result["rows"]:
+        del found["first_limit_s"], found["limit_s"]  # a result of an earlier day
+    assert "| 3.00, 5.00 |  | 1.00, 2.00 |  | 1.000 |  |" in comfyui.markdown(result)
