@@ -224,6 +224,9 @@ class Attachment:
         weights of this attachment. Adapters of :meth:`set_loras` are added to what it gives. The memory that it takes is
         not part of the budget.
 
+        A :class:`forebay.low_rank.LowRank` is a callable that the device need not call: it adds the products as a page is
+        filled, in the same arithmetic.
+
         Args:
             name: The weight's name in its module (``blocks.0.attn.weight``), in a pipeline with the part before it where
                 several have such a weight; or a mapping of names to callables.

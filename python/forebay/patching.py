@@ -19,6 +19,7 @@ import torch
 from forebay._forebay import DetachedError, ForebayError, Model
 from forebay.adapters import COMPONENTS, Adapter, Source, file_identity, names_of, read_adapters
 from forebay.converting import USED, Conversion, dtype_name
+from forebay.low_rank import LowRank, Product
 
 _log = logging.getLogger("forebay")
 
@@ -162,16 +163,27 @@ class Patches:
         """See :meth:`forebay.Attachment.set_patch`."""
         with self._lock:
             self._check_attached()
+            called = self._by_name()
             wanted = []
             for name, function in functions.items():
-                found = [target for target in self._targets if _is_called(target, name)]
+                found = called.get(name, [])
                 if len(found) != 1:
                     names = ", ".join(target.name for target in found) or "no weight that is attached"
                     raise ValueError(f"is the name of {names}: {name!r}")
                 if function is not None and not callable(function):
                     raise TypeError(f"a patch is a callable, or None: {function!r}")
+                if isinstance(function, LowRank):
+                    _check_shape(found[0], function)
                 wanted.append((found[0], function, found[0].terms))
             self._change(wanted)
+
+    def _by_name(self) -> dict[str, list[Target]]:
+        """The weights that a name may mean."""
+        called: dict[str, list[Target]] = {}
+        for target in self._targets:
+            for name in {*target.names, *(f"{target.label}.{own}" for own in target.names)}:
+                called.setdefault(name, []).append(target)
+        return called
 
     def _check_attached(self) -> None:
         if self._is_detached:
@@ -217,8 +229,11 @@ class Patches:
 
     def _patch(self, target: Target, function: Function | None, terms: Sequence[Term]) -> _Patch:
         """What the engine is given: for each run of rows with the same terms one product of their joined factors."""
+        if isinstance(function, LowRank) and not terms and _is_added(target):
+            memory, product = function.place(self._device)
+            return dtype_name(target.dtype), target.columns, [product], memory, None
         kept: list[torch.Tensor] = []
-        products = []
+        products: list[Product] = []
         for first, last, of in _runs(terms):
             dtypes = {tensor.dtype for term in of for tensor in (term.adapter.up, term.adapter.down)}
             dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
@@ -231,8 +246,9 @@ class Patches:
                 for parts, dim in ((up, 1), (down, 0), (scale, 0))
             ]
             kept += factors
-            addresses = [factor.data_ptr() for factor in factors]
-            products.append((first, last, *addresses, dtype_name(dtype), factors[1].shape[0]))
+            up_at, down_at, scale_at = (factor.data_ptr() for factor in factors)
+            rank = factors[1].shape[0]
+            products.append((first, last, up_at, down_at, scale_at, dtype_name(dtype), rank, None))
         compute = None if function is None else functools.partial(self._computed, target, function)
         # Without terms nobody computes with the elements.
         name = dtype_name(target.dtype if terms else torch.float32)
@@ -289,7 +305,7 @@ class Patches:
         return (merged + flat.view(merged.shape)).to(target.dtype)
 
 
-_Patch = tuple[str, int, list[Any], object, Callable[[], tuple[int, int, object]] | None]
+_Patch = tuple[str, int, list[Product], object, Callable[[], tuple[int, int, object]] | None]
 """A patch as the engine takes it."""
 
 
@@ -446,8 +462,15 @@ def _runs(terms: Sequence[Term]) -> Iterable[tuple[int, int, list[Term]]]:
             yield first, last, of
 
 
-def _is_called(target: Target, name: str) -> bool:
-    return name in target.names or name in (f"{target.label}.{own}" for own in target.names)
+def _check_shape(target: Target, products: LowRank) -> None:
+    shape = tuple(target.source.shape)
+    if len(shape) < 2 or products.shape != (shape[0], target.columns):
+        raise ValueError(f"a weight of shape {shape} takes no products of {products.shape}: {target.name}")
+
+
+def _is_added(target: Target) -> bool:
+    """Whether the engine adds products to it."""
+    return target.dtype in USED and target.source.is_contiguous()
 
 
 def _report(unmatched: Sequence[str], adapters: Sequence[Adapter], strict: bool) -> None:

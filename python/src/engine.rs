@@ -3,7 +3,7 @@
 use std::sync::{Arc, Weak};
 
 use forebay::device::host::{HostConfig, HostDevice};
-use forebay::device::{Device, DeviceId};
+use forebay::device::{Device, DeviceAddr, DeviceId, StreamHandle};
 use forebay::store::{MemoryRange, ProcessMaps, Source};
 use forebay::{
     Budget, Bytes, EngineConfig, LayoutOptions, PageState, RingConfig, VbarStats, WeightKind, WeightSpec,
@@ -17,7 +17,7 @@ use crate::ballast::{Ballast, Squeeze};
 use crate::bytes::size;
 use crate::errors::{raised, source};
 use crate::model::{Model, letters};
-use crate::patches::{PyConversion, conversion};
+use crate::patches::{PyConversion, PyProduct, conversion};
 use crate::reclaim::with_reclaim;
 use crate::vbar::ExplicitVbar;
 
@@ -140,6 +140,25 @@ impl Engine {
     ) -> PyResult<()> {
         let budget = chosen_budget(budget, headroom)?.unwrap_or_else(|| default_budget(self.inner.device()));
         py.detach(|| self.inner.set_budget(budget)).map_err(raised)
+    }
+
+    /// Adds a product to rows of elements at an address, in a stream: what it is added to begins with its first row.
+    fn add_product(
+        &self,
+        py: Python<'_>,
+        address: u64,
+        element: &str,
+        columns: u32,
+        product: PyProduct,
+        stream: u64,
+    ) -> PyResult<()> {
+        let (element, product) =
+            (crate::patches::element(element)?, crate::patches::product(product, columns)?);
+        let at = DeviceAddr::new(address);
+        // SAFETY: the package passes a stream of torch's on this device.
+        let stream = unsafe { StreamHandle::from_raw(stream) };
+        // SAFETY: likewise memory.
+        py.detach(|| unsafe { self.inner.add_product(at, element, &product, stream) }).map_err(raised)
     }
 
     /// Sets how many bytes of the page cache may be registered with the device; ``None``: what is free.

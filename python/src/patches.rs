@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use forebay::device::{DeviceAddr, Element, Factors, StreamHandle};
+use forebay::device::{DeviceAddr, Element, Factors, Rounding, StreamHandle};
 use forebay::{Compute, Computed, Conversion, Patch, Product, StoredScale};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -10,8 +10,9 @@ use pyo3::prelude::*;
 use crate::model::Shared;
 use crate::run::with_interrupts;
 
-/// A product: the rows it is added to, the addresses of up, down and scale, the factors' elements, their rank.
-pub(crate) type PyProduct = (u32, u32, u64, u64, u64, String, u32);
+/// A product: the rows it is added to, the addresses of up, down and scale, the factors' elements, their rank, and its terms
+/// where it is rounded after each: the elements it is rounded to, their number, the address of their ends.
+pub(crate) type PyProduct = (u32, u32, u64, u64, u64, String, u32, Option<(String, u32, u64)>);
 /// A patch: the weight's elements, elements a row, the products, what keeps their memory, and what computes the weight.
 pub(crate) type PyPatch = (String, u32, Vec<PyProduct>, Py<PyAny>, Option<Py<PyAny>>);
 
@@ -57,13 +58,22 @@ pub(crate) fn conversion((from, to, scale, columns, keep): PyConversion) -> PyRe
     Ok(Conversion { from: element(&from)?, to: element(&to)?, scale, keep: Arc::new(keep) })
 }
 
-fn patch((name, columns, products, keep, compute): PyPatch) -> PyResult<Patch> {
-    let product = |(first, last, up, down, scale, of, rank): PyProduct| {
-        let [up, down, scale] = [up, down, scale].map(DeviceAddr::new);
-        let factors = Factors { up, down, scale, element: element(&of)?, rank, columns, row_base: first };
-        Ok(Product { rows: first..last, factors })
+pub(crate) fn product(given: PyProduct, columns: u32) -> PyResult<Product> {
+    let (first, last, up, down, scale, of, rank, each) = given;
+    let [up, down, scale] = [up, down, scale].map(DeviceAddr::new);
+    let rounding = match each {
+        None => Rounding::Once,
+        Some((through, terms, ends)) => {
+            Rounding::Each { through: element(&through)?, terms, ends: DeviceAddr::new(ends) }
+        }
     };
-    let products = products.into_iter().map(product).collect::<PyResult<_>>()?;
+    let factors =
+        Factors { up, down, scale, element: element(&of)?, rank, columns, row_base: first, rounding };
+    Ok(Product { rows: first..last, factors })
+}
+
+fn patch((name, columns, products, keep, compute): PyPatch) -> PyResult<Patch> {
+    let products = products.into_iter().map(|given| product(given, columns)).collect::<PyResult<_>>()?;
     let computed = compute.map(|compute| Arc::new(PyCompute(compute)) as Arc<dyn Compute>);
     Ok(Patch { element: element(&name)?, computed, products, keep: Arc::new(keep) })
 }

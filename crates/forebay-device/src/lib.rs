@@ -21,7 +21,7 @@ pub mod host;
 pub use error::{DeviceError, Result};
 pub use id::{DeviceId, ParseDeviceError};
 pub use owned::{Event, Frame, PinnedBuffer, Registration, Reservation, Stream};
-pub use transform::{AddLowRank, Convert, Element, Factors, Scale, Transform};
+pub use transform::{AddLowRank, Convert, Element, Factors, Rounding, Scale, Transform};
 
 use std::fmt;
 use std::sync::Arc;
@@ -257,8 +257,8 @@ pub trait Device: Send + Sync + fmt::Debug {
         stream: StreamHandle,
     ) -> Result<()>;
 
-    /// Enqueues work on bytes that are on the device. The first call may take a while, until the work's code is loaded;
-    /// one without elements does nothing else.
+    /// Enqueues work on bytes that are on the device. The first that is no copy may take a while, until the work's code is
+    /// loaded; one without elements does nothing else.
     ///
     /// # Safety
     /// Every address is valid for the sizes given, and what is read unchanged and what is written otherwise unused,

@@ -1,7 +1,8 @@
 //! What a device does to bytes that are there: adding a product of low rank to a weight, converting elements, copying.
 //!
 //! Every result is defined bit for bit, so that devices agree: arithmetic is in float32, sums are fused multiply-adds in
-//! ascending order, and a result is rounded once, to nearest even. A NaN becomes the one quiet NaN of its type.
+//! ascending order, and a result is rounded once, or as [`Rounding`] says, to nearest even. A NaN becomes the one quiet NaN of
+//! its type.
 
 use forebay_core::Bytes;
 
@@ -69,7 +70,8 @@ impl Transform {
         let invalid = || Err(DeviceError::invalid("transform", format!("{self:?}")));
         match self {
             Transform::AddLowRank(AddLowRank { element, factors, first, .. }) => {
-                let targets = element.is_target() && factors.element.is_target();
+                let targets =
+                    element.is_target() && factors.element.is_target() && factors.rounding.is_possible();
                 let shape = factors.rank > 0 && factors.columns > 0;
                 if !targets || !shape || first / u64::from(factors.columns.max(1)) < factors.row_base.into() {
                     return invalid();
@@ -92,7 +94,7 @@ impl Transform {
 }
 
 /// Adds a product of low rank to a run of elements of a row-major weight, in place:
-/// `w[i, j] += sum_k (scale[k] * up[i - row_base, k]) * down[k, j]`.
+/// `w[i, j] += sum_k (scale[k] * up[i - row_base, k]) * down[k, j]`, or the terms of [`Rounding::Each`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AddLowRank {
     /// The address of element `first`.
@@ -114,7 +116,7 @@ pub struct Factors {
     pub up: DeviceAddr,
     /// Rank x columns, row-major.
     pub down: DeviceAddr,
-    /// One float32 for each rank.
+    /// One float32 for each rank, or for each term of [`Rounding::Each`].
     pub scale: DeviceAddr,
     /// The elements of `up` and `down`; [`Element::is_target`].
     pub element: Element,
@@ -124,6 +126,38 @@ pub struct Factors {
     pub columns: u32,
     /// The weight's row that the first row of `up` belongs to.
     pub row_base: u32,
+    /// Where results are rounded.
+    pub rounding: Rounding,
+}
+
+/// Where an addition of low rank is rounded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rounding {
+    /// Once, to the weight's elements.
+    Once,
+    /// The ranks are those of terms, one behind the other. Each element becomes one of `through`, then each term in turn does
+    /// `w = through(w + through(scale[term] * sum_k up[i - row_base, k] * down[k, j]))`; at last it is rounded to the weight's
+    /// elements. So a computation in torch that adds one product after another is had bit for bit.
+    Each {
+        /// What is rounded to on the way: float16, or float32, which rounds nothing.
+        through: Element,
+        /// How many terms, 1 or more.
+        terms: u32,
+        /// One ascending u32 for each term: the rank that it ends before. The last is the rank of the factors.
+        ends: DeviceAddr,
+    },
+}
+
+impl Rounding {
+    /// Whether a device can do it.
+    pub const fn is_possible(self) -> bool {
+        match self {
+            Rounding::Once => true,
+            Rounding::Each { through, terms, .. } => {
+                matches!(through, Element::F16 | Element::F32) && terms > 0
+            }
+        }
+    }
 }
 
 /// Converts elements: `to[n] = from[n] * scale`.

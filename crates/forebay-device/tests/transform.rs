@@ -9,8 +9,8 @@ use std::sync::Arc;
 use common::{Page, Rng, fill, frame_of, on_every_device, read};
 use forebay_core::Bytes;
 use forebay_device::{
-    AddLowRank, Convert, Device, DeviceAddr, DeviceError, Element, Event, Factors, Reservation, Scale,
-    Stream, Transform,
+    AddLowRank, Convert, Device, DeviceAddr, DeviceError, Element, Event, Factors, Reservation, Rounding,
+    Scale, Stream, Transform,
 };
 
 const TARGETS: [Element; 3] = [Element::F32, Element::F16, Element::Bf16];
@@ -121,24 +121,25 @@ struct Case {
     row_base: u64,
 }
 
+/// First element, elements, columns, rank, row base: rows that begin on the page before and end on the next, of lengths that are
+/// no multiple of anything, longer than a kernel's tile and shorter; ranks of several of its rounds.
+const SHAPES: [(u64, u64, u64, u64, u64); 8] = [
+    (0, 64 * 40, 64, 16, 0),
+    (24, 5000, 520, 16, 0),
+    (1031, 4001, 333, 5, 2),
+    (7, 1, 3, 1, 0),
+    (0, 300, 1, 4, 0),
+    (512 * 3 + 8, 512 * 37, 512, 33, 3),
+    (0, 1030, 1030, 40, 0),
+    (4096 * 70, 4096 * 3 + 8, 4096, 2, 69),
+];
+
 #[test]
 fn products_of_low_rank_are_added_as_defined() {
     let mut rng = Rng::from_environment();
-    // Rows that begin on the page before and end on the next, of lengths that are no multiple of anything, longer than a
-    // kernel's tile and shorter; ranks of several of its rounds.
-    let shapes = [
-        (0, 64 * 40, 64, 16, 0),
-        (24, 5000, 520, 16, 0),
-        (1031, 4001, 333, 5, 2),
-        (7, 1, 3, 1, 0),
-        (0, 300, 1, 4, 0),
-        (512 * 3 + 8, 512 * 37, 512, 33, 3),
-        (0, 1030, 1030, 40, 0),
-        (4096 * 70, 4096 * 3 + 8, 4096, 2, 69),
-    ];
     let mut cases = Vec::new();
     for element in TARGETS {
-        for (i, (first, count, columns, rank, row_base)) in shapes.into_iter().enumerate() {
+        for (i, (first, count, columns, rank, row_base)) in SHAPES.into_iter().enumerate() {
             let factor = TARGETS[(i + element as usize) % 3];
             cases.push(Case { element, factor, first, count, columns, rank, row_base });
         }
@@ -168,6 +169,7 @@ fn products_of_low_rank_are_added_as_defined() {
                 rank: rank as u32,
                 columns: columns as u32,
                 row_base: row_base as u32,
+                rounding: Rounding::Once,
             };
             let add = AddLowRank { at, first, count, element, factors };
             transform(device, Transform::AddLowRank(add)).unwrap();
@@ -189,6 +191,125 @@ fn products_of_low_rank_are_added_as_defined() {
             let close = 0.501 * ulp(element, exact) + size * rank as f64 * 2f64.powi(-23);
             let off = (new[n as usize] - exact).abs();
             assert!(off <= close, "{what}: element {n} is {} in place of {exact}", new[n as usize]);
+        }
+    }
+}
+
+/// The nearest of a type's values, what a conversion to it gives.
+fn nearest(element: Element, value: f32) -> f32 {
+    let exact = f64::from(value);
+    if element == Element::F32 || !value.is_finite() || value == 0.0 {
+        return value;
+    }
+    let unit = ulp(element, exact);
+    let near = (exact / unit).round_ties_even() * unit;
+    let overflows = element == Element::F16 && near.abs() > 65504.0;
+    if overflows { f32::INFINITY.copysign(value) } else { (near as f32).copysign(value) }
+}
+
+/// Elements of float32 and of halfs, some of them too large for halfs and not numbers.
+fn with_large_ones(rng: &mut Rng, element: Element, count: u64) -> Vec<u8> {
+    let mut bytes = elements(rng, element, count);
+    for raw in bytes.chunks_exact_mut(element.size().as_usize()) {
+        let float = match rng.below(40) {
+            0 => 70_000.0,
+            1 => -65_519.9,
+            2 => f32::NEG_INFINITY,
+            3 => f32::NAN,
+            4 => -0.0,
+            _ => continue,
+        };
+        match element {
+            Element::F32 => raw.copy_from_slice(&float.to_le_bytes()),
+            Element::Bf16 => raw.copy_from_slice(&float.to_le_bytes()[2..]),
+            _ => raw.copy_from_slice(&[0, if float.is_nan() { 0x7e } else { 0x7b }]),
+        }
+    }
+    bytes
+}
+
+#[test]
+fn terms_are_added_one_after_another_each_rounded() {
+    let mut rng = Rng::from_environment();
+    let mut number = 0;
+    for element in TARGETS {
+        for through in [Element::F16, Element::F32] {
+            for (first, count, columns, rank, row_base) in SHAPES {
+                number += 1;
+                let factor = TARGETS[number % 3];
+                let rows = (first + count).div_ceil(columns) - row_base;
+                let weight = with_large_ones(&mut rng, element, count);
+                let (up, down) =
+                    (elements(&mut rng, factor, rows * rank), elements(&mut rng, factor, rank * columns));
+                let mut ends: Vec<u32> =
+                    (1..rank as u32).filter(|_| rng.below(1 + rank / 3) == 0).chain([rank as u32]).collect();
+                if number.is_multiple_of(4) {
+                    ends = vec![rank as u32];
+                }
+                let mut scale = elements(&mut rng, Element::F32, ends.len() as u64);
+                if number.is_multiple_of(3) {
+                    // What is added is not finite either, or nothing.
+                    let factor = [1e5_f32, 3e38, 0.0][number / 3 % 3];
+                    scale[..4].copy_from_slice(&factor.to_le_bytes());
+                }
+                let raw_ends: Vec<u8> = ends.iter().flat_map(|end| end.to_le_bytes()).collect();
+                let mut results = Vec::new();
+                with_room(Bytes::mib(2), |device, places| {
+                    let guard = [0x5a; 16];
+                    let size = element.size().get();
+                    // As far from a boundary as the element is in its weight.
+                    places.put(&vec![0x5a; (16 + first * size % 16) as usize], 16);
+                    let at = places.put(&weight, 1);
+                    let after = places.put(&guard, 1);
+                    let factors = Factors {
+                        up: places.put(&up, 16),
+                        down: places.put(&down, 16),
+                        scale: places.put(&scale, 16),
+                        element: factor,
+                        rank: rank as u32,
+                        columns: columns as u32,
+                        row_base: row_base as u32,
+                        rounding: Rounding::Each {
+                            through,
+                            terms: ends.len() as u32,
+                            ends: places.put(&raw_ends, 16),
+                        },
+                    };
+                    let add = AddLowRank { at, first, count, element, factors };
+                    transform(device, Transform::AddLowRank(add)).unwrap();
+                    assert!(read(device, after, Bytes::new(16)) == guard, "wrote behind its elements");
+                    results.push(read(device, at, Bytes::new(count * size)));
+                });
+                let what = format!("{element:?} {through:?} {factor:?} {first} {count} {columns} {ends:?}");
+                assert!(results.iter().all(|result| *result == results[0]), "devices differ: {what}");
+                let floats = |element, bytes: &[u8]| -> Vec<f32> {
+                    values(element, bytes).into_iter().map(|value| value as f32).collect()
+                };
+                let (up, down, scale) =
+                    (floats(factor, &up), floats(factor, &down), floats(Element::F32, &scale));
+                let (old, new) = (floats(element, &weight), floats(element, &results[0]));
+                for n in 0..count as usize {
+                    let (row, column) = (
+                        ((first + n as u64) / columns - row_base) as usize,
+                        ((first + n as u64) % columns) as usize,
+                    );
+                    let mut value = nearest(through, old[n]);
+                    let mut begin = 0;
+                    for (&end, &scale) in ends.iter().zip(&scale) {
+                        let sum = (begin..end as usize).fold(0.0_f32, |sum, k| {
+                            up[row * rank as usize + k].mul_add(down[k * columns as usize + column], sum)
+                        });
+                        value = nearest(through, value + nearest(through, scale * sum));
+                        begin = end as usize;
+                    }
+                    let expected = nearest(element, value);
+                    let is_same = match expected.is_nan() {
+                        true => new[n].is_nan(),
+                        false => new[n].to_bits() == expected.to_bits(),
+                    };
+                    assert!(is_same, "{what}: element {n} is {} in place of {expected}", new[n]);
+                }
+            }
         }
     }
 }
@@ -269,5 +390,20 @@ fn what_no_device_can_do_is_refused() {
         };
         let error = transform(device, Transform::Convert(convert)).unwrap_err();
         assert!(matches!(error, DeviceError::Driver { code: 1, .. }), "{error}");
+        for (through, terms) in [(Element::Bf16, 1), (Element::F16, 0)] {
+            let factors = Factors {
+                up: at,
+                down: at,
+                scale: at,
+                element: Element::F32,
+                rank: 1,
+                columns: 1,
+                row_base: 0,
+                rounding: Rounding::Each { through, terms, ends: at },
+            };
+            let add = AddLowRank { at, first: 0, count: 1, element: Element::F32, factors };
+            let error = transform(device, Transform::AddLowRank(add)).unwrap_err();
+            assert!(matches!(error, DeviceError::Driver { code: 1, .. }), "{error}");
+        }
     });
 }

@@ -11,7 +11,9 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use forebay_core::{Bytes, PageRef};
-use forebay_device::{AddLowRank, DeviceAddr, Element, Event, Factors, Stream, StreamHandle, Transform};
+use forebay_device::{
+    AddLowRank, Convert, DeviceAddr, Element, Event, Factors, Scale, Stream, StreamHandle, Transform,
+};
 use parking_lot::Mutex;
 
 use crate::acquire::Use;
@@ -20,7 +22,7 @@ use crate::computed::{Compute, is_computed};
 use crate::layout::{Class, Layout};
 use crate::state::Shared;
 use crate::vbar::Vbar;
-use crate::{EngineError, Result};
+use crate::{Engine, EngineError, Result};
 
 /// What is added to a weight: products of low rank, as adapters (LoRA) are. The weight is row-major.
 #[derive(Clone)]
@@ -29,7 +31,7 @@ pub struct Patch {
     pub element: Element,
     /// What computes the weight, before anything is added, in place of its source.
     pub computed: Option<Arc<dyn Compute>>,
-    /// What is added to which rows. No two share a row: each element is rounded once.
+    /// What is added to which rows. No two share a row: each element is rounded as one of them says.
     pub products: Vec<Product>,
     /// Keeps the factors' memory. Dropped when nothing reads them any more.
     pub keep: Arc<dyn Any + Send + Sync>,
@@ -42,6 +44,33 @@ pub struct Product {
     pub rows: Range<u32>,
     /// The factors; their first row is the first of `rows`.
     pub factors: Factors,
+}
+
+impl Engine {
+    /// Has a product added to memory of the application's, which begins with the product's first row, behind what is in the
+    /// stream: for who wants to know what it gives.
+    ///
+    /// # Errors
+    /// What the device reports; also that it cannot do it.
+    ///
+    /// # Safety
+    /// The rows are memory of this device and nobody else's until the work has ended, and the factors unchanged; the stream is
+    /// one of the device and lives as long.
+    pub unsafe fn add_product(
+        &self,
+        at: DeviceAddr,
+        element: Element,
+        product: &Product,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        let Product { rows, factors } = product;
+        let (columns, rows) = (u64::from(factors.columns), rows.start.into()..u64::from(rows.end));
+        let (first, count) = (rows.start * columns, rows.end.saturating_sub(rows.start) * columns);
+        let add = AddLowRank { at, first, count, element, factors: *factors };
+        self.shared().state.lock().check()?;
+        // SAFETY: the caller's promise.
+        unsafe { self.shared().device.transform(&Transform::AddLowRank(add), stream) }.map_err(Into::into)
+    }
 }
 
 /// The patches of one VBAR.
@@ -108,6 +137,9 @@ impl Attachment {
         changes.iter().try_for_each(|(weight, patch)| self.check_patch(*weight, patch.as_ref()))?;
         let touched: Vec<usize> = changes.iter().map(|(weight, _)| *weight).collect();
         let shared = self.engine().shared();
+        if changes.iter().any(|(_, patch)| patch.as_ref().is_some_and(|patch| !patch.products.is_empty())) {
+            shared.load_kernels()?;
+        }
         let former = shared.swap_patches(self.vbar(), changes, how.stream)?;
         // Without any lock: its memory may belong to another language's objects.
         drop(former);
@@ -142,6 +174,7 @@ impl Attachment {
             let end = u64::from(rows.end) * u64::from(factors.columns) * size.get();
             let fits = rows.start >= last && rows.start < rows.end && end <= placed.bytes.get();
             let can = patch.element.is_target() && factors.element.is_target() && factors.rank > 0;
+            let can = can && factors.rounding.is_possible();
             if !fits || !can || factors.columns == 0 || factors.row_base != rows.start {
                 return Err(EngineError::Invalid(format!(
                     "{:?} elements of {} bytes take no product of rank {} for rows {rows:?} of {} columns: weight {name:?} of \
@@ -209,7 +242,6 @@ impl Shared {
         let (written, done) = (Event::new(Arc::clone(&self.device))?, Event::new(Arc::clone(&self.device))?);
         // SAFETY: a stream exists as long as anything remembers its handle.
         unsafe { written.record(written_on) }?;
-        self.load_kernels()?;
         let copies = self.copy.lock();
         // SAFETY: the stream lives as long as `self`.
         unsafe { written.wait_on(self.patching.handle()) }?;
@@ -234,10 +266,12 @@ impl Shared {
         Ok(former)
     }
 
-    /// A driver may take a while at the first transform: not under a lock.
+    /// A driver may take a while at the first transform that is no copy: not under a lock.
     pub(crate) fn load_kernels(&self) -> Result<()> {
         let (to, from) = (DeviceAddr::new(0), DeviceAddr::new(0));
-        let nothing = Transform::Copy { to, from, len: Bytes::ZERO };
+        let (to_element, from_element) = (Element::F32, Element::F32);
+        let nothing =
+            Transform::Convert(Convert { to, to_element, from, from_element, count: 0, scale: Scale::None });
         // SAFETY: nothing is read or written.
         unsafe { self.device.transform(&nothing, self.patching.handle()) }.map_err(Into::into)
     }

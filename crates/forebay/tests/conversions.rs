@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use common::gate::Gate;
 use common::on_device::OnDevice;
 use common::{Consumer, Random, Rig, Weights};
-use forebay::device::{Element, Factors};
+use forebay::device::{Element, Factors, Rounding};
 use forebay::store::{Source, SourceFile};
 use forebay::{
     Attachment, Budget, Bytes, Conversion, Engine, EngineConfig, EngineError, LayoutOptions, Patch, Product,
@@ -208,6 +208,7 @@ fn patches_come_after_the_conversion() {
         rank: 1,
         columns: COLUMNS as u32,
         row_base: 7,
+        rounding: Rounding::Once,
     };
     let product = Product { rows: 7..2500, factors };
     let patch =
@@ -259,8 +260,16 @@ fn a_page_that_failed_stays_until_what_is_converted_for_it_has_been_written() {
     let gate = Gate::close(&rig, uploads.handle());
     let one = OnDevice::new(&rig.device, &[0x3f; 1 << 14]);
     let (at, columns) = (one.addr, 1024);
-    let factors =
-        Factors { up: at, down: at, scale: at, element: Element::F32, rank: 1, columns, row_base: 0 };
+    let factors = Factors {
+        up: at,
+        down: at,
+        scale: at,
+        element: Element::F32,
+        rank: 1,
+        columns,
+        row_base: 0,
+        rounding: Rounding::Once,
+    };
     let products = vec![Product { rows: 0..9, factors }];
     let patch = Patch { element: Element::F32, computed: None, products, keep: Arc::new(one) };
     std::thread::scope(|threads| {

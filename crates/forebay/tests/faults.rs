@@ -12,7 +12,7 @@ use common::gate::Gate;
 use common::on_device::{Given, OnDevice};
 use common::{Consumer, Random, Rig, Weights, try_engine_on};
 use forebay::device::host::HostConfig;
-use forebay::device::{Device, Element, Factors, StreamHandle};
+use forebay::device::{Device, Element, Factors, Rounding, StreamHandle};
 use forebay::{Budget, Bytes, Compute, Engine, EngineError, Patch, Product, Result, Use};
 
 const PAGE: Bytes = Bytes::mib(2);
@@ -40,6 +40,7 @@ fn patch(device: &Arc<dyn Device>) -> (Patch, Arc<Vec<u8>>) {
         rank: 1,
         columns: COLUMNS,
         row_base: 0,
+        rounding: Rounding::Once,
     };
     let product = Product { rows: 0..(SIZES[PATCHED] / 4) as u32 / COLUMNS, factors };
     let computed: Arc<dyn Compute> = Arc::new(Given(Arc::new(OnDevice::new(device, &of(&numbers)))));

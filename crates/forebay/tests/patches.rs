@@ -16,7 +16,7 @@ use std::time::Duration;
 use common::gate::Gate;
 use common::on_device::{Given, OnDevice};
 use common::{Consumer, Random, Rig, Weights};
-use forebay::device::{Device, Element, Event, Factors, PinnedBuffer};
+use forebay::device::{Device, Element, Event, Factors, PinnedBuffer, Rounding};
 use forebay::{Attachment, Bytes, EngineError, Patch, Product, Use};
 
 /// Bytes of the weights: of bf16, 512 columns, so that pages end within rows, and one that is always resident.
@@ -31,6 +31,12 @@ fn bf16(value: f32) -> [u8; 2] {
 
 fn float(raw: &[u8]) -> f32 {
     f32::from_bits(u32::from(u16::from_le_bytes([raw[0], raw[1]])) << 16)
+}
+
+/// The nearest half, for numbers of its normal range.
+fn through_half(value: f32) -> f32 {
+    let unit = 2f64.powi(((value.to_bits() >> 23 & 0xff) as i32 - 127).max(-14) - 10);
+    ((f64::from(value) / unit).round_ties_even() * unit) as f32
 }
 
 fn random_bf16(random: &mut Random, bytes: usize, size: f32) -> Vec<u8> {
@@ -70,20 +76,44 @@ fn patched(
         let up = random_bf16(random, (rows.end - rows.start) as usize * rank as usize * 2, 0.3);
         let down = random_bf16(random, (rank * COLUMNS) as usize * 2, 0.3);
         let scale: Vec<f32> = (0..rank).map(|_| random.below(100) as f32 / 100.0).collect();
+        // Half of them with terms, which are rounded one after another.
+        let ends = (random.below(2) == 0).then(|| {
+            let inner = (1..rank).filter(|_| random.below(4) == 0).collect::<Vec<_>>();
+            inner.into_iter().chain([rank]).collect::<Vec<_>>()
+        });
         for row in rows.clone() {
             for column in 0..COLUMNS {
-                let sum = (0..rank).fold(0.0, |sum: f32, k| {
-                    let up = float(&up[((row - rows.start) * rank + k) as usize * 2..]);
-                    let down = float(&down[(k * COLUMNS + column) as usize * 2..]);
-                    f32::mul_add(scale[k as usize] * up, down, sum)
-                });
+                let sum = |ranks: Range<u32>, scale: &dyn Fn(u32) -> f32| {
+                    ranks.fold(0.0, |sum: f32, k| {
+                        let up = float(&up[((row - rows.start) * rank + k) as usize * 2..]);
+                        let down = float(&down[(k * COLUMNS + column) as usize * 2..]);
+                        f32::mul_add(scale(k) * up, down, sum)
+                    })
+                };
                 let at = (row * COLUMNS + column) as usize * 2;
-                let value = float(&result[at..]) + sum;
+                let stored = float(&result[at..]);
+                let value = match &ends {
+                    None => stored + sum(0..rank, &|k| scale[k as usize]),
+                    Some(ends) => {
+                        let begins = [0].into_iter().chain(ends.iter().copied());
+                        let terms = begins.zip(ends).zip(&scale);
+                        terms.fold(through_half(stored), |value, ((begin, &end), scale)| {
+                            through_half(value + through_half(scale * sum(begin..end, &|_| 1.0)))
+                        })
+                    }
+                };
                 result[at..at + 2].copy_from_slice(&bf16(value));
             }
         }
         let parts = [up, down, scale.iter().flat_map(|value| value.to_le_bytes()).collect()];
         let [up, down, scale] = parts.map(|bytes| OnDevice::new(device, &bytes));
+        let raw_ends: Vec<u8> = ends.iter().flatten().flat_map(|end| end.to_le_bytes()).collect();
+        let ends_at = ends.as_ref().map(|_| OnDevice::new(device, &raw_ends));
+        let rounding = ends_at.as_ref().map_or(Rounding::Once, |at| Rounding::Each {
+            through: Element::F16,
+            terms: raw_ends.len() as u32 / 4,
+            ends: at.addr,
+        });
         let factors = Factors {
             up: up.addr,
             down: down.addr,
@@ -92,9 +122,10 @@ fn patched(
             rank,
             columns: COLUMNS,
             row_base: rows.start,
+            rounding,
         };
         products.push(Product { rows: rows.clone(), factors });
-        keep.push((up, down, scale));
+        keep.push((up, down, scale, ends_at));
     }
     (Patch { element: Element::Bf16, computed: None, products, keep: Arc::new(keep) }, Arc::new(result))
 }
@@ -361,9 +392,15 @@ fn patches_that_do_not_fit_change_nothing() {
     assert!(too_long.to_string().ends_with("weight \"w3\" of \"model\""), "{too_long}");
     let elsewhere = model.change_patches(vec![(4, with(2..6, Element::Bf16))], how()).unwrap_err();
     let eight_bits = model.change_patches(vec![(4, with(0..4, Element::F8E4m3))], how()).unwrap_err();
+    let mut through = with(0..4, Element::Bf16);
+    if let Some(patch) = &mut through {
+        let ends = patch.products[0].factors.scale;
+        patch.products[0].factors.rounding = Rounding::Each { through: Element::Bf16, terms: 1, ends };
+    }
+    let through = model.change_patches(vec![(4, through)], how()).unwrap_err();
     let small = model.change_patches(vec![(0, None), (SMALL, with(0..2, Element::Bf16))], how()).unwrap_err();
     assert!(small.to_string().starts_with("is always resident"), "{small}");
-    for error in [too_long, elsewhere, eight_bits, small] {
+    for error in [too_long, elsewhere, eight_bits, through, small] {
         assert!(matches!(error, EngineError::Invalid(_)), "{error}");
     }
     pass(&model, &weights, &mut consumer);

@@ -365,6 +365,16 @@ impl Device for CudaDevice {
 
     unsafe fn transform(&self, transform: &Transform, stream: StreamHandle) -> Result<()> {
         let _current = self.context.enter()?;
+        if let Transform::Copy { to, from, len } = *transform {
+            if len == Bytes::ZERO {
+                return Ok(());
+            }
+            // SAFETY: both sides are valid until the copy has completed, by the contract of this call.
+            let code = unsafe {
+                (self.table().memcpy_on_device)(to.get(), from.get(), len.as_usize(), stream.get())
+            };
+            return self.check_range("cuMemcpyDtoDAsync", code, to, len);
+        }
         let kernels = match self.kernels.get() {
             Some(kernels) => kernels,
             // Two threads may load them at once; one of the two is kept, and the other goes with the context.

@@ -1,7 +1,7 @@
 // What is done to a page's bytes on the GPU. `make kernels` compiles this file to kernels.ptx, which is committed.
 //
 // Every result is defined bit for bit, and the host backend (host/transform.rs) computes the same: sums are in float32 with
-// fused multiply-adds in ascending order of rank, and rounded once, to nearest even, a NaN to the one quiet NaN below.
+// fused multiply-adds in ascending order of rank, and rounded to nearest even, a NaN to the one quiet NaN below.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -45,6 +45,13 @@ __device__ __forceinline__ u16 store(Bf16, float value) {
   return (u16)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 
+// The nearest half where one is asked for. NaN stay some NaN: they are stored at last.
+__device__ __forceinline__ float rounded(float value, bool to_half) {
+  u16 raw;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(raw) : "f"(value));
+  return to_half ? half_to_float(raw) : value;
+}
+
 // A factor's element at runtime: 0 float32, 1 float16, 2 bfloat16.
 __device__ __forceinline__ float factor(const void* factors, u64 index, u32 kind) {
   if (kind == 0) return ((const float*)factors)[index];
@@ -79,10 +86,13 @@ struct alignas(16) Pack<E, 8> {
 
 // weight[i, j] = round(weight[i, j] + sum_k (scale[k] * up[i, k]) * down[k, j]) for the elements [first, first + count) of
 // the row-major weight; `page` is the address of element `first`. Row 0 of `up` belongs to row `row_base` of the weight.
-template <typename E, int V>
+//
+// With IN_TERMS the ranks up to ends[0], ends[1], ... are terms: weight[i, j] is rounded to a half if `halfs` says so, and each
+// term does w = half(w + half(scale[term] * sum_k up[i, k] * down[k, j])).
+template <typename E, int V, bool IN_TERMS>
 __device__ __forceinline__ void add_low_rank(
     typename E::Raw* page, u64 first, u64 count, u32 columns, const void* up, const void* down, const float* scale,
-    u32 rank, u32 row_base, u32 kind) {
+    u32 rank, u32 row_base, u32 kind, const u32* ends, u32 terms, u32 halfs) {
   typedef typename E::Raw Raw;
   constexpr u32 COLUMNS = 32 * V;
   __shared__ float ups[DEPTH][ROWS];
@@ -102,66 +112,97 @@ __device__ __forceinline__ void add_low_rank(
     mine[r] = column < columns && begin >= 0 && begin < (long long)count;
     if (mine[r]) raw[r] = *(const Pack<E, V>*)(page + begin);
   }
-  float sum[EACH][V];
+  // The elements between two terms.
+  float between[EACH][V];
+  if constexpr (IN_TERMS) {
 #pragma unroll
-  for (u32 r = 0; r < EACH; r++)
+    for (u32 r = 0; r < EACH; r++)
 #pragma unroll
-    for (int v = 0; v < V; v++) sum[r][v] = 0.0f;
+      for (int v = 0; v < V; v++) between[r][v] = mine[r] ? rounded(raw[r].get(v), halfs) : 0.0f;
+  }
   u64 last_row = (first + count - 1) / columns;
+  float sum[EACH][V];
+  u32 begin = 0;
 #pragma unroll 1
-  for (u32 base = 0; base < rank; base += DEPTH) {
-    u32 depth = min(DEPTH, rank - base);
-    __syncthreads();
+  for (u32 term = 0; term < (IN_TERMS ? terms : 1); term++) {
+    u32 end = IN_TERMS ? ends[term] : rank;
+#pragma unroll
+    for (u32 r = 0; r < EACH; r++)
+#pragma unroll
+      for (int v = 0; v < V; v++) sum[r][v] = 0.0f;
 #pragma unroll 1
-    for (u32 i = threadIdx.x; i < ROWS * depth; i += THREADS) {
-      u32 k = i % depth, row = i / depth;
-      float value = 0.0f;
-      if (tile_row + row <= last_row)
-        value = __fmul_rn(scale[base + k], factor(up, (tile_row + row - row_base) * rank + base + k, kind));
-      ups[k][row] = value;
-    }
+    for (u32 base = begin; base < end; base += DEPTH) {
+      u32 depth = min(DEPTH, end - base);
+      __syncthreads();
 #pragma unroll 1
-    for (u32 i = threadIdx.x; i < COLUMNS * depth; i += THREADS) {
-      u32 k = i / COLUMNS, j = i % COLUMNS;
-      float value = 0.0f;
-      if (tile_column + j < columns) value = factor(down, (u64)(base + k) * columns + tile_column + j, kind);
-      downs[k][j / V].of[j % V] = value;
-    }
-    __syncthreads();
+      for (u32 i = threadIdx.x; i < ROWS * depth; i += THREADS) {
+        u32 k = i % depth, row = i / depth;
+        float value = 0.0f;
+        if (tile_row + row <= last_row) {
+          value = factor(up, (tile_row + row - row_base) * rank + base + k, kind);
+          if (!IN_TERMS) value = __fmul_rn(scale[base + k], value);
+        }
+        ups[k][row] = value;
+      }
+#pragma unroll 1
+      for (u32 i = threadIdx.x; i < COLUMNS * depth; i += THREADS) {
+        u32 k = i / COLUMNS, j = i % COLUMNS;
+        float value = 0.0f;
+        if (tile_column + j < columns) value = factor(down, (u64)(base + k) * columns + tile_column + j, kind);
+        downs[k][j / V].of[j % V] = value;
+      }
+      __syncthreads();
 #pragma unroll 4
-    for (u32 k = 0; k < depth; k++) {
-      Floats<V> d = downs[k][lane];
+      for (u32 k = 0; k < depth; k++) {
+        Floats<V> d = downs[k][lane];
 #pragma unroll
-      for (u32 r = 0; r < EACH; r++) {
-        float u = ups[k][warp * EACH + r];
+        for (u32 r = 0; r < EACH; r++) {
+          float u = ups[k][warp * EACH + r];
 #pragma unroll
-        for (int v = 0; v < V; v++) sum[r][v] = __fmaf_rn(u, d.of[v], sum[r][v]);
+          for (int v = 0; v < V; v++) sum[r][v] = __fmaf_rn(u, d.of[v], sum[r][v]);
+        }
       }
     }
+    if constexpr (IN_TERMS) {
+      float by = scale[term];
+#pragma unroll
+      for (u32 r = 0; r < EACH; r++)
+#pragma unroll
+        for (int v = 0; v < V; v++)
+          between[r][v] = rounded(__fadd_rn(between[r][v], rounded(__fmul_rn(by, sum[r][v]), halfs)), halfs);
+    }
+    begin = end;
   }
 #pragma unroll
   for (u32 r = 0; r < EACH; r++) {
     if (!mine[r]) continue;
 #pragma unroll
-    for (int v = 0; v < V; v++) raw[r].set(v, __fadd_rn(raw[r].get(v), sum[r][v]));
+    for (int v = 0; v < V; v++) raw[r].set(v, IN_TERMS ? between[r][v] : __fadd_rn(raw[r].get(v), sum[r][v]));
     *(Pack<E, V>*)(page + at + (long long)r * columns) = raw[r];
   }
 }
 
 #define ADD_LOW_RANK(name, E, V)                                                                                       \
-  extern "C" __global__ void __launch_bounds__(THREADS, 2) name(                                                       \
+  extern "C" __global__ void __launch_bounds__(THREADS, 2) add_low_rank_##name(                                        \
       E::Raw* page, u64 first, u64 count, u32 columns, const void* up, const void* down, const float* scale, u32 rank, \
       u32 row_base, u32 kind) {                                                                                        \
-    add_low_rank<E, V>(page, first, count, columns, up, down, scale, rank, row_base, kind);                            \
+    add_low_rank<E, V, false>(                                                                                         \
+        page, first, count, columns, up, down, scale, rank, row_base, kind, nullptr, 0, 0);                            \
+  }                                                                                                                    \
+  extern "C" __global__ void __launch_bounds__(THREADS, 2) add_terms_##name(                                           \
+      E::Raw* page, u64 first, u64 count, u32 columns, const void* up, const void* down, const float* scale, u32 rank, \
+      u32 row_base, u32 kind, const u32* ends, u32 terms, u32 halfs) {                                               \
+    add_low_rank<E, V, true>(                                                                                          \
+        page, first, count, columns, up, down, scale, rank, row_base, kind, ends, terms, halfs);                     \
   }
 
 // One for rows of whole 16-byte packs, one for others.
-ADD_LOW_RANK(add_low_rank_f32_x4, F32, 4)
-ADD_LOW_RANK(add_low_rank_f32_x1, F32, 1)
-ADD_LOW_RANK(add_low_rank_f16_x8, F16, 8)
-ADD_LOW_RANK(add_low_rank_f16_x1, F16, 1)
-ADD_LOW_RANK(add_low_rank_bf16_x8, Bf16, 8)
-ADD_LOW_RANK(add_low_rank_bf16_x1, Bf16, 1)
+ADD_LOW_RANK(f32_x4, F32, 4)
+ADD_LOW_RANK(f32_x1, F32, 1)
+ADD_LOW_RANK(f16_x8, F16, 8)
+ADD_LOW_RANK(f16_x1, F16, 1)
+ADD_LOW_RANK(bf16_x8, Bf16, 8)
+ADD_LOW_RANK(bf16_x1, Bf16, 1)
 
 // to[n] = round(from[n] * scale) for n < count. `scaled`: 0 without, 1 with scale[0], 2 with scale[row], where the first
 // element is number `first` of a row-major tensor of `columns` columns. `from` may be pinned memory of the host, so a thread

@@ -5,7 +5,7 @@ use std::ffi::{CStr, CString, c_void};
 
 use super::driver::Driver;
 use super::types::{Code, Handle};
-use crate::{AddLowRank, Convert, DeviceError, Element, Result, Scale, StreamHandle, Transform};
+use crate::{AddLowRank, Convert, DeviceError, Element, Result, Rounding, Scale, StreamHandle, Transform};
 
 /// Made of kernels.cu by `make kernels`.
 const PTX: &str = include_str!("kernels.ptx");
@@ -29,6 +29,8 @@ const TO: [Element; 3] = [Element::F32, Element::F16, Element::Bf16];
 pub(super) struct Kernels {
     /// By the element, for rows of whole packs and for others.
     add_low_rank: [[Handle; 2]; 3],
+    /// Likewise.
+    add_terms: [[Handle; 2]; 3],
     /// By the elements read and written.
     convert: [[Handle; 3]; 5],
 }
@@ -41,11 +43,15 @@ impl Kernels {
         // SAFETY: the result has a place to go, and the text ends in a zero byte.
         let code = unsafe { (driver.table.module_load_data)(&mut module, text.as_ptr().cast()) };
         driver.check("cuModuleLoadData", code, || "the kernels".to_owned())?;
-        let mut kernels = Kernels { add_low_rank: [[0; 2]; 3], convert: [[0; 3]; 5] };
-        for (to, slot) in TO.into_iter().zip(&mut kernels.add_low_rank) {
-            let name = name_of(to);
-            slot[0] = function(driver, module, &format!("add_low_rank_{name}_x{}", pack_of(to)))?;
-            slot[1] = function(driver, module, &format!("add_low_rank_{name}_x1"))?;
+        let mut kernels = Kernels { add_low_rank: [[0; 2]; 3], add_terms: [[0; 2]; 3], convert: [[0; 3]; 5] };
+        for (what, slots) in
+            [("add_low_rank", &mut kernels.add_low_rank), ("add_terms", &mut kernels.add_terms)]
+        {
+            for (to, slot) in TO.into_iter().zip(slots) {
+                let name = name_of(to);
+                slot[0] = function(driver, module, &format!("{what}_{name}_x{}", pack_of(to)))?;
+                slot[1] = function(driver, module, &format!("{what}_{name}_x1"))?;
+            }
         }
         for (from, slots) in FROM.into_iter().zip(&mut kernels.convert) {
             for (to, slot) in TO.into_iter().zip(slots) {
@@ -55,7 +61,7 @@ impl Kernels {
         Ok(kernels)
     }
 
-    /// Enqueues a transform. The context is current.
+    /// Enqueues what is no copy. The context is current.
     ///
     /// # Safety
     /// As [`Device::transform`](crate::Device::transform).
@@ -70,13 +76,7 @@ impl Kernels {
             Transform::AddLowRank(add) => unsafe { self.add_low_rank(driver, add, stream) },
             // SAFETY: the caller's promise.
             Transform::Convert(convert) => unsafe { self.convert(driver, convert, stream) },
-            Transform::Copy { to, from, len } => {
-                // SAFETY: both sides are valid until the copy has completed, by the caller's promise.
-                let code = unsafe {
-                    (driver.table.memcpy_on_device)(to.get(), from.get(), len.as_usize(), stream.get())
-                };
-                driver.check("cuMemcpyDtoDAsync", code, || format!("{len} to {:#x}", to.get()))
-            }
+            Transform::Copy { .. } => Err(DeviceError::invalid("cuLaunchKernel", "a copy".to_owned())),
         }
     }
 
@@ -97,6 +97,13 @@ impl Kernels {
         let (mut up, mut down, mut scale) = (factors.up.get(), factors.down.get(), factors.scale.get());
         let (mut columns, mut rank, mut row_base) = (factors.columns, factors.rank, factors.row_base);
         let mut kind = target(factors.element) as u32;
+        let (kernels, [mut terms, mut halfs], mut ends) = match factors.rounding {
+            Rounding::Once => (&self.add_low_rank, [0, 0], 0),
+            Rounding::Each { through, terms, ends } => {
+                (&self.add_terms, [terms, u32::from(through == Element::F16)], ends.get())
+            }
+        };
+        // `add_low_rank` takes all but the last three.
         let mut parameters = [
             pointer(&mut at),
             pointer(&mut first),
@@ -108,8 +115,11 @@ impl Kernels {
             pointer(&mut rank),
             pointer(&mut row_base),
             pointer(&mut kind),
+            pointer(&mut ends),
+            pointer(&mut terms),
+            pointer(&mut halfs),
         ];
-        let kernel = self.add_low_rank[target(add.element)][which];
+        let kernel = kernels[target(add.element)][which];
         // SAFETY: the parameters are the kernel's, and the memory is the caller's promise.
         unsafe { launch(driver, kernel, grid, &mut parameters, stream) }
     }
@@ -237,8 +247,10 @@ mod tests {
     fn every_kernel_is_in_the_ptx() {
         let has = |name: String| assert!(PTX.contains(&format!(".entry {name}(")), "{name}");
         for to in TO {
-            has(format!("add_low_rank_{}_x1", name_of(to)));
-            has(format!("add_low_rank_{}_x{}", name_of(to), pack_of(to)));
+            for what in ["add_low_rank", "add_terms"] {
+                has(format!("{what}_{}_x1", name_of(to)));
+                has(format!("{what}_{}_x{}", name_of(to), pack_of(to)));
+            }
             FROM.iter().for_each(|from| has(format!("convert_{}_{}", name_of(*from), name_of(to))));
         }
     }

@@ -5,7 +5,7 @@ use std::slice;
 use forebay_core::Bytes;
 
 use super::vm;
-use crate::{AddLowRank, Convert, DeviceAddr, Element, Scale, Transform};
+use crate::{AddLowRank, Convert, DeviceAddr, Element, Rounding, Scale, Transform};
 
 /// Does the work now.
 ///
@@ -28,9 +28,23 @@ pub(super) unsafe fn run(transform: Transform) {
             let up = unsafe { bytes(up, rows * rank_bytes) };
             // SAFETY: as before.
             let down = unsafe { bytes(add.factors.down, rank_bytes * columns) };
+            let (scales, ends) = match add.factors.rounding {
+                Rounding::Once => (rank as u64, Vec::new()),
+                Rounding::Each { terms, ends, .. } => {
+                    // SAFETY: as before.
+                    let ends = unsafe { bytes(ends, 4 * u64::from(terms)) };
+                    (terms.into(), ends.chunks_exact(4).map(number).collect())
+                }
+            };
             // SAFETY: as before.
-            let scale = unsafe { bytes(add.factors.scale, 4 * rank as u64) };
-            add_low_rank(&add, weight, up, down, scale);
+            let scale = floats(Element::F32, unsafe { bytes(add.factors.scale, 4 * scales) });
+            let (up, down) = (floats(add.factors.element, up), floats(add.factors.element, down));
+            match add.factors.rounding {
+                Rounding::Once => add_low_rank(&add, weight, &up, &down, &scale),
+                Rounding::Each { through, .. } => {
+                    add_each(&add, through, weight, &up, &down, &scale, &ends);
+                }
+            }
         }
         Transform::Convert(convert) => {
             // SAFETY: the results' place is valid and nobody else's meanwhile, by the contract of this call.
@@ -73,26 +87,64 @@ unsafe fn bytes_mut<'a>(at: DeviceAddr, len: u64) -> &'a mut [u8] {
 }
 
 /// `up` begins with the row of the first element.
-fn add_low_rank(add: &AddLowRank, weight: &mut [u8], up: &[u8], down: &[u8], scale: &[u8]) {
-    let (columns, rank) = (u64::from(add.factors.columns) as usize, add.factors.rank as usize);
-    let (up, down) = (floats(add.factors.element, up), floats(add.factors.element, down));
-    let scale = floats(Element::F32, scale);
-    let size = add.element.size().as_usize();
-    let mut rest = weight;
-    let mut column = (add.first % columns as u64) as usize;
+fn add_low_rank(add: &AddLowRank, weight: &mut [u8], up: &[f32], down: &[f32], scale: &[f32]) {
+    let columns = add.factors.columns as usize;
     let mut sums = vec![0.0; columns];
-    for up in up.chunks_exact(rank) {
-        let count = (columns - column).min(rest.len() / size);
-        let (row, others) = rest.split_at_mut(count * size);
-        let sums = &mut sums[..count];
+    rows_of(add, weight, up, |up, row, column| {
+        let sums = &mut sums[..row.len() / add.element.size().as_usize()];
         sums.fill(0.0);
-        for (k, (up, scale)) in up.iter().zip(&scale).enumerate() {
-            let down = &down[k * columns + column..][..count];
-            multiply_add(scale * up, down, sums);
+        for (k, (up, scale)) in up.iter().zip(scale).enumerate() {
+            multiply_add(scale * up, &down[k * columns + column..][..sums.len()], sums);
         }
-        for (element, sum) in row.chunks_exact_mut(size).zip(&*sums) {
+        for (element, sum) in row.chunks_exact_mut(add.element.size().as_usize()).zip(&*sums) {
             store(add.element, load(add.element, element) + sum, element);
         }
+    });
+}
+
+/// [`Rounding::Each`]; `up` as before.
+fn add_each(
+    add: &AddLowRank,
+    through: Element,
+    weight: &mut [u8],
+    up: &[f32],
+    down: &[f32],
+    scale: &[f32],
+    ends: &[u32],
+) {
+    let (columns, size) = (add.factors.columns as usize, add.element.size().as_usize());
+    let (mut sums, mut values) = (vec![0.0; columns], vec![0.0; columns]);
+    rows_of(add, weight, up, |up, row, column| {
+        let (sums, values) = (&mut sums[..row.len() / size], &mut values[..row.len() / size]);
+        for (value, element) in values.iter_mut().zip(row.chunks_exact(size)) {
+            *value = rounded(through, load(add.element, element));
+        }
+        let mut begin = 0;
+        for (scale, end) in scale.iter().zip(ends.iter().map(|&end| end as usize)) {
+            sums.fill(0.0);
+            for k in begin..end {
+                multiply_add(up[k], &down[k * columns + column..][..sums.len()], sums);
+            }
+            for (value, sum) in values.iter_mut().zip(&*sums) {
+                *value = rounded(through, *value + rounded(through, scale * sum));
+            }
+            begin = end;
+        }
+        for (element, value) in row.chunks_exact_mut(size).zip(&*values) {
+            store(add.element, *value, element);
+        }
+    });
+}
+
+/// For each row with elements in the run: its row of `up`, the elements' bytes, and the column of the first of them.
+fn rows_of(add: &AddLowRank, weight: &mut [u8], up: &[f32], mut work: impl FnMut(&[f32], &mut [u8], usize)) {
+    let (columns, size) = (u64::from(add.factors.columns), add.element.size().as_usize());
+    let mut rest = weight;
+    let mut column = (add.first % columns) as usize;
+    for up in up.chunks_exact(add.factors.rank as usize) {
+        let count = (columns as usize - column).min(rest.len() / size);
+        let (row, others) = rest.split_at_mut(count * size);
+        work(up, row, column);
         (rest, column) = (others, 0);
     }
 }
@@ -140,6 +192,18 @@ fn converted(convert: &Convert, from: &[u8], scales: &[f32], to: &mut [u8]) {
 
 fn floats(element: Element, bytes: &[u8]) -> Vec<f32> {
     bytes.chunks_exact(element.size().as_usize()).map(|raw| load(element, raw)).collect()
+}
+
+fn number(raw: &[u8]) -> u32 {
+    u32::from_ne_bytes([raw[0], raw[1], raw[2], raw[3]])
+}
+
+/// The nearest of an element's values; only for targets.
+fn rounded(element: Element, value: f32) -> f32 {
+    let mut raw = [0; 4];
+    let raw = &mut raw[..element.size().as_usize()];
+    store(element, value, raw);
+    load(element, raw)
 }
 
 /// The value of an element's bytes.

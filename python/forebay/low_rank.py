@@ -1,0 +1,140 @@
+"""Products of low rank as torch adds them: one after another, each rounded to the dtype that it computes in.
+
+:meth:`forebay.Attachment.set_loras` rounds once, which is more exact. Here the result is that of a computation in torch, bit
+for bit, and the device has it for nothing while a page is filled.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from forebay._forebay import Engine
+from forebay.converting import USED, dtype_name
+
+Product = tuple[int, int, int, int, int, str, int, tuple[str, int, int] | None]
+"""A product as the engine takes it."""
+
+_ALIGN = 16
+_SCRATCH = 32 << 20
+"""Bytes that are compared at once."""
+
+_known: dict[tuple[object, ...], bool] = {}
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """A patch for :meth:`forebay.Attachment.set_patch` that the device adds itself. Called with a weight it computes:
+
+    .. code-block:: python
+
+        value = weight.to(through)
+        for up, down, scale in terms:
+            product = torch.mm(up.float().flatten(1), down.float().flatten(1))
+            value += (scale * product.reshape(value.shape)).to(through)
+        return value.to(weight.dtype)
+
+    The device sums a product in ascending order of rank with fused multiply-adds; :func:`sums_as_torch` tells whether
+    ``torch.mm`` does.
+
+    Attributes:
+        terms: Rows x rank, rank x columns and a number, one after another. Dimensions after the first are flattened.
+        through: The dtype of all between, float16 or float32.
+    """
+
+    terms: Sequence[tuple[torch.Tensor, torch.Tensor, float]]
+    through: torch.dtype
+
+    def __post_init__(self) -> None:
+        if self.through not in (torch.float16, torch.float32):
+            raise ValueError(f"is computed in float16 or float32: {self.through}")
+        of = {self._shape(up, down) for up, down, _ in self.terms}
+        if len(of) != 1 or None in of:
+            shapes = [(tuple(up.shape), tuple(down.shape)) for up, down, _ in self.terms]
+            raise ValueError(f"are no products of one shape: {shapes}")
+
+    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
+        """The patched weight, in new memory."""
+        value = weight.to(self.through, copy=True)
+        for factors in self.terms:
+            up, down = (factor.to(weight.device, torch.float32).flatten(1) for factor in factors[:2])
+            value += (factors[2] * torch.mm(up, down).reshape(value.shape)).to(self.through)
+        return value.to(weight.dtype)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the products."""
+        up, down, _ = self.terms[0]
+        return up.shape[0], down.shape[1:].numel()
+
+    @property
+    def ranks(self) -> list[int]:
+        """The rank of each product."""
+        return [down.shape[0] for _, down, _ in self.terms]
+
+    def place(self, device: torch.device) -> tuple[torch.Tensor, Product]:
+        """Takes the factors to a device, in the current stream: their memory, and the product for the engine."""
+        (rows, columns), rank, count = self.shape, sum(self.ranks), len(self.terms)
+        dtypes = {factor.dtype for factors in self.terms for factor in factors[:2]}
+        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+        dtype = dtype if dtype in USED else torch.float32
+        ends = list(itertools.accumulate(self.ranks))
+        scales = torch.tensor([scale for _, _, scale in self.terms], dtype=torch.float32)
+        numbers = torch.cat((scales.view(torch.int32), torch.tensor(ends, dtype=torch.int32)))
+        sizes = [rows * rank * dtype.itemsize, rank * columns * dtype.itemsize, numbers.nbytes]
+        starts = list(itertools.accumulate((-(-size // _ALIGN) * _ALIGN for size in sizes), initial=0))
+        # Some hundred weights change at once: one piece of memory for each, and no waiting between copies.
+        memory = torch.empty(starts[-1], dtype=torch.uint8, device=device)
+        parts = [memory[start : start + size] for start, size in zip(starts, sizes, strict=False)]
+        ups, downs = parts[0].view(dtype).view(rows, rank), parts[1].view(dtype).view(rank, columns)
+        for (up, down, _), begin, end in zip(self.terms, [0, *ends], ends, strict=False):
+            ups[:, begin:end].copy_(up.flatten(1), non_blocking=True)
+            downs[begin:end].copy_(down.flatten(1), non_blocking=True)
+        parts[2].view(torch.int32).copy_(numbers)
+        up_at, down_at, scale_at = (part.data_ptr() for part in parts)
+        each = (dtype_name(self.through), count, scale_at + 4 * count)
+        return memory, (0, rows, up_at, down_at, scale_at, dtype_name(dtype), rank, each)
+
+    @staticmethod
+    def _shape(up: torch.Tensor, down: torch.Tensor) -> tuple[int, int] | None:
+        """Rows and columns of a product, if there is one."""
+        if up.ndim < 2 or down.ndim < 2 or up.shape[1:].numel() != down.shape[0]:
+            return None
+        return up.shape[0], down.shape[1:].numel()
+
+
+def sums_as_torch(engine: Engine, device: torch.device, rows: int, columns: int, rank: int) -> bool:
+    """Whether ``torch.mm`` in float32 gives the bits that the engine's device gives, which depends on the shape.
+
+    Tried once for each shape, with random factors.
+    """
+    key = (str(device), rows, columns, rank, torch.get_float32_matmul_precision())
+    if key not in _known:
+        with torch.inference_mode(False), torch.no_grad():
+            _known[key] = _are_same(engine, device, rows, columns, rank)
+    return _known[key]
+
+
+def _are_same(engine: Engine, device: torch.device, rows: int, columns: int, rank: int) -> bool:
+    generator = torch.Generator(device).manual_seed(rank)
+    up = torch.randn(rows, rank, generator=generator, device=device)
+    down = torch.randn(rank, columns, generator=generator, device=device)
+    # A zero has a sign, which not all sums begin with.
+    up[0] = 0.0
+    expected = torch.mm(up, down)
+    ones, ends = torch.ones(1, device=device), torch.tensor([rank], dtype=torch.int32, device=device)
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    step = max(1, _SCRATCH // (4 * columns))
+    for first in range(0, rows, step):
+        part = expected[first : first + step]
+        sums = torch.zeros_like(part)
+        addresses = (up[first:].data_ptr(), down.data_ptr(), ones.data_ptr())
+        each = ("float32", 1, ends.data_ptr())
+        product = (first, first + len(part), *addresses, "float32", rank, each)
+        engine.add_product(sums.data_ptr(), "float32", columns, product, stream)
+        if not torch.equal(sums.view(torch.int32), part.view(torch.int32)):
+            return False
+    return True
