@@ -26,6 +26,8 @@ from running import load, sample, with_lora
 import forebay
 
 _MIB = 1 << 20
+_LARGE = 64 << 10
+"""Bytes of what is always resident, at most."""
 
 
 @pytest.fixture
@@ -137,6 +139,110 @@ def test_adapters_change(stored: str, folder: Path, legacy: Any, native: Callabl
         models = variants(load(path))
         for number in [0, 1, 2, 1, 3, 4, 0, 3]:
             assert support.same(sample(models[number], "flux", steps=1), expected[number]), number
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The large weights that ComfyUI's own function computes."""
+    from forebay.comfyui.native.patches import WeightPatch
+
+    names: set[str] = set()
+    call = WeightPatch.__call__
+
+    def noted(self: Any, stored: torch.Tensor) -> Any:
+        if stored.nbytes > _LARGE:
+            names.add(self._key)
+        return call(self, stored)
+
+    monkeypatch.setattr(WeightPatch, "__call__", noted)
+    return names
+
+
+@pytest.fixture(params=["float16", "float32"])
+def compute_dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ComfyUI computes patches in: the one on most cards, the other on the CPU."""
+    device, dtype = management.get_torch_device(), getattr(torch, request.param)
+    monkeypatch.setitem(management.LORA_COMPUTE_DTYPES, device, dtype)
+    assert management.lora_compute_dtype(device) is dtype
+
+
+@pytest.mark.usefixtures("compute_dtype")
+@pytest.mark.parametrize("stored", ["bf16", "fp16", "fp32"])
+def test_the_engine_adds_products_of_low_rank(
+    stored: str, folder: Path, legacy: Any, native: Callable[..., Any], computed: set[str]
+) -> None:
+    path = checkpoints.write(folder, "flux", stored)
+
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
+        model = load(path, {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[stored])
+        one = with_lora(model, checkpoints.lora(model, 7, rank=16))
+        other = with_lora(one, checkpoints.lora(model, 8, rank=5, every=2), -0.3)
+        return sample(one, "flux", steps=1), sample(other, "flux", steps=1)
+
+    with legacy():
+        expected = run()
+    assert not support.same(*expected)
+    for budget in (path.stat().st_size / 4, 1 << 30):
+        with native(budget):
+            assert support.same(run(), expected)
+    if support.DEVICE == "host":
+        # A card's own arithmetic decides.
+        assert not computed
+
+
+@pytest.mark.usefixtures("compute_dtype")
+def test_what_is_no_product_alone_is_computed_by_comfyui(
+    path: Path, legacy: Any, native: Callable[..., Any], computed: set[str]
+) -> None:
+    def run() -> tuple[torch.Tensor, set[str]]:
+        model = load(path).clone()
+        tensors = checkpoints.lora(model)
+        layers = sorted({name.rpartition(".lora_")[0] for name in tensors if ".lora_" in name})
+        dora, offset, strength, diff, moved = layers[::4][:5]
+        generator = torch.Generator().manual_seed(3)
+        columns = model.model.get_submodule(dora).in_features
+        tensors[f"{dora}.dora_scale"] = torch.rand(1, columns, generator=generator) + 0.5
+        model = with_lora(model, tensors)
+        patches = {f"{name}.weight": model.patches[f"{name}.weight"][0][1] for name in layers}
+        rows = model.model.get_submodule(offset).out_features
+        down = torch.randn(2, model.model.get_submodule(offset).in_features, generator=generator) * 0.05
+        up = torch.randn(rows // 2, 2, generator=generator) * 0.05
+        half = type(patches[f"{offset}.weight"])(set(), (up, down, None, None, None, None))
+        model.add_patches({(f"{offset}.weight", (0, rows // 4, rows // 2)): half})
+        model.add_patches({f"{strength}.weight": patches[f"{strength}.weight"]}, 0.5, 0.75)
+        weight = model.model.get_submodule(diff).weight
+        model.add_patches({f"{diff}.weight": ("diff", (torch.full(weight.shape, 0.001),))})
+        model.add_patches({(f"{moved}.weight", None, lambda tensor: tensor * 2): patches[f"{moved}.weight"]})
+        return sample(model, "flux", steps=1), {
+            f"{name}.weight" for name in (dora, offset, strength, diff, moved)
+        }
+
+    with legacy():
+        expected, others = run()
+    for budget in (12 * _MIB, 1 << 30):
+        with native(budget):
+            result, _ = run()
+            assert support.same(result, expected)
+        if support.DEVICE == "host":
+            assert computed == others
+        computed.clear()
+
+
+def test_where_the_sums_differ_comfyui_computes(
+    path: Path, native: Callable[..., Any], computed: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from forebay.comfyui.native import patches
+
+    def run() -> torch.Tensor:
+        model = load(path)
+        return sample(with_lora(model, checkpoints.lora(model)), "flux", steps=1)
+
+    with native(12 * _MIB):
+        expected = run()
+        computed.clear()
+        monkeypatch.setattr(patches, "sums_as_torch", lambda *_: False)
+        assert support.same(run(), expected)
+    assert len(computed) > 10
 
 
 def test_adapters_do_not_depend_on_what_is_resident(path: Path, native: Callable[..., Any]) -> None:

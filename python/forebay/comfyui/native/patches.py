@@ -1,9 +1,10 @@
 """Patches of weights (LoRA and its kin): what ComfyUI computes for a model that is loaded as a whole.
 
-Its own function is called with one weight at a time, on the device: its arithmetic, dtypes and seeded rounding. So results
-do not depend on what is resident. Where the model fits, a weight is computed when its pages are filled and costs nothing
-afterwards. Where it does not, most pages would be computed again in every step; then a layer's weights are computed when
-it runs, from what is on the device.
+The usual LoRA is products of low rank, which the engine adds in ComfyUI's arithmetic while a page is filled, where torch is
+found to multiply matrices as the engine does. For all else ComfyUI's own function is called with one weight at a time, on the
+device: its arithmetic, dtypes and seeded rounding. So results do not depend on what is resident. Where the model fits, a
+weight is computed when its pages are filled and costs nothing afterwards. Where it does not, most pages would be computed
+again in every step; then a layer's weights are computed when it runs, from what is on the device.
 """
 
 from __future__ import annotations
@@ -14,13 +15,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import comfy.lora
+import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy.weight_adapter import LoRAAdapter
 from torch import nn
 
 from forebay.attachment import Attachment
 from forebay.comfyui.native.quantized import ManagedQuantized, quantized_of
+from forebay.converting import USED
 from forebay.instance_methods import InstanceMethod
+from forebay.low_rank import LowRank, sums_as_torch
 from forebay.parameter import ForebayTensor
 from forebay.small import small_of
 
@@ -86,7 +91,7 @@ class Patches:
         for key in new:
             self._of[key] = self._patched(key, list(patches[key]), functions)
         if functions:
-            if self._attachment.device.type == "cuda":
+            if self._attachment.device.type == "cuda" and any(map(_is_computed, functions.values())):
                 # Weights are computed in another stream than this one, which takes the patches to the device.
                 torch.cuda.current_stream(self._attachment.device).synchronize()
             self._attachment.set_patch(functions)
@@ -103,8 +108,12 @@ class Patches:
         path, _, name = key.rpartition(".")
         layer = self._model.get_submodule(path)
         weight = getattr(layer, name)
-        compute = WeightPatch(layer, key, patches, self._attachment.device)
         quantized = quantized_of(layer, name)
+        products = None if quantized is not None else self._products(layer, name, weight, patches)
+        if products is not None:
+            functions[key] = products
+            return _Patch(patches, key, None)
+        compute = WeightPatch(layer, key, patches, self._attachment.device)
         keeps_shape = comfy.lora.calculate_shape(patches, weight, key) == weight.shape
         asks = hasattr(layer, "comfy_cast_weights")
         if keeps_shape and (self._at_fill or not asks):
@@ -124,6 +133,30 @@ class Patches:
                 self._layers.pop(id(layer), None)
 
         return _Patch(patches, None, undo_on_use)
+
+    def _products(
+        self, layer: nn.Module, name: str, weight: torch.Tensor, patches: Sequence[Any]
+    ) -> LowRank | None:
+        """What the engine adds to a weight, where that is what ComfyUI computes."""
+        is_plain = isinstance(weight, ForebayTensor) and weight.ndim >= 2 and weight.dtype in USED
+        if not is_plain or any(hasattr(layer, f"{does}_{name}") for does in ("set", "convert")):
+            return None
+        terms = [_term(patch) for patch in patches]
+        shape = (weight.shape[0], weight.shape[1:].numel())
+        device = self._attachment.device
+        through = comfy.model_management.lora_compute_dtype(device)
+        if None in terms or through not in (torch.float16, torch.float32) or not weight.is_contiguous():
+            return None
+        try:
+            products = LowRank([term for term in terms if term is not None], through)
+        except ValueError:
+            return None
+        nbytes = sum(factor.nbytes for *factors, _ in products.terms for factor in factors)
+        if products.shape != shape or nbytes > weight.nbytes:
+            return None
+        engine = self._attachment.engine
+        is_same = all(sums_as_torch(engine, device, *shape, rank) for rank in sorted(set(products.ranks)))
+        return products if is_same else None
 
 
 class WeightPatch:
@@ -194,6 +227,38 @@ class _PatchedLayer:
             return original(*args, **kwargs)
         finally:
             parameters.update(originals)
+
+
+def _term(patch: Any) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+    """The factors of the usual LoRA, and the number that ComfyUI multiplies their product with."""
+    strength, adapter, strength_model, offset, function = patch
+    if (
+        type(adapter) is not LoRAAdapter
+        or strength_model != 1.0
+        or offset is not None
+        or function is not None
+    ):
+        return None
+    up, down, alpha, *others = adapter.weights
+    if any(other is not None for other in others) or not all(map(_is_factor, (up, down))):
+        return None
+    if not isinstance(strength, (int, float)) or not isinstance(alpha, (int, float, type(None))):
+        return None
+    scale = strength * (1.0 if alpha is None else alpha / down.shape[0])
+    return (up, down, scale) if abs(scale) <= torch.finfo(torch.float32).max else None
+
+
+def _is_factor(tensor: Any) -> bool:
+    return (
+        isinstance(tensor, torch.Tensor)
+        and tensor.ndim >= 2
+        and tensor.numel() > 0
+        and tensor.is_contiguous()
+    )
+
+
+def _is_computed(function: Function | None) -> bool:
+    return function is not None and not isinstance(function, LowRank)
 
 
 def _plain(weight: torch.Tensor) -> torch.Tensor:
