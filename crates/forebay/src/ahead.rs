@@ -1,16 +1,17 @@
 //! Files read ahead of those who ask for their parts one by one, as ComfyUI does.
 //!
-//! A safetensors file says where its tensors are, and a [`Schedule`] which is asked for next. They are read into a ring of
-//! pinned memory by the readers while the caller does something else, so that a call has nothing to do but to enqueue
-//! copies. What is asked for in another order is dropped and read when it is asked for.
+//! A safetensors file says where its tensors are, and a [`Schedule`] which is asked for next. The readers bring them into a
+//! ring of device memory while the caller does something else, so that a call has nothing to do but to enqueue a copy on the
+//! device. What is asked for in another order is dropped and read when it is asked for.
 
 mod ring;
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use forebay_core::{Bytes, Schedule};
+use forebay_device::Device;
 use forebay_store::{ReaderPool, SourceFile, Urgency, tensor_ranges};
 use parking_lot::Mutex;
 
@@ -20,15 +21,16 @@ use crate::state::Shared;
 use crate::transfer::{FilePart, OnDevice};
 use crate::{EngineError, Result};
 
-/// The ring: three of a large model's largest weights. One is copied, one is ready, and one is read.
-const RING: Bytes = Bytes::mib(384);
+/// The ring at most: two of a large model's largest weights, of which one is copied and one is read. A small device gives one
+/// part in so many.
+const RING: Bytes = Bytes::mib(256);
+const PART_OF_DEVICE: u64 = 32;
+/// How long it is not asked for again where there was no memory for it.
+const REFUSED_FOR: Duration = Duration::from_secs(10);
 /// What is read at once, at most.
 const MOST_AT_ONCE: Bytes = Bytes::mib(16);
 /// Files whose order of use is remembered.
 const MOST_FILES: usize = 16;
-/// What the caller reads by himself: to hand it on takes as long.
-const LEAST_SHARED: Bytes = Bytes::kib(128);
-
 /// All of it, for one engine. Callers take turns; between their calls readers that have nothing else to do go on.
 #[derive(Debug, Default)]
 pub(crate) struct Ahead(Mutex<Inner>);
@@ -36,6 +38,7 @@ pub(crate) struct Ahead(Mutex<Inner>);
 #[derive(Debug, Default)]
 struct Inner {
     ring: Option<Ring>,
+    refused: Option<Instant>,
     /// The one that was used last comes last.
     files: Vec<Known>,
 }
@@ -69,7 +72,8 @@ struct Readers<'a> {
 }
 
 impl Ahead {
-    /// Reads a part of a file to the device, if it is a tensor of a safetensors file; `None` where it is not.
+    /// Reads a part of a file to the device, if it is a tensor of a safetensors file; `None` where it is not, and where there
+    /// is no memory for a ring, also after `make_room`.
     ///
     /// # Safety
     /// As for [`Engine::read_to_device`](crate::Engine::read_to_device).
@@ -79,20 +83,26 @@ impl Ahead {
         pool: &Arc<ReaderPool<Reader>>,
         part: &FilePart,
         to: OnDevice,
+        make_room: impl FnOnce(Bytes) -> Result<()>,
     ) -> Option<Result<()>> {
         let mut inner = self.0.lock();
         let number = inner.find(part)?;
         if inner.ring.is_none() {
-            match Ring::new(&shared.device, RING) {
-                Ok(ring) => {
-                    shared.ring.fetch_add(ring.size().get(), Ordering::Relaxed);
-                    inner.ring = Some(ring);
-                }
-                Err(error) => {
-                    tracing::debug!(device = %shared.id, %error, "nothing is read ahead of its use");
-                    return None;
-                }
+            if inner.refused.is_some_and(|refused| refused.elapsed() < REFUSED_FOR) {
+                return None;
             }
+            let made = ring_size(&*shared.device).and_then(|size| match Ring::new(&shared.device, size) {
+                Err(error) if error.is_out_of_memory() => {
+                    make_room(size)?;
+                    Ring::new(&shared.device, size)
+                }
+                made => made,
+            });
+            if let Err(error) = &made {
+                tracing::debug!(device = %shared.id, %error, "nothing is read ahead of its use");
+                inner.refused = Some(Instant::now());
+            }
+            inner.ring = Some(made.ok()?);
         }
         // SAFETY: the caller's promise.
         Some(unsafe { inner.read(Readers { shared, pool, ahead: self }, part, number, to) })
@@ -106,16 +116,12 @@ impl Ahead {
             tracing::debug!(device = %shared.id, %error, "nothing more is read ahead");
         }
     }
-}
 
-impl Ahead {
     /// Forgets what was read, and gives the ring back.
-    pub(crate) fn end(&self, shared: &Shared) {
+    pub(crate) fn end(&self) {
         let mut inner = self.0.lock();
         inner.files.iter_mut().for_each(Known::take_back);
-        if let Some(ring) = inner.ring.take() {
-            shared.ring.fetch_sub(ring.size().get(), Ordering::Relaxed);
-        }
+        inner.ring = None;
     }
 }
 
@@ -176,7 +182,7 @@ impl Inner {
     ) -> Result<()> {
         while *copied < part.bytes {
             while *read < part.bytes {
-                let chunk = (part.offset + read.get(), readers.chunk(part.bytes - *read));
+                let chunk = (part.offset + read.get(), self.chunk(readers, part.bytes - *read));
                 let Some(slot) = self.take(readers, &part.file, chunk, Urgency::Urgent, slots.is_empty())?
                 else {
                     break;
@@ -203,6 +209,12 @@ impl Inner {
         self.plan(readers)
     }
 
+    /// How much of the rest is read at once.
+    fn chunk(&self, readers: Readers<'_>, rest: Bytes) -> Bytes {
+        let half = self.ring.as_ref().map_or(MOST_AT_ONCE, Ring::half);
+        rest.min(readers.shared.ring_config.chunk).min(MOST_AT_ONCE).min(half)
+    }
+
     /// A slot that is being filled. With `must` room is made for it.
     fn take(
         &mut self,
@@ -225,22 +237,15 @@ impl Inner {
                 self.files.iter_mut().for_each(Known::take_back);
             }
         };
-        let file = Arc::clone(file);
-        let fill =
-            move || filling.fill(|bytes| file.read_exact_at(offset, bytes).map_err(EngineError::Transfer));
-        match urgency {
-            Urgency::Urgent if len <= LEAST_SHARED => fill(),
-            _ => {
-                let shared = Arc::clone(readers.shared);
-                let (ahead, pool) = (Arc::downgrade(readers.ahead), Arc::downgrade(readers.pool));
-                readers.pool.submit(urgency, move |_| {
-                    fill();
-                    if let (Some(ahead), Some(pool)) = (ahead.upgrade(), pool.upgrade()) {
-                        ahead.go_on(&shared, &pool);
-                    }
-                });
+        let (file, shared) = (Arc::clone(file), Arc::clone(readers.shared));
+        let (ahead, pool) = (Arc::downgrade(readers.ahead), Arc::downgrade(readers.pool));
+        readers.pool.submit(urgency, move |reader: &mut Reader| {
+            let read = |bytes: &mut [u8]| file.read_exact_at(offset, bytes).map_err(EngineError::Transfer);
+            filling.fill(&shared, reader, read);
+            if let (Some(ahead), Some(pool)) = (ahead.upgrade(), pool.upgrade()) {
+                ahead.go_on(&shared, &pool);
             }
-        }
+        });
         Ok(Some(slot))
     }
 
@@ -256,7 +261,7 @@ impl Inner {
             if read == bytes {
                 continue;
             }
-            let chunk = (offset + read.get(), readers.chunk(bytes - read));
+            let chunk = (offset + read.get(), self.chunk(readers, bytes - read));
             let slot = self.take(readers, &file, chunk, Urgency::Ahead, false)?;
             let Some(known) = self.files.last_mut() else { return Ok(()) };
             known.growing = Some(number);
@@ -321,11 +326,10 @@ impl Known {
     }
 }
 
-impl Readers<'_> {
-    /// How much of the rest is read at once.
-    fn chunk(self, rest: Bytes) -> Bytes {
-        rest.min(self.shared.ring_config.chunk).min(MOST_AT_ONCE)
-    }
+fn ring_size(device: &dyn Device) -> Result<Bytes> {
+    let (granularity, total) = (device.granularity().get(), device.memory()?.total.get());
+    let size = RING.get().min(total / PART_OF_DEVICE) / granularity * granularity;
+    Ok(Bytes::new(size.max(granularity)))
 }
 
 #[cfg(test)]

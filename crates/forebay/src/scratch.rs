@@ -6,6 +6,7 @@ use forebay_core::Bytes;
 use forebay_device::{Device, DeviceAddr, Event, Frame, PinnedBuffer, Reservation, Result, Stream};
 
 /// A mapped range of one frame. What is not unmapped is left to the end of the process: it may be in use.
+#[derive(Debug)]
 pub(crate) struct Scratch {
     device: Arc<dyn Device>,
     backing: Option<(Reservation, Frame)>,
@@ -30,6 +31,11 @@ impl Scratch {
                 Err(error)
             }
         }
+    }
+
+    /// The first address.
+    pub(crate) fn addr(&self) -> DeviceAddr {
+        self.addr
     }
 
     /// Enqueues a copy of a buffer of the same size. Both are kept, and the buffer left alone, until it has completed.

@@ -59,8 +59,10 @@ impl Engine {
         let shared = self.shared();
         shared.state.lock().check()?;
         if let Some(readers) = self.readers() {
+            let make_room = |bytes| self.make_room(bytes).map(drop);
             // SAFETY: as the caller promises.
-            if let Some(read) = unsafe { self.ahead.read(shared, &readers, part, to) } {
+            let read = unsafe { self.ahead.read(shared, &readers, part, to, make_room) };
+            if let Some(read) = read {
                 return read;
             }
         }
@@ -76,7 +78,7 @@ impl Engine {
     /// Forgets what was read ahead of [`read_to_device`](Engine::read_to_device), and gives the memory for it back. May wait
     /// for the device.
     pub fn end_read_ahead(&self) {
-        self.ahead.end(self.shared());
+        self.ahead.end();
     }
 
     /// Writes what work now in the stream leaves at a place on the device to a part of a file, and returns when the bytes

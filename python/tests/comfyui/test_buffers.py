@@ -289,7 +289,6 @@ def test_tensors_of_files_are_read_ahead(comfy, tmp_path: Path) -> None:
     sizes = [3 * MIB, 0, 100, 5 * MIB + 3, MIB, 7]
     tensors = {str(n): torch.randint(0, 256, (size,), dtype=torch.uint8) for n, size in enumerate(sizes)}
     save_file(tensors, tmp_path / "weights.safetensors")
-    pinned = made.engine.stats()["pinned_host"]
     with (tmp_path / "weights.safetensors").open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         header = json.loads(opened.read(length))
@@ -305,9 +304,7 @@ def test_tensors_of_files_are_read_ahead(comfy, tmp_path: Path) -> None:
                 )
                 synchronize()
                 assert torch.equal(target.cpu()[: tensor.numel()], tensor)
-    assert made.engine.stats()["pinned_host"] > pinned
-    host_buffer.cleanup_file_reader()
-    assert made.engine.stats()["pinned_host"] == pinned
+            host_buffer.cleanup_file_reader()
 
 
 def test_files_to_the_device(comfy, file) -> None:

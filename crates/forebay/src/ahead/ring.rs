@@ -1,69 +1,90 @@
-//! Pinned memory that is handed out as a queue: what was taken first comes free first.
+//! Device memory that is handed out as a queue: what was taken first comes free first.
+//!
+//! Readers fill it through their own pinned slots, which are small and stay in the processor's cache, in a stream of its
+//! own; a copy on the device brings its bytes to where they are asked for.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 
 use forebay_core::Bytes;
-use forebay_device::{Device, DeviceAddr, Event, PinnedBuffer, StreamHandle};
+use forebay_device::{Device, DeviceAddr, Event, Stream, StreamHandle, Transform};
 use parking_lot::{Condvar, Mutex};
 
+use crate::reader::Reader;
+use crate::scratch::{Scratch, wait};
+use crate::state::Shared;
 use crate::{EngineError, Result};
 
 /// The queue.
 #[derive(Debug)]
 pub(super) struct Ring {
-    device: Arc<dyn Device>,
-    buffer: Arc<PinnedBuffer>,
+    memory: Arc<Memory>,
     /// What is taken, oldest first.
     slots: VecDeque<Arc<Slot>>,
-    /// Bytes that were ever taken, with what was left over at the end of the buffer.
+    /// Bytes that were ever taken, with what was left over at the end of the memory.
     taken: u64,
     /// Events to be used again.
     spare: Vec<Event>,
 }
 
-/// A run of bytes of a ring, filled by a reader and then copied to the device.
+/// The memory, and the stream in which it is filled. Whoever fills a part holds it.
+#[derive(Debug)]
+struct Memory {
+    device: Arc<dyn Device>,
+    stream: Stream,
+    size: Bytes,
+    backing: Option<Scratch>,
+}
+
+/// A run of bytes of a ring, filled by a reader and then copied.
 #[derive(Debug)]
 pub(super) struct Slot {
-    buffer: Arc<PinnedBuffer>,
+    memory: Arc<Memory>,
     /// Where it begins among all bytes that were ever taken.
     begins: u64,
     at: Bytes,
     len: Bytes,
-    state: Mutex<Stage>,
+    /// Behind the copy that fills it, and behind the one that reads it.
+    filled: Event,
+    copied: Event,
+    stage: Mutex<Stage>,
     read: Condvar,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 enum Stage {
     /// A reader has it. Whether anybody will ask for it.
-    Reading {
-        is_wanted: bool,
-    },
+    Reading { is_wanted: bool },
+    /// The copy that fills it is enqueued.
     Read(Result<()>),
-    /// Its copy is enqueued; complete behind the event.
-    Copying(Event),
+    /// The copy that reads it is enqueued.
+    Copying,
+    /// What fills it is enqueued at most, in the order in which it is filled again.
     Free,
 }
 
-/// Fills a slot, on any thread. Dropped before, nothing will.
+/// Fills a slot, on a reader's thread. Dropped before, nothing will.
 pub(super) struct Filling(Option<Arc<Slot>>);
 
 impl Ring {
+    /// # Errors
+    /// What the device reports; that it has no room.
     pub(super) fn new(device: &Arc<dyn Device>, size: Bytes) -> Result<Self> {
-        let buffer = Arc::new(PinnedBuffer::new(Arc::clone(device), size)?);
-        let device = Arc::clone(device);
-        Ok(Ring { device, buffer, slots: VecDeque::new(), taken: 0, spare: Vec::new() })
+        let stream = Stream::new(Arc::clone(device))?;
+        let backing = Some(Scratch::new(device, size)?);
+        let memory = Arc::new(Memory { device: Arc::clone(device), stream, size, backing });
+        Ok(Ring { memory, slots: VecDeque::new(), taken: 0, spare: Vec::new() })
     }
 
-    pub(super) fn size(&self) -> Bytes {
-        self.buffer.size()
+    /// The most that can be taken at once.
+    pub(super) fn half(&self) -> Bytes {
+        Bytes::new(self.memory.size.get() / 2)
     }
 
-    /// The next `len` bytes, at least one and at most the ring, if they are free.
+    /// The next `len` bytes, at least one and at most half of the ring, if they are free.
     pub(super) fn take(&mut self, len: Bytes) -> Result<Option<(Arc<Slot>, Filling)>> {
         self.reclaim()?;
-        let (size, len) = (self.size().get(), len.get());
+        let (size, len) = (self.memory.size.get(), len.get());
         let at = self.taken % size;
         let skipped = if at + len > size { size - at } else { 0 };
         let oldest = self.slots.front().map_or(self.taken, |slot| slot.begins);
@@ -71,11 +92,13 @@ impl Ring {
             return Ok(None);
         }
         let slot = Arc::new(Slot {
-            buffer: Arc::clone(&self.buffer),
+            memory: Arc::clone(&self.memory),
             begins: self.taken,
             at: Bytes::new((self.taken + skipped) % size),
             len: Bytes::new(len),
-            state: Mutex::new(Stage::Reading { is_wanted: true }),
+            filled: self.event()?,
+            copied: self.event()?,
+            stage: Mutex::new(Stage::Reading { is_wanted: true }),
             read: Condvar::new(),
         });
         self.taken += skipped + len;
@@ -86,54 +109,57 @@ impl Ring {
     /// Waits until the oldest slot may come free, unless somebody is still to ask for it. Whether there is hope.
     pub(super) fn wait_for_oldest(&mut self) -> Result<bool> {
         let Some(slot) = self.slots.front() else { return Ok(true) };
-        let mut state = slot.state.lock();
+        let mut stage = slot.stage.lock();
         loop {
-            match &*state {
-                Stage::Copying(event) => return Ok(event.synchronize().map(|()| true)?),
+            match &*stage {
+                Stage::Copying => return Ok(slot.copied.synchronize().map(|()| true)?),
                 Stage::Free => return Ok(true),
-                Stage::Reading { is_wanted: false } => slot.read.wait(&mut state),
+                Stage::Reading { is_wanted: false } => slot.read.wait(&mut stage),
                 Stage::Reading { is_wanted: true } | Stage::Read(_) => return Ok(false),
             }
         }
     }
 
-    /// Copies a slot that was read to the device, in a stream.
+    /// Copies a slot that was read to a place on the device, in a stream. After an error the ring is not to be used.
     ///
     /// # Safety
     /// The place is memory of the device until the copy has completed, and the stream lives as long.
     pub(super) unsafe fn copy(&mut self, slot: &Slot, to: DeviceAddr, stream: StreamHandle) -> Result<()> {
-        let event = match self.spare.pop() {
-            Some(event) => event,
-            None => Event::new(Arc::clone(&self.device))?,
-        };
-        let from = self.buffer.as_ptr().wrapping_add(slot.at.as_usize());
-        // SAFETY: a slot that was read is written to by nobody before its event has completed; the rest is the caller's.
-        unsafe { self.device.copy_to_device(to, from, slot.len, stream) }?;
+        *slot.stage.lock() = Stage::Copying;
+        let copy = Transform::Copy { to, from: slot.addr()?, len: slot.len };
         // SAFETY: the stream lives, as the caller promises.
-        let recorded = unsafe { event.record(stream) };
-        *slot.state.lock() = Stage::Copying(event);
+        unsafe { slot.filled.wait_on(stream) }?;
+        // SAFETY: the slot is filled by then, and by nobody again before its event has completed; the rest is the caller's.
+        unsafe { self.memory.device.transform(&copy, stream) }?;
+        // SAFETY: the stream lives, as the caller promises.
+        let recorded = unsafe { slot.copied.record(stream) };
         if let Err(error) = recorded {
             // Nobody can know any more when the copy ends.
-            std::mem::forget(Arc::clone(&self.buffer));
+            std::mem::forget(Arc::clone(&self.memory));
             return Err(error.into());
         }
         Ok(())
     }
 
+    fn event(&mut self) -> Result<Event> {
+        match self.spare.pop() {
+            Some(event) => Ok(event),
+            None => Ok(Event::new(Arc::clone(&self.memory.device))?),
+        }
+    }
+
     fn reclaim(&mut self) -> Result<()> {
         while let Some(slot) = self.slots.front() {
-            let mut state = slot.state.lock();
-            match &*state {
-                Stage::Free => {}
-                Stage::Copying(event) if event.is_complete()? => {
-                    if let Stage::Copying(event) = std::mem::replace(&mut *state, Stage::Free) {
-                        self.spare.push(event);
-                    }
-                }
-                _ => break,
+            let is_free = match &*slot.stage.lock() {
+                Stage::Free => true,
+                Stage::Copying => slot.copied.is_complete()?,
+                Stage::Reading { .. } | Stage::Read(_) => false,
+            };
+            if !is_free {
+                break;
             }
-            drop(state);
-            self.slots.pop_front();
+            let slot = self.slots.pop_front().and_then(Arc::into_inner);
+            self.spare.extend(slot.into_iter().flat_map(|slot| [slot.filled, slot.copied]));
         }
         Ok(())
     }
@@ -142,13 +168,22 @@ impl Ring {
 impl Drop for Ring {
     fn drop(&mut self) {
         for slot in &self.slots {
-            let state = slot.state.lock();
-            if let Stage::Copying(event) = &*state
-                && let Err(error) = event.synchronize()
+            if matches!(*slot.stage.lock(), Stage::Copying)
+                && let Err(error) = slot.copied.synchronize()
             {
-                tracing::debug!(%error, "pinned memory is kept: its copies may not have ended");
-                std::mem::forget(Arc::clone(&self.buffer));
+                tracing::debug!(%error, "memory is kept: its copies may not have ended");
+                std::mem::forget(Arc::clone(&self.memory));
             }
+        }
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        let done = Event::new(Arc::clone(&self.device)).and_then(|done| wait(&done, &self.stream));
+        let given_back = done.and_then(|()| self.backing.take().map_or(Ok(()), Scratch::unmap));
+        if let Err(error) = given_back {
+            tracing::warn!(device = %self.device.id(), %error, "memory for reading ahead is kept");
         }
     }
 }
@@ -158,50 +193,63 @@ impl Slot {
         self.len
     }
 
-    /// Waits until it is filled.
+    /// Waits until what fills it is enqueued.
     pub(super) fn wait(&self) -> Result<()> {
-        let mut state = self.state.lock();
+        let mut stage = self.stage.lock();
         loop {
-            match &*state {
-                Stage::Reading { .. } => self.read.wait(&mut state),
+            match &*stage {
+                Stage::Reading { .. } => self.read.wait(&mut stage),
                 Stage::Read(result) => return result.clone(),
-                Stage::Copying(_) | Stage::Free => return Ok(()),
+                Stage::Copying | Stage::Free => return Ok(()),
             }
         }
     }
 
     /// Nobody will ask for it.
     pub(super) fn give_up(&self) {
-        let mut state = self.state.lock();
-        match &mut *state {
-            Stage::Reading { is_wanted } => *is_wanted = false,
-            Stage::Read(_) => *state = Stage::Free,
-            Stage::Copying(_) | Stage::Free => {}
-        }
+        let mut stage = self.stage.lock();
+        *stage = match *stage {
+            Stage::Reading { .. } => Stage::Reading { is_wanted: false },
+            Stage::Read(_) => Stage::Free,
+            Stage::Copying | Stage::Free => return,
+        };
+    }
+
+    fn addr(&self) -> Result<DeviceAddr> {
+        let gone = || EngineError::Invalid("memory for reading ahead is gone".to_owned());
+        Ok(self.memory.backing.as_ref().ok_or_else(gone)?.addr().offset(self.at))
     }
 
     fn finish(&self, result: Result<()>) {
-        let mut state = self.state.lock();
-        *state = match *state {
+        let mut stage = self.stage.lock();
+        *stage = match *stage {
             Stage::Reading { is_wanted: false } => Stage::Free,
             _ => Stage::Read(result),
         };
-        drop(state);
+        drop(stage);
         self.read.notify_all();
     }
 }
 
 impl Filling {
-    /// Has the bytes read, if anybody still asks for them.
-    pub(super) fn fill(mut self, read: impl FnOnce(&mut [u8]) -> Result<()>) {
+    /// Has the bytes read and copied to the ring, if anybody still asks for them.
+    pub(super) fn fill(
+        mut self,
+        shared: &Shared,
+        reader: &mut Reader,
+        read: impl FnOnce(&mut [u8]) -> Result<()>,
+    ) {
         let Some(slot) = &self.0 else { return };
-        let is_wanted = !matches!(*slot.state.lock(), Stage::Reading { is_wanted: false });
-        let result = match is_wanted {
-            // SAFETY: the slot's bytes are this value's until it says that they are read.
-            true => read(unsafe { slot.buffer.slice_mut(slot.at, slot.len) }),
-            false => Ok(()),
+        let is_wanted = !matches!(*slot.stage.lock(), Stage::Reading { is_wanted: false });
+        let stream = slot.memory.stream.handle();
+        let fill = || {
+            // SAFETY: the slot is memory of the device as long as anybody holds it, and so is the stream; the memory waits for
+            // what is in the stream before it goes. Nobody else writes to the slot: what filled it before is in the same stream.
+            unsafe { reader.copy_in(shared, slot.len, (slot.addr()?, stream), read) }?;
+            // SAFETY: as above.
+            unsafe { slot.filled.record(stream) }.map_err(EngineError::from)
         };
-        slot.finish(result);
+        slot.finish(if is_wanted { fill() } else { Ok(()) });
         self.0 = None;
     }
 }
