@@ -74,7 +74,8 @@ def parse() -> argparse.Namespace:
         "--cells",
         nargs="+",
         default=["flux"],
-        help=f"ARCH-QUANT-CARD[-loraN][-xINSTANCES][-rROUNDS][-te][-vae][-SIZE], or a group: {', '.join(GROUPS)}",
+        help="ARCH-QUANT-CARD[-loraN][-xINSTANCES][-rROUNDS][-te][-vae][-SIZE], with =SYSTEM,... for it alone, or a group: "
+        + ", ".join(GROUPS),
     )
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=["legacy", "aimdo", "dropin"])
     parser.add_argument("--steps", type=int, default=4, help="steps a sampling (default: %(default)s)")
@@ -114,10 +115,12 @@ def main() -> int:
         return child(chosen)
     end = time.monotonic() + chosen.until
     names = [name for cell in chosen.cells for name in GROUPS.get(cell, [cell])]
-    cells = [Cell.parse(name) for name in dict.fromkeys(names)]
     chosen.out.mkdir(parents=True, exist_ok=True)
     children.end_with_their_parent()
-    jobs = [Job(name, cell) for cell in cells for name in SYSTEMS if name in chosen.systems]
+    try:
+        jobs = [job for name in dict.fromkeys(names) for job in jobs_of(name, chosen.systems)]
+    except (argparse.ArgumentTypeError, ValueError) as error:
+        sys.exit(f"--cells: {error}")
     rows: list[Row] = []
     with contextlib.ExitStack() as opened:
         folder = opened.enter_context(tempfile.TemporaryDirectory(prefix="forebay-comfyui-"))
@@ -149,6 +152,20 @@ class Job:
 
     system: str
     cell: Cell
+
+
+def jobs_of(name: str, systems: Sequence[str]) -> list[Job]:
+    """What a cell as the command line takes it comes to.
+
+    Raises:
+        argparse.ArgumentTypeError: For a name that is none.
+    """
+    cell, _, own = name.partition("=")
+    wanted = own.split(",") if own else systems
+    for system in wanted:
+        if system not in SYSTEMS:
+            raise argparse.ArgumentTypeError(f"no system: {system}, in {name}")
+    return [Job(system, Cell.parse(cell)) for system in SYSTEMS if system in wanted]
 
 
 class Runs:

@@ -90,8 +90,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--native",
         action=argparse.BooleanOptionalAction,
-        default=False,
-        help="run diffusion models on Forebay's own weights instead of ComfyUI's casting (default: no)",
+        default=True,
+        help="run models on Forebay's own weights instead of ComfyUI's casting (default: yes)",
     )
     parser.add_argument(
         "--pinned",

@@ -127,6 +127,16 @@ def test_pinned_memory_can_be_limited(checkout: Path) -> None:
         assert done.returncode == 2 and "--pinned" in done.stderr
 
 
+def test_a_comfyui_that_native_mode_does_not_know_runs_with_its_own_casting(checkout: Path) -> None:
+    (checkout / "comfy" / "model_patcher.py").write_text("ModelPatcher = 1\n")
+    (checkout / "main.py").write_text("import comfy.model_patcher as p; print(p.ModelPatcher)")
+    done = launch(checkout / "main.py")
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
+    assert "native mode does not know this ComfyUI" in done.stderr
+    done = launch("--no-native", checkout / "main.py")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1\n", "")
+
+
 def test_help_and_version(checkout: Path) -> None:
     done = launch("--help")
     assert done.returncode == 0 and "MAIN.PY [ComfyUI's arguments]" in done.stdout

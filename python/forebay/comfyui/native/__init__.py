@@ -8,10 +8,13 @@ device, by ComfyUI's own arithmetic. Nothing of the model is pinned or copied in
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 
 from forebay.comfyui.native.arrival import on_import, withdraw
+
+_log = logging.getLogger("forebay")
 
 HOST_BUDGET = "FOREBAY_HOST_BUDGET"
 """An environment variable: has native mode stand in for ComfyUI's plain loading where it runs on the CPU, with so many bytes
@@ -30,7 +33,7 @@ def install() -> None:
     if _PATCHERS in sys.modules:
         _replace(True)
     else:
-        on_import(_PATCHERS, lambda: _replace(HOST_BUDGET in os.environ))
+        on_import(_PATCHERS, _replace_if_known)
 
 
 def uninstall() -> None:
@@ -39,6 +42,15 @@ def uninstall() -> None:
     replacing = sys.modules.get("forebay.comfyui.native.replacing")
     if replacing is not None:
         replacing.restore()
+
+
+def _replace_if_known() -> None:
+    """A ComfyUI that native mode does not know runs with its own casting: nothing that it asks for is missing then."""
+    try:
+        _replace(HOST_BUDGET in os.environ)
+    except Exception as error:
+        uninstall()
+        _log.warning("native mode does not know this ComfyUI, whose own casting is used: %s", error)
 
 
 def _replace(activate: bool) -> None:
