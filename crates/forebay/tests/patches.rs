@@ -33,10 +33,23 @@ fn float(raw: &[u8]) -> f32 {
     f32::from_bits(u32::from(u16::from_le_bytes([raw[0], raw[1]])) << 16)
 }
 
-/// The nearest half, for numbers of its normal range.
+fn floats(bytes: &[u8]) -> Vec<f32> {
+    bytes.chunks_exact(2).map(float).collect()
+}
+
+/// A row of a product, summed in ascending order of rank.
+fn multiply(factors: &[f32], down: &[f32], sums: &mut [f32]) {
+    sums.fill(0.0);
+    for (factor, row) in factors.iter().zip(down.chunks_exact(COLUMNS as usize)) {
+        sums.iter_mut().zip(row).for_each(|(sum, down)| *sum = factor.mul_add(*down, *sum));
+    }
+}
+
+/// The nearest half, for numbers of its range: the sum's last bit is that of a half.
 fn through_half(value: f32) -> f32 {
-    let unit = 2f64.powi(((value.to_bits() >> 23 & 0xff) as i32 - 127).max(-14) - 10);
-    ((f64::from(value) / unit).round_ties_even() * unit) as f32
+    let exponent = (value.to_bits() >> 23 & 0xff).max(127 - 14) + 13;
+    let large = f32::from_bits(exponent << 23 | 1 << 22);
+    (value + large) - large
 }
 
 fn random_bf16(random: &mut Random, bytes: usize, size: f32) -> Vec<u8> {
@@ -81,28 +94,33 @@ fn patched(
             let inner = (1..rank).filter(|_| random.below(4) == 0).collect::<Vec<_>>();
             inner.into_iter().chain([rank]).collect::<Vec<_>>()
         });
+        let (ups, downs) = (floats(&up), floats(&down));
+        let mut sums = vec![0.0; COLUMNS as usize];
         for row in rows.clone() {
-            for column in 0..COLUMNS {
-                let sum = |ranks: Range<u32>, scale: &dyn Fn(u32) -> f32| {
-                    ranks.fold(0.0, |sum: f32, k| {
-                        let up = float(&up[((row - rows.start) * rank + k) as usize * 2..]);
-                        let down = float(&down[(k * COLUMNS + column) as usize * 2..]);
-                        f32::mul_add(scale(k) * up, down, sum)
-                    })
-                };
-                let at = (row * COLUMNS + column) as usize * 2;
-                let stored = float(&result[at..]);
-                let value = match &ends {
-                    None => stored + sum(0..rank, &|k| scale[k as usize]),
-                    Some(ends) => {
-                        let begins = [0].into_iter().chain(ends.iter().copied());
-                        let terms = begins.zip(ends).zip(&scale);
-                        terms.fold(through_half(stored), |value, ((begin, &end), scale)| {
-                            through_half(value + through_half(scale * sum(begin..end, &|_| 1.0)))
-                        })
+            let of_row = &ups[((row - rows.start) * rank) as usize..][..rank as usize];
+            let elements = &mut result[(row * COLUMNS) as usize * 2..][..COLUMNS as usize * 2];
+            let mut values = floats(elements);
+            match &ends {
+                None => {
+                    let factors: Vec<f32> = of_row.iter().zip(&scale).map(|(up, scale)| scale * up).collect();
+                    multiply(&factors, &downs, &mut sums);
+                    values.iter_mut().zip(&sums).for_each(|(value, sum)| *value += sum);
+                }
+                Some(ends) => {
+                    values.iter_mut().for_each(|value| *value = through_half(*value));
+                    let mut begin = 0;
+                    for (&end, scale) in ends.iter().zip(&scale) {
+                        let end = end as usize;
+                        multiply(&of_row[begin..end], &downs[begin * COLUMNS as usize..], &mut sums);
+                        for (value, sum) in values.iter_mut().zip(&sums) {
+                            *value = through_half(*value + through_half(scale * sum));
+                        }
+                        begin = end;
                     }
-                };
-                result[at..at + 2].copy_from_slice(&bf16(value));
+                }
+            }
+            for (element, value) in elements.chunks_exact_mut(2).zip(values) {
+                element.copy_from_slice(&bf16(value));
             }
         }
         let parts = [up, down, scale.iter().flat_map(|value| value.to_le_bytes()).collect()];

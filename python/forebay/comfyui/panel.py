@@ -103,7 +103,10 @@ def _device(engine: Engine, stats: dict[str, Any], maps: list[tuple[str, str]]) 
 
 
 def _mode() -> str:
-    if "forebay.comfyui.native" in sys.modules:
+    # Installed also where ComfyUI then decides against dynamic VRAM, as it does without a GPU.
+    patchers = sys.modules.get("comfy.model_patcher")
+    core = getattr(patchers, "CoreModelPatcher", None)
+    if getattr(core, "__module__", "").startswith("forebay.comfyui.native."):
         return "native"
     return "drop-in" if control.devctxs else "off"
 

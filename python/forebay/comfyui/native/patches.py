@@ -152,6 +152,7 @@ class Patches:
         except ValueError:
             return None
         nbytes = sum(factor.nbytes for *factors, _ in products.terms for factor in factors)
+        # As for other patches: what is larger than the weight does not go to the device to stay.
         if products.shape != shape or nbytes > weight.nbytes:
             return None
         engine = self._attachment.engine
