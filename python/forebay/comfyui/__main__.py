@@ -97,8 +97,8 @@ def _parser() -> argparse.ArgumentParser:
         "--pinned",
         type=_gib,
         metavar="GIB",
-        help="let ComfyUI keep copies of so much of its weights in pinned memory; what it does not keep is read from the page "
-        "cache at each use (default: what no file has)",
+        help="let ComfyUI keep copies of so much of its weights in pinned memory where it moves them by itself; what it does "
+        "not keep is read from the page cache at each use (default: of what it reads again and again)",
     )
     parser.add_argument(
         "--node",

@@ -1,8 +1,10 @@
-"""Which weights ComfyUI keeps copies of in host memory, where nobody says how many.
+"""Which weights ComfyUI keeps pinned copies of in host memory, where nobody says how many.
 
-It keeps a copy of every weight that it moves to the device. One that comes from a file is as soon read again: files are
-read ahead of its calls. So copies are kept of those alone that it makes by itself, which it would copy from memory that is
-not pinned. Which these are it does not say: a copy was refused, and what was to be copied was read from no file.
+It asks for a copy of every weight that it moves to the device, before it moves it, and spends its first step on making them.
+Here the first read of a weight makes none: files are read ahead of ComfyUI's calls. What it then reads again within the same
+node is what does not fit on the device. Each byte of that is worth a byte of copies, which cost once and save time in every
+step, so that after a few steps there are copies of what is streamed, and of that alone. Weights that no file has would be
+copied from memory that is not pinned: of these there is a copy from the second time on.
 """
 
 from __future__ import annotations
@@ -11,11 +13,17 @@ HELD_AHEAD = 64 << 20
 """What ComfyUI asks to be held ready in a buffer for a model's weights, at least. Buffers for patches (LoRA), which come from
 no file, ask for less."""
 
+Part = tuple[int, int, int]
+"""A part of a file: its device, its inode, the offset."""
+
 
 class Copies:
-    """Remembers how large the copies were that no file has. It is asked in turn about a copy, and told what is read."""
+    """Is asked in turn about a copy, and told what is read."""
 
     def __init__(self) -> None:
+        self._read_in_node: set[Part] = set()
+        self._worth = 0
+        # Which weights these are is not said: how large the copies were that were refused without a read behind.
         self._from_memory: set[int] = set()
         self._refused = 0
         self._read = 0
@@ -28,9 +36,23 @@ class Copies:
         self._refused = self._read = 0
         if nbytes in self._from_memory:
             return True
+        if nbytes <= self._worth:
+            self._worth -= nbytes
+            return True
         self._refused = nbytes
         return False
 
-    def note_read(self, nbytes: int) -> None:
+    def note_read(self, part: Part, nbytes: int) -> None:
         """So many bytes were read from a file to the device."""
         self._read += nbytes
+        if part in self._read_in_node:
+            self._worth += nbytes
+        self._read_in_node.add(part)
+
+    def end_node(self) -> None:
+        """A node of ComfyUI's has ended: what the next one reads it reads for the first time."""
+        self._read_in_node.clear()
+
+
+copies = Copies()
+"""The process's."""

@@ -9,14 +9,13 @@ from typing import Any
 
 from forebay import _forebay
 from forebay.comfyui.aimdo import devices
-from forebay.comfyui.aimdo.copies import HELD_AHEAD, Copies
+from forebay.comfyui.aimdo.copies import HELD_AHEAD, copies
 
 LIMIT = "FOREBAY_COMFYUI_PINNED_GIB"
 """The environment variable that sets how far all host buffers together may grow, in GiB. Without: as far as copies of weights
-are needed, see :mod:`copies`. What a buffer refuses to hold, ComfyUI reads from the file again at each use."""
+are worth it, see :mod:`copies`. What a buffer refuses to hold, ComfyUI reads from the file again at each use."""
 
 _buffers: weakref.WeakSet[HostBuffer] = weakref.WeakSet()
-_copies = Copies()
 
 
 def total_size() -> int:
@@ -74,15 +73,15 @@ class HostBuffer:
             The buffer's address.
 
         Raises:
-            RuntimeError: Past its range or the limit of all buffers, for copies of weights that a file has, where the process's
-                memory cgroup has no room, and where the system or a device refuses.
+            RuntimeError: Past its range or the limit of all buffers, for a copy of a weight that is not worth it, where the
+                process's memory cgroup has no room, and where the system or a device refuses.
             ValueError: For a negative number.
         """
         size = devices.count("size", size)
         limit = os.environ.get(LIMIT)
-        if not limit and self._holds_weights and not _copies.is_needed(size):
+        if not limit and self._holds_weights and not copies.is_needed(size):
             raise RuntimeError(
-                f"no copy of {size} bytes is kept of weights that a file has ({LIMIT} says how many GiB are)"
+                f"no copy of {size} bytes is kept of a weight that is not read again and again ({LIMIT} says how many GiB are)"
             )
         if limit and total_size() + size > float(limit) * 2**30:
             raise RuntimeError(
@@ -179,7 +178,8 @@ def read_file_to_device(
     """
     arguments = _arguments(file, file_offset, size, device_ptr)
     _forebay.read_to_device(devices.context(device).engine, *arguments, _stream(stream))
-    _copies.note_read(size)
+    file_now = os.fstat(arguments[0])
+    copies.note_read((file_now.st_dev, file_now.st_ino, file_offset), size)
 
 
 def write_device_to_file(

@@ -9,6 +9,7 @@ from typing import Any
 
 from forebay._forebay import ExplicitVbar
 from forebay.comfyui.aimdo import devices
+from forebay.comfyui.aimdo.copies import copies
 
 Allocation = tuple[Any, int, int]
 """A range, an address in it and a length: the parts of one :meth:`ModelVBAR.alloc`, or of several that follow each other."""
@@ -192,6 +193,7 @@ def allocated() -> dict[str, int]:
 
 def vbars_reset_watermark_limits() -> None:
     """Takes all limits back, and the memory that files are read into ahead of their use: ComfyUI calls this after a node."""
+    copies.end_node()
     for context in list(devices.contexts.values()):
         context.engine.end_read_ahead()
     for vbar in list(_vbars):
