@@ -6,7 +6,7 @@
 
 mod ring;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -59,7 +59,7 @@ struct Known {
 /// A part that is read ahead, its beginning at least.
 #[derive(Debug, Default)]
 struct Staged {
-    slots: VecDeque<Arc<Slot>>,
+    slots: Vec<Arc<Slot>>,
     read: Bytes,
 }
 
@@ -154,59 +154,60 @@ impl Inner {
         number
     }
 
+    /// Reads what is missing, and reads ahead meanwhile.
     unsafe fn read(
         &mut self,
         readers: Readers<'_>,
         part: &FilePart,
         number: u32,
-        to: OnDevice,
+        mut to: OnDevice,
     ) -> Result<()> {
         let Some(known) = self.files.last_mut() else { return Ok(()) };
         let Staged { mut slots, mut read } = known.used(number);
-        let mut copied = Bytes::ZERO;
-        // SAFETY: the caller's promise.
-        let result = unsafe { self.go_on(readers, part, to, &mut slots, &mut read, &mut copied) };
-        slots.iter().for_each(|slot| slot.give_up());
-        result
+        loop {
+            // SAFETY: the caller's promise.
+            match unsafe { self.go_on(readers, part, to, &mut slots, &mut read) } {
+                Ok(Some(copied)) => to.addr = to.addr.offset(copied),
+                Ok(None) => return self.plan(readers),
+                Err(error) => {
+                    slots.iter().for_each(|slot| slot.give_up());
+                    return Err(error);
+                }
+            }
+        }
     }
 
-    /// Reads what is missing, copies what was read, and reads ahead meanwhile.
+    /// Copies as much of a part as there is room for; how much it was. `None` where nothing is left to be copied.
     unsafe fn go_on(
         &mut self,
         readers: Readers<'_>,
         part: &FilePart,
         to: OnDevice,
-        slots: &mut VecDeque<Arc<Slot>>,
+        slots: &mut Vec<Arc<Slot>>,
         read: &mut Bytes,
-        copied: &mut Bytes,
-    ) -> Result<()> {
-        while *copied < part.bytes {
-            while *read < part.bytes {
-                let chunk = (part.offset + read.get(), self.chunk(readers, part.bytes - *read));
-                let Some(slot) = self.take(readers, &part.file, chunk, Urgency::Urgent, slots.is_empty())?
-                else {
-                    break;
-                };
-                *read += slot.len();
-                slots.push_back(slot);
-            }
-            self.plan(readers)?;
-            let (Some(slot), Some(ring)) = (slots.front(), &mut self.ring) else {
-                let reason = "nothing of it is read".to_owned();
-                return Err(EngineError::Invalid(reason));
+    ) -> Result<Option<Bytes>> {
+        while *read < part.bytes {
+            let chunk = (part.offset + read.get(), self.chunk(readers, part.bytes - *read));
+            let Some(slot) = self.take(readers, &part.file, chunk, Urgency::Urgent, slots.is_empty())? else {
+                break;
             };
-            slot.wait()?;
-            // SAFETY: the place is the caller's promise.
-            let enqueued = unsafe { ring.copy(slot, to.addr.offset(*copied), to.stream) };
-            if enqueued.is_err() {
-                self.ring = None;
-                self.files.iter_mut().for_each(Known::take_back);
-            }
-            enqueued?;
-            *copied += slot.len();
-            slots.pop_front();
+            *read += slot.len();
+            slots.push(slot);
         }
-        self.plan(readers)
+        let gone = || EngineError::Invalid("what is read ahead has no memory".to_owned());
+        if slots.is_empty() {
+            return if *read == part.bytes { Ok(None) } else { Err(gone()) };
+        }
+        self.plan(readers)?;
+        slots.iter().try_for_each(|slot| slot.wait())?;
+        let ring = self.ring.as_mut().ok_or_else(gone)?;
+        // SAFETY: the place is the caller's promise.
+        if let Err(error) = unsafe { ring.copy(slots, to.addr, to.stream) } {
+            self.ring = None;
+            self.files.iter_mut().for_each(Known::take_back);
+            return Err(error);
+        }
+        Ok(Some(slots.drain(..).map(|slot| slot.len()).sum()))
     }
 
     /// How much of the rest is read at once.
@@ -268,7 +269,7 @@ impl Inner {
             let Some(slot) = slot else { return Ok(()) };
             let staged = known.staged.entry(number).or_default();
             staged.read += slot.len();
-            staged.slots.push_back(slot);
+            staged.slots.push(slot);
         }
     }
 }

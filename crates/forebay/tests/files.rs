@@ -5,8 +5,10 @@ mod common;
 
 use std::io::Write;
 use std::sync::Arc;
+use std::time::Duration;
 
 use common::{Random, Rig};
+use forebay::device::host::HostConfig;
 use forebay::device::{Device, DeviceAddr, Event, Stream};
 use forebay::store::SourceFile;
 use forebay::{Bytes, Engine, FilePart, OnDevice, Use};
@@ -100,7 +102,10 @@ const SIZES: [usize; 12] = [
 #[test]
 fn tensors_are_right_in_any_order() {
     let mut random = Random::seeded();
-    let rig = Rig::new();
+    // What is read ahead has 16 MiB of it.
+    let capacity = Bytes::mib(512);
+    let slow = HostConfig { copy_delay: Duration::from_millis(2), capacity, ..HostConfig::default() };
+    let rig = Rig::host(slow).unwrap_or_else(Rig::new);
     let engine = rig.engine(Bytes::mib(128));
     let tensors = Tensors::new(&mut random, &SIZES);
     let room = Bytes::mib(32);
@@ -147,7 +152,7 @@ fn files_that_take_turns_and_files_that_change_are_right() {
         // What was read ahead of this one is what it was.
         place.check(&files[round], &[0]);
         let other = Tensors::new(&mut random, &SIZES[..5]);
-        std::thread::sleep(std::time::Duration::from_millis(20)); // so that its time differs
+        std::thread::sleep(Duration::from_millis(20)); // so that its time differs
         std::fs::write(files[round].file.path(), std::fs::read(other.file.path()).unwrap()).unwrap();
         files[round].parts = other.parts;
         place.check(&files[round], &[1, 2, 4]);

@@ -23,6 +23,8 @@ pub(super) struct Ring {
     slots: VecDeque<Arc<Slot>>,
     /// Bytes that were ever taken, with what was left over at the end of the memory.
     taken: u64,
+    /// Behind what fills what is copied next.
+    filled: Event,
     /// Events to be used again.
     spare: Vec<Event>,
 }
@@ -44,21 +46,18 @@ pub(super) struct Slot {
     begins: u64,
     at: Bytes,
     len: Bytes,
-    /// Behind the copy that fills it, and behind the one that reads it.
-    filled: Event,
-    copied: Event,
     stage: Mutex<Stage>,
     read: Condvar,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 enum Stage {
     /// A reader has it. Whether anybody will ask for it.
     Reading { is_wanted: bool },
     /// The copy that fills it is enqueued.
     Read(Result<()>),
-    /// The copy that reads it is enqueued.
-    Copying,
+    /// The copy that reads it is enqueued; complete behind the event, which those have in common that are copied together.
+    Copying(Arc<Event>),
     /// What fills it is enqueued at most, in the order in which it is filled again.
     Free,
 }
@@ -70,10 +69,10 @@ impl Ring {
     /// # Errors
     /// What the device reports; that it has no room.
     pub(super) fn new(device: &Arc<dyn Device>, size: Bytes) -> Result<Self> {
-        let stream = Stream::new(Arc::clone(device))?;
+        let (stream, filled) = (Stream::new(Arc::clone(device))?, Event::new(Arc::clone(device))?);
         let backing = Some(Scratch::new(device, size)?);
         let memory = Arc::new(Memory { device: Arc::clone(device), stream, size, backing });
-        Ok(Ring { memory, slots: VecDeque::new(), taken: 0, spare: Vec::new() })
+        Ok(Ring { memory, slots: VecDeque::new(), taken: 0, filled, spare: Vec::new() })
     }
 
     /// The most that can be taken at once.
@@ -96,8 +95,6 @@ impl Ring {
             begins: self.taken,
             at: Bytes::new((self.taken + skipped) % size),
             len: Bytes::new(len),
-            filled: self.event()?,
-            copied: self.event()?,
             stage: Mutex::new(Stage::Reading { is_wanted: true }),
             read: Condvar::new(),
         });
@@ -112,7 +109,7 @@ impl Ring {
         let mut stage = slot.stage.lock();
         loop {
             match &*stage {
-                Stage::Copying => return Ok(slot.copied.synchronize().map(|()| true)?),
+                Stage::Copying(copied) => return Ok(copied.synchronize().map(|()| true)?),
                 Stage::Free => return Ok(true),
                 Stage::Reading { is_wanted: false } => slot.read.wait(&mut stage),
                 Stage::Reading { is_wanted: true } | Stage::Read(_) => return Ok(false),
@@ -120,23 +117,53 @@ impl Ring {
         }
     }
 
-    /// Copies a slot that was read to a place on the device, in a stream. After an error the ring is not to be used.
+    /// Copies slots that were [waited for](Slot::wait), and belong side by side, to a place on the device, in a stream. After an
+    /// error the ring is not to be used.
     ///
     /// # Safety
-    /// The place is memory of the device until the copy has completed, and the stream lives as long.
-    pub(super) unsafe fn copy(&mut self, slot: &Slot, to: DeviceAddr, stream: StreamHandle) -> Result<()> {
-        *slot.stage.lock() = Stage::Copying;
-        let copy = Transform::Copy { to, from: slot.addr()?, len: slot.len };
-        // SAFETY: the stream lives, as the caller promises.
-        unsafe { slot.filled.wait_on(stream) }?;
-        // SAFETY: the slot is filled by then, and by nobody again before its event has completed; the rest is the caller's.
-        unsafe { self.memory.device.transform(&copy, stream) }?;
-        // SAFETY: the stream lives, as the caller promises.
-        let recorded = unsafe { slot.copied.record(stream) };
-        if let Err(error) = recorded {
-            // Nobody can know any more when the copy ends.
+    /// The place is memory of the device until the copies have completed, and the stream lives as long.
+    pub(super) unsafe fn copy(
+        &mut self,
+        slots: &[Arc<Slot>],
+        to: DeviceAddr,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        let copied = Arc::new(self.event()?);
+        // SAFETY: both streams live, this one as long as its memory.
+        let enqueued = unsafe { self.filled.record(self.memory.stream.handle()) }
+            // SAFETY: as before.
+            .and_then(|()| unsafe { self.filled.wait_on(stream) })
+            // SAFETY: the slots are filled by then, and by nobody again before the event; the rest is the caller's.
+            .and_then(|()| unsafe { self.copy_runs(slots, to, stream) })
+            // SAFETY: as before.
+            .and_then(|()| unsafe { copied.record(stream) });
+        for slot in slots {
+            *slot.stage.lock() = Stage::Copying(Arc::clone(&copied));
+        }
+        if let Err(error) = enqueued {
+            // Nobody can know any more when the copies end.
             std::mem::forget(Arc::clone(&self.memory));
             return Err(error.into());
+        }
+        Ok(())
+    }
+
+    /// One copy for slots that lie side by side here too.
+    ///
+    /// # Safety
+    /// As for [`copy`](Ring::copy), and in the stream the slots are filled.
+    unsafe fn copy_runs(
+        &self,
+        slots: &[Arc<Slot>],
+        mut to: DeviceAddr,
+        stream: StreamHandle,
+    ) -> forebay_device::Result<()> {
+        for run in slots.chunk_by(|one, next| one.at + one.len == next.at) {
+            let len = run.iter().map(|slot| slot.len).sum();
+            let Some(from) = run.first().and_then(|slot| self.memory.at(slot.at)) else { continue };
+            // SAFETY: the caller's promise.
+            unsafe { self.memory.device.transform(&Transform::Copy { to, from, len }, stream) }?;
+            to = to.offset(len);
         }
         Ok(())
     }
@@ -150,16 +177,18 @@ impl Ring {
 
     fn reclaim(&mut self) -> Result<()> {
         while let Some(slot) = self.slots.front() {
-            let is_free = match &*slot.stage.lock() {
-                Stage::Free => true,
-                Stage::Copying => slot.copied.is_complete()?,
-                Stage::Reading { .. } | Stage::Read(_) => false,
-            };
-            if !is_free {
-                break;
+            let mut stage = slot.stage.lock();
+            match &*stage {
+                Stage::Free => {}
+                Stage::Copying(copied) if copied.is_complete()? => {
+                    if let Stage::Copying(copied) = std::mem::replace(&mut *stage, Stage::Free) {
+                        self.spare.extend(Arc::into_inner(copied));
+                    }
+                }
+                Stage::Copying(_) | Stage::Reading { .. } | Stage::Read(_) => break,
             }
-            let slot = self.slots.pop_front().and_then(Arc::into_inner);
-            self.spare.extend(slot.into_iter().flat_map(|slot| [slot.filled, slot.copied]));
+            drop(stage);
+            self.slots.pop_front();
         }
         Ok(())
     }
@@ -168,13 +197,19 @@ impl Ring {
 impl Drop for Ring {
     fn drop(&mut self) {
         for slot in &self.slots {
-            if matches!(*slot.stage.lock(), Stage::Copying)
-                && let Err(error) = slot.copied.synchronize()
+            if let Stage::Copying(copied) = &*slot.stage.lock()
+                && let Err(error) = copied.synchronize()
             {
                 tracing::debug!(%error, "memory is kept: its copies may not have ended");
                 std::mem::forget(Arc::clone(&self.memory));
             }
         }
+    }
+}
+
+impl Memory {
+    fn at(&self, offset: Bytes) -> Option<DeviceAddr> {
+        self.backing.as_ref().map(|backing| backing.addr().offset(offset))
     }
 }
 
@@ -200,7 +235,7 @@ impl Slot {
             match &*stage {
                 Stage::Reading { .. } => self.read.wait(&mut stage),
                 Stage::Read(result) => return result.clone(),
-                Stage::Copying | Stage::Free => return Ok(()),
+                Stage::Copying(_) | Stage::Free => return Ok(()),
             }
         }
     }
@@ -211,13 +246,8 @@ impl Slot {
         *stage = match *stage {
             Stage::Reading { .. } => Stage::Reading { is_wanted: false },
             Stage::Read(_) => Stage::Free,
-            Stage::Copying | Stage::Free => return,
+            Stage::Copying(_) | Stage::Free => return,
         };
-    }
-
-    fn addr(&self) -> Result<DeviceAddr> {
-        let gone = || EngineError::Invalid("memory for reading ahead is gone".to_owned());
-        Ok(self.memory.backing.as_ref().ok_or_else(gone)?.addr().offset(self.at))
     }
 
     fn finish(&self, result: Result<()>) {
@@ -243,11 +273,11 @@ impl Filling {
         let is_wanted = !matches!(*slot.stage.lock(), Stage::Reading { is_wanted: false });
         let stream = slot.memory.stream.handle();
         let fill = || {
+            let gone = || EngineError::Invalid("memory for reading ahead is gone".to_owned());
+            let addr = slot.memory.at(slot.at).ok_or_else(gone)?;
             // SAFETY: the slot is memory of the device as long as anybody holds it, and so is the stream; the memory waits for
             // what is in the stream before it goes. Nobody else writes to the slot: what filled it before is in the same stream.
-            unsafe { reader.copy_in(shared, slot.len, (slot.addr()?, stream), read) }?;
-            // SAFETY: as above.
-            unsafe { slot.filled.record(stream) }.map_err(EngineError::from)
+            unsafe { reader.copy_in(shared, slot.len, (addr, stream), read) }
         };
         slot.finish(if is_wanted { fill() } else { Ok(()) });
         self.0 = None;
