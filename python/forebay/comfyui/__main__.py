@@ -1,8 +1,8 @@
 """Starts ComfyUI on Forebay: ``python -m forebay.comfyui main.py [ComfyUI's arguments]``.
 
 What stands before ``main.py`` is for this launcher, what comes after it is ComfyUI's own; ``main.py --help`` prints that.
-ComfyUI is not changed, on disk or elsewhere: it imports Forebay's package where it asks for comfy_aimdo. Its
-``--disable-dynamic-vram`` switches that off.
+ComfyUI is not changed on disk. It imports Forebay's package where it asks for comfy_aimdo, and its models run on Forebay's
+weights. Its ``--disable-dynamic-vram`` switches both off.
 """
 
 from __future__ import annotations
