@@ -11,7 +11,7 @@ use common::{Random, Rig};
 use forebay::device::host::HostConfig;
 use forebay::device::{Device, DeviceAddr, Event, Stream};
 use forebay::store::SourceFile;
-use forebay::{Bytes, Engine, FilePart, OnDevice, Use};
+use forebay::{Bytes, Engine, ExplicitVbar, FilePart, OnDevice, Use};
 
 /// A safetensors file, and each tensor's place in it and bytes.
 struct Tensors {
@@ -53,11 +53,22 @@ impl Tensors {
 struct Place<'a> {
     engine: &'a Engine,
     device: &'a Arc<dyn Device>,
+    vbar: ExplicitVbar,
     addr: DeviceAddr,
     stream: Stream,
 }
 
-impl Place<'_> {
+const ROOM: Bytes = Bytes::mib(32);
+
+impl<'a> Place<'a> {
+    fn new(engine: &'a Arc<Engine>, rig: &'a Rig) -> Self {
+        let vbar = engine.vbar("target", ROOM).unwrap();
+        let addr = vbar.alloc(ROOM).unwrap();
+        let stream = rig.stream();
+        assert!(vbar.fault(addr, ROOM, Use::on(stream.handle())).unwrap().is_some());
+        Place { engine, device: &rig.device, vbar, addr, stream }
+    }
+
     /// Asks for tensors one after the other, without waiting for copies, each behind the one before.
     fn check(&self, tensors: &Tensors, order: &[usize]) {
         let (mut from, mut expected) = (self.addr, Vec::new());
@@ -81,6 +92,12 @@ impl Place<'_> {
         unsafe { event.record(self.stream.handle()) }.unwrap();
         event.synchronize().unwrap();
         assert!(found == expected, "other bytes in the order {order:?}");
+    }
+}
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        self.vbar.unpin_everywhere(self.addr, ROOM).unwrap();
     }
 }
 
@@ -108,12 +125,7 @@ fn tensors_are_right_in_any_order() {
     let rig = Rig::host(slow).unwrap_or_else(Rig::new);
     let engine = rig.engine(Bytes::mib(128));
     let tensors = Tensors::new(&mut random, &SIZES);
-    let room = Bytes::mib(32);
-    let vbar = engine.vbar("target", room).unwrap();
-    let addr = vbar.alloc(room).unwrap();
-    let stream = rig.stream();
-    assert!(vbar.fault(addr, room, Use::on(stream.handle())).unwrap().is_some());
-    let place = Place { engine: &engine, device: &rig.device, addr, stream };
+    let place = Place::new(&engine, &rig);
     let in_order: Vec<usize> = (0..SIZES.len()).collect();
     let in_blocks = [2, 0, 1, 5, 3, 4, 8, 6, 7, 11, 9, 10];
     for _ in 0..3 {
@@ -125,11 +137,10 @@ fn tensors_are_right_in_any_order() {
     for _ in 0..20 {
         let some: Vec<usize> = (0..6).map(|_| random.below(SIZES.len() as u64 - 1) as usize).collect();
         let total: usize = some.iter().map(|&number| SIZES[number]).sum();
-        if total <= room.as_usize() {
+        if total <= ROOM.as_usize() {
             place.check(&tensors, &some);
         }
     }
-    vbar.unpin_everywhere(addr, room).unwrap();
 }
 
 #[test]
@@ -138,12 +149,7 @@ fn files_that_take_turns_and_files_that_change_are_right() {
     let rig = Rig::new();
     let engine = rig.engine(Bytes::mib(128));
     let mut files: Vec<Tensors> = (0..20).map(|_| Tensors::new(&mut random, &SIZES[..5])).collect();
-    let room = Bytes::mib(32);
-    let vbar = engine.vbar("target", room).unwrap();
-    let addr = vbar.alloc(room).unwrap();
-    let stream = rig.stream();
-    assert!(vbar.fault(addr, room, Use::on(stream.handle())).unwrap().is_some());
-    let place = Place { engine: &engine, device: &rig.device, addr, stream };
+    let place = Place::new(&engine, &rig);
     for round in 0..3 {
         for tensors in &files {
             place.check(tensors, &[0, 1]);
@@ -157,7 +163,6 @@ fn files_that_take_turns_and_files_that_change_are_right() {
         files[round].parts = other.parts;
         place.check(&files[round], &[1, 2, 4]);
     }
-    vbar.unpin_everywhere(addr, room).unwrap();
 }
 
 #[test]
@@ -166,20 +171,14 @@ fn several_threads_ask_at_once() {
     let rig = Rig::new();
     let engine = rig.engine(Bytes::mib(256));
     let tensors = Tensors::new(&mut random, &SIZES);
-    let room = Bytes::mib(32);
     let orders: Vec<Vec<usize>> =
         (0..4).map(|_| (0..5).map(|_| random.below(6) as usize).collect()).collect();
     std::thread::scope(|scope| {
         for order in &orders {
             let (engine, rig, tensors) = (&engine, &rig, &tensors);
             scope.spawn(move || {
-                let vbar = engine.vbar("target", room).unwrap();
-                let addr = vbar.alloc(room).unwrap();
-                let stream = rig.stream();
-                assert!(vbar.fault(addr, room, Use::on(stream.handle())).unwrap().is_some());
-                let place = Place { engine, device: &rig.device, addr, stream };
+                let place = Place::new(engine, rig);
                 (0..5).for_each(|_| place.check(tensors, order));
-                vbar.unpin_everywhere(addr, room).unwrap();
             });
         }
     });
