@@ -7,7 +7,7 @@ for bit, and the device has it for nothing while a page is filled.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,9 +78,7 @@ class LowRank:
     def place(self, device: torch.device) -> tuple[torch.Tensor, Product]:
         """Takes the factors to a device, in the current stream: their memory, and the product for the engine."""
         (rows, columns), rank, count = self.shape, sum(self.ranks), len(self.terms)
-        dtypes = {factor.dtype for factors in self.terms for factor in factors[:2]}
-        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-        dtype = dtype if dtype in USED else torch.float32
+        dtype = joined_dtype(factor for factors in self.terms for factor in factors[:2])
         ends = list(itertools.accumulate(self.ranks))
         scales = torch.tensor([scale for _, _, scale in self.terms], dtype=torch.float32)
         numbers = torch.cat((scales.view(torch.int32), torch.tensor(ends, dtype=torch.int32)))
@@ -104,6 +102,13 @@ class LowRank:
         if up.ndim < 2 or down.ndim < 2 or up.shape[1:].numel() != down.shape[0]:
             return None
         return up.shape[0], down.shape[1:].numel()
+
+
+def joined_dtype(factors: Iterable[torch.Tensor]) -> torch.dtype:
+    """The dtype in which factors are joined to those of one product: their own, where the device computes with it."""
+    dtypes = {factor.dtype for factor in factors}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    return dtype if dtype in USED else torch.float32
 
 
 def sums_as_torch(engine: Engine, device: torch.device, rows: int, columns: int, rank: int) -> bool:

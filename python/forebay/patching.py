@@ -19,7 +19,7 @@ import torch
 from forebay._forebay import DetachedError, ForebayError, Model
 from forebay.adapters import COMPONENTS, Adapter, Source, file_identity, names_of, read_adapters
 from forebay.converting import USED, Conversion, dtype_name
-from forebay.low_rank import LowRank, Product
+from forebay.low_rank import LowRank, Product, joined_dtype
 
 _log = logging.getLogger("forebay")
 
@@ -235,9 +235,7 @@ class Patches:
         kept: list[torch.Tensor] = []
         products: list[Product] = []
         for first, last, of in _runs(terms):
-            dtypes = {tensor.dtype for term in of for tensor in (term.adapter.up, term.adapter.down)}
-            dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-            dtype = dtype if dtype in USED else torch.float32
+            dtype = joined_dtype(tensor for term in of for tensor in (term.adapter.up, term.adapter.down))
             up = [term.adapter.up[first - term.first : last - term.first].to(dtype) for term in of]
             down = [term.adapter.down.to(dtype) for term in of]
             scale = [torch.full((term.adapter.rank,), term.scale, dtype=torch.float32) for term in of]

@@ -87,11 +87,15 @@ impl Schedule {
     /// expected.
     pub fn used(&mut self, weight: u32, mut dropped: impl FnMut(u32)) -> bool {
         debug_assert!(weight < self.weights);
-        self.extend_to(SKIP + 1);
+        let mut place = self.place_of(weight);
+        if place.is_none() {
+            self.extend_to(SKIP + 1);
+            place = self.place_of(weight);
+        }
         self.learn(weight);
         let is_new = std::mem::take(&mut self.patience[weight as usize]) > 0;
         let mut was_planned = false;
-        match self.queue.iter().take(SKIP + 1).position(|expected| expected.weight == weight) {
+        match place {
             Some(skipped) => {
                 let kept = self.skip(skipped, &mut dropped);
                 self.queue.remove(kept);
@@ -144,6 +148,11 @@ impl Schedule {
     /// A model without any order must not make the memory of it grow for ever.
     fn memory_limit(&self) -> usize {
         1024 + 8 * self.weights as usize
+    }
+
+    /// How many nearer uses are expected before this one, if it is.
+    fn place_of(&self, weight: u32) -> Option<usize> {
+        self.queue.iter().take(SKIP + 1).position(|expected| expected.weight == weight)
     }
 
     fn learn(&mut self, weight: u32) {

@@ -31,6 +31,7 @@ const REFUSED_FOR: Duration = Duration::from_secs(10);
 const MOST_AT_ONCE: Bytes = Bytes::mib(16);
 /// Files whose order of use is remembered.
 const MOST_FILES: usize = 16;
+
 /// All of it, for one engine. Callers take turns; between their calls readers that have nothing else to do go on.
 #[derive(Debug, Default)]
 pub(crate) struct Ahead(Mutex<Inner>);
@@ -298,32 +299,28 @@ impl Known {
     fn used(&mut self, number: u32) -> Staged {
         let mut dropped = Vec::new();
         self.schedule.used(number, |other| dropped.push(other));
-        let found = self.staged.remove(&number).unwrap_or_default();
-        for other in dropped {
-            self.give_up(other);
-        }
-        if self.growing == Some(number) {
-            self.growing = None;
-        }
-        found
+        dropped.into_iter().for_each(|other| self.unstage(other).give_up());
+        self.unstage(number)
     }
 
-    fn give_up(&mut self, number: u32) {
-        if self.growing == Some(number) {
-            self.growing = None;
-        }
-        if let Some(staged) = self.staged.remove(&number) {
-            staged.slots.iter().for_each(|slot| slot.give_up());
-        }
+    /// What of a tensor was read ahead, which is no longer kept here.
+    fn unstage(&mut self, number: u32) -> Staged {
+        self.growing.take_if(|growing| *growing == number);
+        self.staged.remove(&number).unwrap_or_default()
     }
 
     /// No use is expected any more.
     fn take_back(&mut self) {
         while self.schedule.unplan_last().is_some() {}
         self.growing = None;
-        for (_, staged) in self.staged.drain() {
-            staged.slots.iter().for_each(|slot| slot.give_up());
-        }
+        self.staged.drain().for_each(|(_, staged)| staged.give_up());
+    }
+}
+
+impl Staged {
+    /// Nobody will ask for it.
+    fn give_up(self) {
+        self.slots.iter().for_each(|slot| slot.give_up());
     }
 }
 

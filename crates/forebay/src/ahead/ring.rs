@@ -34,7 +34,9 @@ pub(super) struct Ring {
 struct Memory {
     device: Arc<dyn Device>,
     stream: Stream,
+    base: DeviceAddr,
     size: Bytes,
+    /// Taken when it goes.
     backing: Option<Scratch>,
 }
 
@@ -70,8 +72,9 @@ impl Ring {
     /// What the device reports; that it has no room.
     pub(super) fn new(device: &Arc<dyn Device>, size: Bytes) -> Result<Self> {
         let (stream, filled) = (Stream::new(Arc::clone(device))?, Event::new(Arc::clone(device))?);
-        let backing = Some(Scratch::new(device, size)?);
-        let memory = Arc::new(Memory { device: Arc::clone(device), stream, size, backing });
+        let backing = Scratch::new(device, size)?;
+        let (device, base) = (Arc::clone(device), backing.addr());
+        let memory = Arc::new(Memory { device, stream, base, size, backing: Some(backing) });
         Ok(Ring { memory, slots: VecDeque::new(), taken: 0, filled, spare: Vec::new() })
     }
 
@@ -159,8 +162,7 @@ impl Ring {
         stream: StreamHandle,
     ) -> forebay_device::Result<()> {
         for run in slots.chunk_by(|one, next| one.at + one.len == next.at) {
-            let len = run.iter().map(|slot| slot.len).sum();
-            let Some(from) = run.first().and_then(|slot| self.memory.at(slot.at)) else { continue };
+            let (from, len) = (self.memory.base.offset(run[0].at), run.iter().map(|slot| slot.len).sum());
             // SAFETY: the caller's promise.
             unsafe { self.memory.device.transform(&Transform::Copy { to, from, len }, stream) }?;
             to = to.offset(len);
@@ -204,12 +206,6 @@ impl Drop for Ring {
                 std::mem::forget(Arc::clone(&self.memory));
             }
         }
-    }
-}
-
-impl Memory {
-    fn at(&self, offset: Bytes) -> Option<DeviceAddr> {
-        self.backing.as_ref().map(|backing| backing.addr().offset(offset))
     }
 }
 
@@ -273,8 +269,7 @@ impl Filling {
         let is_wanted = !matches!(*slot.stage.lock(), Stage::Reading { is_wanted: false });
         let stream = slot.memory.stream.handle();
         let fill = || {
-            let gone = || EngineError::Invalid("memory for reading ahead is gone".to_owned());
-            let addr = slot.memory.at(slot.at).ok_or_else(gone)?;
+            let addr = slot.memory.base.offset(slot.at);
             // SAFETY: the slot is memory of the device as long as anybody holds it, and so is the stream; the memory waits for
             // what is in the stream before it goes. Nobody else writes to the slot: what filled it before is in the same stream.
             unsafe { reader.copy_in(shared, slot.len, (addr, stream), read) }

@@ -91,6 +91,12 @@ def any_engine() -> Engine | None:
     return next((context.engine for context in contexts.values()), None)
 
 
+def end_read_ahead() -> None:
+    """Forgets what was read ahead for any device, and gives the memory for it back."""
+    for context in list(contexts.values()):
+        context.engine.end_read_ahead()
+
+
 def _key(device: Any) -> Any:
     if device is None:
         return next(iter(contexts)) if len(contexts) == 1 else None

@@ -209,8 +209,7 @@ def write_host_to_file(file: Any, file_offset: int, size: int, host_ptr: int) ->
 
 def cleanup_file_reader() -> None:
     """Forgets what was read ahead, and gives the memory for it back."""
-    for context in list(devices.contexts.values()):
-        context.engine.end_read_ahead()
+    devices.end_read_ahead()
 
 
 def _arguments(file: Any, file_offset: int, size: int, address: int) -> tuple[int, int, int, int]:

@@ -194,8 +194,7 @@ def allocated() -> dict[str, int]:
 def vbars_reset_watermark_limits() -> None:
     """Takes all limits back, and the memory that files are read into ahead of their use: ComfyUI calls this after a node."""
     copies.end_node()
-    for context in list(devices.contexts.values()):
-        context.engine.end_read_ahead()
+    devices.end_read_ahead()
     for vbar in list(_vbars):
         if vbar._vbar is not None:
             vbar.set_watermark_limit(0)
