@@ -326,6 +326,7 @@ def row_of(cell: Cell, system: str, outcome: Outcome, steps: int) -> Row:
         "first_s": [phase["step_s"][0] for phase in first_round],
         "again_s": [phase["step_s"][0] for phase in sampled[cell.instances :]],
         "later_s": statistics.median(later) if later else None,
+        "steps_s": [phase["step_s"] for phase in sampled],
         "weights_bytes": weights,
         "resident_bytes": max(loaded, default=0) * GIB,
         "pinned_bytes": max(phase.get("pinned_gib", 0) for phase in phases) * GIB,

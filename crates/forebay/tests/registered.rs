@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use common::faulty::{Call, Failure, Faulty};
 use common::{Consumer, Random, Rig, Weights};
 use forebay::device::Device;
-use forebay::{Attachment, Budget, Bytes, Engine, EngineConfig, EngineError, Use};
+use forebay::{Activity, Attachment, Budget, Bytes, Engine, EngineConfig, EngineError, Use};
 
 /// Two thirds of these lie in a file.
 const SIZES: [usize; 12] = [2 << 20; 12];
@@ -77,6 +77,30 @@ fn after_the_first_pass_the_copy_engine_reads_files_by_itself_also_when_the_mode
     while engine.stats().registered > Bytes::ZERO {
         assert!(start.elapsed() < Duration::from_secs(20), "{}", engine.stats());
         std::thread::yield_now();
+    }
+}
+
+#[test]
+fn whoever_calls_the_driver_meanwhile_gets_three_quarters_of_the_time() {
+    let mut random = Random::seeded();
+    let weights = Weights::new(&mut random, &SIZES);
+    let device = Rig::new().device;
+    let engine = engine(&device, None);
+    let model = weights.attach(&engine, "model");
+    pass(&model, &weights, &device);
+    for _ in 0..5 {
+        engine.set_registered(Some(Bytes::ZERO));
+        passes_until(&engine, &model, &weights, &device, |registered| registered == Bytes::ZERO);
+        engine.start_recording();
+        engine.set_registered(None);
+        passes_until(&engine, &model, &weights, &device, |registered| registered >= Bytes::mib(8));
+        let moments = engine.stop_recording();
+        let made: Vec<_> = moments.iter().filter(|moment| moment.activity == Activity::Register).collect();
+        assert!(made.len() > 1, "{made:?}");
+        for (one, next) in made.iter().zip(&made[1..]) {
+            let rest = next.start.saturating_sub(one.start + one.length);
+            assert!(rest >= one.length * 3, "{one:?}, {next:?}");
+        }
     }
 }
 

@@ -1,11 +1,12 @@
 //! The thread that registers page cache with the device, so that the copy engine reads it by itself, gives it back, and
 //! divides the page cache where it is too small for all weights.
 //!
-//! Registering takes longer than copying and holds the driver up meanwhile, so it is done when nothing else goes on. A page
-//! that went through the ring so often that it pays is registered in place of that, one at a time with a rest after it; after
-//! a model's first pass any page is where readers do not keep up with the link. It stops where memory that is really free
-//! ends. What the host's memory is wanted for is given back page by page: a driver may let that wait for an idle device, and
-//! nobody but this thread waits for it.
+//! Registering takes longer than copying and holds the driver up meanwhile, so it is done when nothing else goes on, as far
+//! as the engine knows: the application may still call the driver all the time. A page that went through the ring so often that
+//! it pays is registered in place of that; after a model's first pass any page is where readers do not keep up with the link.
+//! Pages are registered one at a time, each with a rest after it. It stops where memory that is really free ends. What the
+//! host's memory is wanted for is given back page by page: a driver may let that wait for an idle device, and nobody but this
+//! thread waits for it.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -80,7 +81,10 @@ impl Keeper {
                 // Nothing let go of the lock since the state was looked at.
                 match state.books.vbars.is_empty() && !state.registering.has_rest() {
                     true => shared.register.wait(&mut state),
-                    false => drop(shared.register.wait_for(&mut state, PERIOD)),
+                    false => {
+                        let pause = Self::pause(&state, &shared);
+                        shared.register.wait_for(&mut state, pause);
+                    }
                 }
             }
         }
@@ -88,7 +92,6 @@ impl Keeper {
 
     /// Registers and fills a page, or has it filled through the ring after all.
     fn run_job(&mut self, state: &mut MutexGuard<'_, State>, Job { vbar, page, filled }: Job) {
-        let began = Instant::now();
         let plan = state.plan_of(vbar.page_ref(page));
         let plan = plan.filter(|plan| state.registering.has_room_for(plan.size()));
         let registered = plan.and_then(|plan| self.register(state, &vbar, vbar.page_ref(page), &plan));
@@ -101,7 +104,6 @@ impl Keeper {
             }
         });
         state.registering.job_done();
-        state.registering.rest_after(began.elapsed());
     }
 
     /// Tells the kernel of some pages that have no place in its cache any more. Whether there were any.
@@ -120,6 +122,9 @@ impl Keeper {
         if state.registering.has_leaving() {
             return true;
         }
+        if state.registering.rest().is_some() {
+            return false;
+        }
         let Some((rank, page)) = state.registering.take_wanted() else { return false };
         if !state.is_still_wanted(page) {
             return true;
@@ -134,6 +139,12 @@ impl Keeper {
         true
     }
 
+    /// How long there is nothing to do unless somebody calls.
+    fn pause(state: &State, shared: &Shared) -> Duration {
+        let rest = state.registering.rest().filter(|_| state.is_quiet(shared));
+        rest.map_or(PERIOD, |rest| rest.min(PERIOD))
+    }
+
     fn register(
         &mut self,
         state: &mut MutexGuard<'_, State>,
@@ -141,12 +152,14 @@ impl Keeper {
         page: PageRef,
         plan: &PagePlan,
     ) -> Option<Arc<RegisteredPage>> {
+        let began = Instant::now();
         let made = MutexGuard::unlocked(state, || {
             let began = self.shared.timeline.begin();
             let made = RegisteredPage::new(&self.shared.device, plan).map(Arc::new);
             self.shared.timeline.note(Activity::Register, page.page.0, began);
             made
         });
+        state.registering.rest_after(began.elapsed());
         match made {
             Ok(made) => {
                 state.registering.registered(made.size());
