@@ -135,7 +135,7 @@ impl UnderWay {
         });
         match copied {
             Ok(copied) => {
-                filler::fill_directly(shared, &vbar, page, &registered, &filled, Some(&copied));
+                filler::fill_directly(shared, &vbar, page, &registered, &filled, &copied);
                 // One that was not recorded, because the copy failed, is complete.
                 self.copies.push_back((copied, registered.bytes()));
             }
@@ -242,7 +242,7 @@ mod tests {
         {
             let mut state = engine.shared().state.lock();
             let plan = state.plan_of(page).expect("it lies in a file");
-            let registered = RegisteredPage::new(&engine.shared().device, &plan)?;
+            let registered = RegisteredPage::new(&engine.shared().device, &plan, |_| ())?;
             state.registering.registered(registered.size());
             state.books.page(page).registered = Some(Arc::new(registered));
         }

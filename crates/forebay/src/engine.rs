@@ -69,7 +69,7 @@ impl Engine {
         let readers = Arc::new(readers);
         let copier = Arc::new(Copier::new(Arc::clone(&shared))?);
         let mover = Mover::new(Arc::clone(&shared), Arc::clone(&readers), Arc::clone(&copier));
-        let keeper = Keeper::new(Arc::clone(&shared), Arc::clone(&readers))?;
+        let keeper = Keeper::new(Arc::clone(&shared))?;
         // Made first: where a thread cannot be started, the other ends with it.
         let engine = Engine {
             shared,

@@ -170,10 +170,10 @@ impl Fill {
     ) -> std::result::Result<(), StoreError> {
         segment.source.verify()?;
         let segment = std::slice::from_ref(segment);
-        self.shared.reading.during(|| match self.past_cache {
+        match self.past_cache {
             true => read_segments_past_cache(segment, first, bytes, through),
             false => read_segments(segment, first, bytes),
-        })
+        }
     }
 
     /// What a reader read is on its way, marked by its slot's event.
@@ -258,7 +258,7 @@ pub(crate) fn fill_directly(
     page: u32,
     registered: &RegisteredPage,
     filled: &Arc<Event>,
-    copied: Option<&Event>,
+    copied: &Event,
 ) {
     let began = shared.timeline.begin();
     let result = verify_sources(vbar, page).and_then(|()| {
@@ -268,7 +268,7 @@ pub(crate) fn fill_directly(
         let enqueued = unsafe { registered.copy_to(&*shared.device, vbar.page_addr(page), stream.handle()) };
         let enqueued = enqueued.and_then(|()| {
             // SAFETY: the copy stream lives as long as `shared`.
-            copied.map_or(Ok(()), |copied| unsafe { copied.record(stream.handle()) }).map_err(Into::into)
+            unsafe { copied.record(stream.handle()) }.map_err(Into::into)
         });
         let completed = match &enqueued {
             Ok(()) => shared.complete(vbar, &vbar.patches.current(), page, filled, &stream),

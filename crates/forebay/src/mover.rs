@@ -17,7 +17,6 @@ use parking_lot::MutexGuard;
 use crate::Result;
 use crate::books::{FrameBook, VbarBook};
 use crate::cache::registered::RegisteredPage;
-use crate::cache::registering::Job;
 use crate::computed::is_computed_whole;
 use crate::copier::{Copier, PageCopy};
 use crate::filler::{self, Fill};
@@ -81,8 +80,6 @@ struct Backing {
 enum Way {
     /// The copy engine reads them by itself.
     Registered { from: Arc<RegisteredPage>, urgency: Urgency },
-    /// They are registered first.
-    ToBeRegistered,
     /// Readers bring them, if anything is read at all.
     Ring { urgency: Urgency, past_cache: bool },
 }
@@ -213,7 +210,6 @@ impl Mover {
             let way = match registered {
                 _ if is_computed_whole(&vbar, page.page.0) => Way::Ring { urgency, past_cache: false },
                 Some(from) => Way::Registered { from, urgency },
-                None if !demanded && state.is_to_be_registered(page) => Way::ToBeRegistered,
                 None => Way::Ring { urgency, past_cache: state.is_past_cache(page) },
             };
             backing.push(Backing { frame: frame_handle, filled, way });
@@ -326,9 +322,6 @@ impl Mover {
         for (page, backing) in pages() {
             match &result {
                 Err(error) => {
-                    if matches!(backing.way, Way::ToBeRegistered) {
-                        self.shared.state.lock().registering.job_done();
-                    }
                     // Without room whoever waits asks again, and finds the new budget.
                     let reason = (!error.is_out_of_memory()).then(|| error.clone());
                     filler::finished(&self.shared, vbar, page, Err(reason));
@@ -340,11 +333,6 @@ impl Mover {
                         Way::Registered { from, urgency } => {
                             let (vbar, registered) = (Arc::clone(vbar), Arc::clone(from));
                             self.copier.submit(*urgency, PageCopy { vbar, page, registered, filled });
-                        }
-                        Way::ToBeRegistered => {
-                            let job = Job { vbar: Arc::clone(vbar), page, filled };
-                            self.shared.state.lock().registering.hand_in(job);
-                            self.shared.register.notify_one();
                         }
                         Way::Ring { urgency, past_cache } => {
                             let (urgency, past_cache) = (*urgency, *past_cache);

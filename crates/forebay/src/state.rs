@@ -17,7 +17,6 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 use smallvec::SmallVec;
 
 use crate::books::{Books, VbarBook};
-use crate::cache::reading::Reading;
 use crate::cache::registering::Registering;
 use crate::computed::Computing;
 use crate::config::{EngineConfig, RingConfig};
@@ -61,7 +60,6 @@ pub(crate) struct Shared {
     pub(crate) patching: Stream,
     pub(crate) computing: Computing,
     pub(crate) copies: Copies,
-    pub(crate) reading: Arc<Reading>,
     /// Bytes of pages that are pinned as long as their model is attached.
     pub(crate) reserved: AtomicU64,
     /// Operations that hold weights.
@@ -122,7 +120,6 @@ impl Shared {
     pub(crate) fn new(device: Arc<dyn Device>, config: EngineConfig, effective: Bytes) -> Result<Self> {
         let copy = Stream::new(Arc::clone(&device))?;
         let patching = Stream::new(Arc::clone(&device))?;
-        let reading = Arc::new(Reading::default());
         Ok(Shared {
             id: device.id(),
             state: Mutex::new(State {
@@ -131,11 +128,7 @@ impl Shared {
                 queue: VecDeque::new(),
                 landing: VecDeque::new(),
                 budget: config.budget,
-                registering: Registering::new(
-                    config.registered,
-                    config.ring.reader_threads(),
-                    Arc::clone(&reading),
-                ),
+                registering: Registering::new(config.registered),
                 decided: 0,
                 newest: Serial(0),
                 done: 0,
@@ -161,7 +154,6 @@ impl Shared {
             patching,
             computing: Computing::default(),
             copies: Copies::default(),
-            reading,
             reserved: AtomicU64::new(0),
             operations: AtomicUsize::new(0),
             views: AtomicUsize::new(0),
@@ -236,6 +228,11 @@ impl State {
         state.executing -= 1;
         state.done = state.decided - state.queue.len() as u64;
         result
+    }
+
+    /// How many commands were decided.
+    pub(crate) fn decided(&self) -> u64 {
+        self.decided
     }
 
     /// All that is decided by now.

@@ -25,7 +25,7 @@ pub enum Activity {
     Slot,
     /// A page's copies were enqueued; from the page's mapping until all of them were.
     Fill,
-    /// A page was registered, or several were given back.
+    /// A piece of a page was registered, or several pages were given back.
     Register,
     /// See [`Register`](Activity::Register).
     Unregister,

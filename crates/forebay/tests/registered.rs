@@ -105,7 +105,33 @@ fn whoever_calls_the_driver_meanwhile_gets_three_quarters_of_the_time() {
 }
 
 #[test]
-fn where_nothing_is_ever_quiet_pages_are_registered_on_their_way_once_it_pays() {
+fn a_moment_between_two_passes_is_not_used() {
+    let quiet = Duration::from_millis(50);
+    let mut random = Random::seeded();
+    let weights = Weights::new(&mut random, &SIZES);
+    let device = Rig::new().device;
+    let engine = engine(&device, None);
+    let model = weights.attach(&engine, "model");
+    engine.start_recording();
+    for pause_ms in [5, 10, 2, 150, 5, 150] {
+        pass(&model, &weights, &device);
+        std::thread::sleep(Duration::from_millis(pause_ms));
+    }
+    let moments = engine.stop_recording();
+    let of = |activity| moments.iter().filter(move |moment| moment.activity == activity);
+    let made = of(Activity::Register).count();
+    // A pass may begin between the look at what goes on and the registering.
+    let hasty = of(Activity::Register)
+        .filter(|made| {
+            let before = made.start.saturating_sub(quiet)..made.start.saturating_sub(quiet / 2);
+            of(Activity::Map).any(|map| before.contains(&map.start))
+        })
+        .count();
+    assert!(made > 1 && hasty * 4 <= made, "{hasty} of {made}");
+}
+
+#[test]
+fn where_nothing_is_ever_quiet_pages_are_registered_all_the_same() {
     let mut random = Random::seeded();
     let weights = Weights::new(&mut random, &SIZES);
     let device = Rig::new().device;

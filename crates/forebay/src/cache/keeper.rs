@@ -1,26 +1,21 @@
 //! The thread that registers page cache with the device, so that the copy engine reads it by itself, gives it back, and
 //! divides the page cache where it is too small for all weights.
 //!
-//! Registering takes longer than copying and holds the driver up meanwhile, so it is done when nothing else goes on, as far
-//! as the engine knows: the application may still call the driver all the time. A page that went through the ring so often that
-//! it pays is registered in place of that; after a model's first pass any page is where readers do not keep up with the link.
-//! Pages are registered one at a time, each with a rest after it. It stops where memory that is really free ends. What the
-//! host's memory is wanted for is given back page by page: a driver may let that wait for an idle device, and nobody but this
-//! thread waits for it.
+//! Registering lets nobody else call the driver. So it is done when nothing goes on, as far as the engine knows, and piece by
+//! piece with a rest after each, for whoever calls the driver all the same; where nothing is ever quiet, for pages that are read
+//! so often that it pays. It stops where memory that is really free ends. What the host's memory is wanted for is given back page by page: a driver may let
+//! that wait for an idle device, and nobody but this thread waits for it.
 
 use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use forebay_core::{Bytes, PageRef};
 use forebay_device::Event;
-use forebay_store::{ReaderPool, Urgency};
 use parking_lot::MutexGuard;
 
 use super::ram::Ram;
 use super::registered::{NotRegistered, PagePlan, RegisteredPage};
-use super::registering::Job;
-use crate::filler::{self, Fill};
-use crate::reader::Reader;
 use crate::state::{Shared, State};
 use crate::timeline::Activity;
 use crate::vbar::Vbar;
@@ -36,6 +31,15 @@ const LEFT: Bytes = Bytes::gib(2);
 const PRESSURE: f64 = 10.0;
 /// How long memory that is to be given back may wait for a moment in which nothing is in use.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// How long nothing has gone on when it is quiet: longer than between two steps of a sampler (10 ms).
+const QUIET: Duration = Duration::from_millis(50);
+/// Fills through the ring after which a page is registered though it is not quiet. Streaming takes up to a tenth longer until
+/// all pages are, and less by so much afterwards (2026-11-29-h200-comfyui).
+const LATE: u32 = 8;
+/// How many times as long as registering a piece took nothing is registered. Without a rest a pass took 1.65 times as long while
+/// its pages were registered (16 GiB of 25 GB; 2026-11-28-h100-third), and between two steps of ComfyUI's, where nothing is used
+/// and the driver is called some seventy times, 45 ms went by instead of 7 (2026-11-29-h200-comfyui).
+const REST: u32 = 3;
 /// Refusals by the device after which it is not asked any more.
 const MOST_REFUSALS: u32 = 3;
 /// Pages given back, or given up in the page cache, in one go.
@@ -43,19 +47,20 @@ const AT_ONCE: usize = 8;
 
 pub(crate) struct Keeper {
     shared: Arc<Shared>,
-    readers: Arc<ReaderPool<Reader>>,
     /// Behind the copies that may read what is given back.
     copied: Event,
     looked: Option<Instant>,
     /// Since when more is registered than is free.
     over_since: Option<Instant>,
+    /// Since when it is quiet, and what had been decided by then.
+    quiet: Option<(Instant, u64)>,
     refusals: u32,
 }
 
 impl Keeper {
-    pub(crate) fn new(shared: Arc<Shared>, readers: Arc<ReaderPool<Reader>>) -> crate::Result<Self> {
+    pub(crate) fn new(shared: Arc<Shared>) -> crate::Result<Self> {
         let copied = Event::new(Arc::clone(&shared.device))?;
-        Ok(Keeper { shared, readers, copied, looked: None, over_since: None, refusals: 0 })
+        Ok(Keeper { shared, copied, looked: None, over_since: None, quiet: None, refusals: 0 })
     }
 
     /// Runs until the engine stops and nothing is registered.
@@ -68,42 +73,25 @@ impl Keeper {
                 state.registering.let_go(pages);
                 state.registering.drop_kept();
             }
-            if let Some(job) = state.registering.take_job() {
-                self.run_job(&mut state, job);
-            } else if state.registering.has_leaving() {
+            if state.registering.has_leaving() {
                 self.give_back(&mut state);
-            } else if state.stop && !state.registering.expects_job() {
+            } else if state.stop {
                 return;
             } else if !self.look_at_memory(&mut state)
                 && !Self::leave_cache(&mut state)
-                && !self.use_quiet(&mut state)
+                && !self.let_expire(&mut state)
+                && !self.register_next(&mut state)
             {
                 // Nothing let go of the lock since the state was looked at.
                 match state.books.vbars.is_empty() && !state.registering.has_rest() {
                     true => shared.register.wait(&mut state),
                     false => {
-                        let pause = Self::pause(&state, &shared);
+                        let pause = if self.quiet.is_some() { QUIET } else { PERIOD };
                         shared.register.wait_for(&mut state, pause);
                     }
                 }
             }
         }
-    }
-
-    /// Registers and fills a page, or has it filled through the ring after all.
-    fn run_job(&mut self, state: &mut MutexGuard<'_, State>, Job { vbar, page, filled }: Job) {
-        let plan = state.plan_of(vbar.page_ref(page));
-        let plan = plan.filter(|plan| state.registering.has_room_for(plan.size()));
-        let registered = plan.and_then(|plan| self.register(state, &vbar, vbar.page_ref(page), &plan));
-        MutexGuard::unlocked(state, || match registered {
-            Some(registered) => {
-                filler::fill_directly(&self.shared, &vbar, page, &registered, &filled, None);
-            }
-            None => {
-                Fill::start(&self.shared, &vbar, page, filled, &self.readers, Urgency::Urgent, false);
-            }
-        });
-        state.registering.job_done();
     }
 
     /// Tells the kernel of some pages that have no place in its cache any more. Whether there were any.
@@ -113,25 +101,32 @@ impl Keeper {
         true
     }
 
-    /// Does what is better done when nothing goes on. Whether there was anything.
-    fn use_quiet(&mut self, state: &mut MutexGuard<'_, State>) -> bool {
-        if !state.is_quiet(&self.shared) {
+    /// Lets go of what nobody came back for, when nothing goes on. Whether there was anything.
+    fn let_expire(&self, state: &mut MutexGuard<'_, State>) -> bool {
+        if state.is_quiet(&self.shared) {
+            state.registering.expire(AT_ONCE);
+        }
+        state.registering.has_leaving()
+    }
+
+    /// Registers a page that goes through the ring again and again, if it is time. Whether there was one.
+    fn register_next(&mut self, state: &mut MutexGuard<'_, State>) -> bool {
+        let is_quiet = self.is_quiet_for_long(state);
+        let Some((rank, page)) = state.registering.take_wanted() else {
+            self.quiet = None;
             return false;
-        }
-        state.registering.expire(AT_ONCE);
-        if state.registering.has_leaving() {
-            return true;
-        }
-        if state.registering.rest().is_some() {
-            return false;
-        }
-        let Some((rank, page)) = state.registering.take_wanted() else { return false };
+        };
         if !state.is_still_wanted(page) {
             return true;
+        }
+        if !is_quiet && state.books.page(page).fills < LATE {
+            state.registering.put_back((rank, page));
+            return false;
         }
         let Some(plan) = state.plan_of(page) else { return true };
         if !state.registering.has_room_for(plan.size()) {
             state.registering.put_back((rank, page));
+            self.quiet = None;
             return false;
         }
         let vbar = Arc::clone(&state.books.vbar(page.vbar).vbar);
@@ -139,39 +134,39 @@ impl Keeper {
         true
     }
 
-    /// How long there is nothing to do unless somebody calls.
-    fn pause(state: &State, shared: &Shared) -> Duration {
-        let rest = state.registering.rest().filter(|_| state.is_quiet(shared));
-        rest.map_or(PERIOD, |rest| rest.min(PERIOD))
+    fn is_quiet_for_long(&mut self, state: &State) -> bool {
+        if !state.is_quiet(&self.shared) {
+            self.quiet = None;
+            return false;
+        }
+        match self.quiet {
+            Some((since, decided)) if decided == state.decided() => since.elapsed() >= QUIET,
+            _ => {
+                self.quiet = Some((Instant::now(), state.decided()));
+                false
+            }
+        }
     }
 
-    fn register(
-        &mut self,
-        state: &mut MutexGuard<'_, State>,
-        vbar: &Vbar,
-        page: PageRef,
-        plan: &PagePlan,
-    ) -> Option<Arc<RegisteredPage>> {
-        let began = Instant::now();
+    fn register(&mut self, state: &mut MutexGuard<'_, State>, vbar: &Vbar, page: PageRef, plan: &PagePlan) {
         let made = MutexGuard::unlocked(state, || {
-            let began = self.shared.timeline.begin();
-            let made = RegisteredPage::new(&self.shared.device, plan).map(Arc::new);
-            self.shared.timeline.note(Activity::Register, page.page.0, began);
-            made
+            RegisteredPage::new(&self.shared.device, plan, |began| {
+                self.shared.timeline.note(Activity::Register, page.page.0, Some(began));
+                thread::sleep(began.elapsed() * REST);
+            })
         });
-        state.registering.rest_after(began.elapsed());
         match made {
             Ok(made) => {
+                let made = Arc::new(made);
                 state.registering.registered(made.size());
                 // The model may have been detached meanwhile.
                 match state.is_open(page.vbar) {
                     true => {
-                        let earlier = state.books.page(page).registered.replace(Arc::clone(&made));
+                        let earlier = state.books.page(page).registered.replace(made);
                         state.registering.let_go(earlier);
                     }
-                    false => state.registering.let_go([Arc::clone(&made)]),
+                    false => state.registering.let_go([made]),
                 }
-                Some(made)
             }
             Err(error) => {
                 self.refusals += u32::from(matches!(&error, NotRegistered::Device(_)));
@@ -188,7 +183,6 @@ impl Keeper {
                     let device = self.shared.id;
                     tracing::debug!(%device, model = %vbar.name, %error, gives_up, "page cache was not registered");
                 });
-                None
             }
         }
     }

@@ -6,35 +6,20 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use forebay_core::{Bytes, PageRef, PageState, Rank, VbarId};
-use forebay_device::Event;
 
-use super::reading::{Reading, Watched};
 use super::registered::{PageKey, PagePlan, RegisteredPage};
 use crate::state::State;
-use crate::vbar::Vbar;
 
 /// How long what is registered is kept for a model that is gone, in case it is attached again.
 const KEPT: Duration = Duration::from_secs(10);
 /// Fills after which a page is worth registering that stays on the device while its model is used: it was lost to others
 /// twice.
 const OFTEN: u32 = 3;
-/// Fills through the ring after which a page is registered on its way, where nothing was quiet until then. It holds up
-/// everybody who calls the driver, by about as much as it gains in so many passes (8 GiB of 25 GB: 150 to 260 ms once, 18 to
-/// 25 ms a pass; 2026-11-24-h100, 2026-11-28-h100-second).
-const LATE: u32 = 8;
-/// How many times as long as registering a page took no other is registered. Without it a pass took 1.65 times as long while
-/// its pages were registered (16 GiB of 25 GB; 2026-11-28-h100-third), and between two steps of ComfyUI's, where nothing is used
-/// and the driver is called some seventy times, 45 ms instead of 7 (2026-11-29-h200-comfyui).
-const REST: u32 = 3;
 
 /// See the module's documentation.
 #[derive(Debug)]
 pub(crate) struct Registering {
-    /// Pages that are mapped and to be filled, by way of registering them.
-    job: Option<Job>,
-    /// One is being handed in, or worked on.
-    is_busy: bool,
-    /// Streamed pages that went through the ring, by rank, to be registered when nothing goes on.
+    /// Streamed pages that went through the ring, by rank, to be registered.
     wanted: BTreeSet<(Rank, PageRef)>,
     /// Pages of models that are gone.
     kept: HashMap<PageKey, Arc<RegisteredPage>>,
@@ -49,25 +34,11 @@ pub(crate) struct Registering {
     held: Bytes,
     /// The device does not register, or refused too often.
     off: bool,
-    /// Until when no page is registered.
-    rest_until: Option<Instant>,
-    readers: Watched,
-    reading: Arc<Reading>,
-}
-
-/// A page to be registered and filled.
-#[derive(Debug)]
-pub(crate) struct Job {
-    pub(crate) vbar: Arc<Vbar>,
-    pub(crate) page: u32,
-    pub(crate) filled: Arc<Event>,
 }
 
 impl Registering {
-    pub(crate) fn new(limit: Option<Bytes>, readers: usize, reading: Arc<Reading>) -> Self {
+    pub(crate) fn new(limit: Option<Bytes>) -> Self {
         Registering {
-            job: None,
-            is_busy: false,
             wanted: BTreeSet::new(),
             kept: HashMap::new(),
             kept_since: None,
@@ -76,9 +47,6 @@ impl Registering {
             room: Bytes::ZERO,
             held: Bytes::ZERO,
             off: limit == Some(Bytes::ZERO),
-            rest_until: None,
-            readers: Watched::new(readers),
-            reading,
         }
     }
 
@@ -109,42 +77,6 @@ impl Registering {
 
     pub(crate) fn has_room_for(&self, bytes: Bytes) -> bool {
         !self.off && self.held + bytes <= self.room.min(self.limit.unwrap_or(Bytes::MAX))
-    }
-
-    /// Whether a job for a page of this size may be handed in, which is expected from then on: one at a time, so that
-    /// other pages go through the ring meanwhile.
-    fn expect_job(&mut self, bytes: Bytes) -> bool {
-        let takes = !self.is_busy && self.has_room_for(bytes);
-        self.is_busy |= takes;
-        takes
-    }
-
-    pub(crate) fn expects_job(&self) -> bool {
-        self.is_busy
-    }
-
-    /// Hands the job in that is expected.
-    pub(crate) fn hand_in(&mut self, job: Job) {
-        self.job = Some(job);
-    }
-
-    pub(crate) fn take_job(&mut self) -> Option<Job> {
-        self.job.take()
-    }
-
-    /// The job that was expected is done, or will not come.
-    pub(crate) fn job_done(&mut self) {
-        self.is_busy = false;
-    }
-
-    /// Registering a page took so long.
-    pub(crate) fn rest_after(&mut self, took: Duration) {
-        self.rest_until = Some(Instant::now() + took * REST);
-    }
-
-    /// How much longer no page is to be registered.
-    pub(crate) fn rest(&self) -> Option<Duration> {
-        self.rest_until?.checked_duration_since(Instant::now()).filter(|rest| !rest.is_zero())
     }
 
     /// A streamed page went through the ring.
@@ -215,10 +147,6 @@ impl Registering {
         }
     }
 
-    fn are_readers_behind(&mut self) -> bool {
-        self.readers.are_behind(&self.reading, Instant::now())
-    }
-
     pub(crate) fn has_kept(&self) -> bool {
         !self.kept.is_empty()
     }
@@ -263,20 +191,6 @@ impl State {
     /// Whether it is worth registering: a page that is streamed, or one that stays and is lost to others again and again.
     fn is_filled_often(&mut self, page: PageRef) -> bool {
         !self.policy.is_kept(page) || self.books.page(page).fills >= OFTEN
-    }
-
-    /// Whether a page that is to be filled is to be registered for it, and handed in: the first pass is over, and it was filled
-    /// so often that it pays, or the readers do not keep up.
-    pub(crate) fn is_to_be_registered(&mut self, page: PageRef) -> bool {
-        let book = self.books.vbar(page.vbar);
-        let may = book.pass_is_over && !book.pages[page.page.as_usize()].stays_in_ring;
-        let size = book.vbar.page_size;
-        let pays = self.books.page(page).fills >= LATE || self.registering.are_readers_behind();
-        let is_time = pays && self.registering.rest().is_none();
-        // An engine that stops has no keeper any more.
-        let may =
-            may && is_time && !self.stop && self.is_filled_often(page) && !self.exceeds_cache(page.vbar);
-        may && self.registering.expect_job(size)
     }
 
     /// A page was filled, from the ring unless it is registered. Whether the keeper has something to do: it leaves a
@@ -360,21 +274,5 @@ impl State {
             let registered = self.books.page(page).registered.take();
             self.registering.let_go(registered);
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_rest_is_longer_than_what_it_follows() {
-        let mut registering = Registering::new(None, 1, Arc::default());
-        assert_eq!(registering.rest(), None);
-        registering.rest_after(Duration::from_secs(60));
-        assert!(registering.rest().unwrap() > Duration::from_secs(120));
-        registering.rest_after(Duration::from_millis(1));
-        std::thread::sleep(Duration::from_millis(1) * (REST + 1));
-        assert_eq!(registering.rest(), None);
     }
 }
