@@ -10,9 +10,10 @@ patched weights in one way where they are loaded and in another where they are p
 stands in for it are compared with comfy-aimdo, and native, which gives the former everywhere, with ComfyUI's own offloading
 on a card that holds everything.
 
-A first step counts from the call that samples; its limit is the larger of the fastest later step on a card that holds
-everything, measured here, and all the model's bytes over the link's rate. Later steps are the median of all others; their
-limit is the same with the bytes that were not resident.
+A first step counts from the call that samples; its limit is the larger of two: all the model's bytes over the link's rate, and
+the first step of a model that was loaded before, in a process of its own (``loaded``), which the driver's loading of kernels
+makes long; where that was not run, the fastest later step on a card that holds everything. Later steps are the median of all
+others; their limit is the larger of that fastest step, and the bytes that were not resident over the link's rate.
 
 What runs is a tool that starts ComfyUI without a server (``--tool``), over a checkout (``--comfyui``, a folder or a tar.gz
 of one). ``bench/comfyui_wheels.sh`` gathers both and what ComfyUI imports, for a machine without a network.
@@ -41,13 +42,15 @@ from pathlib import Path
 import children
 from card import Card
 from children import Child, Outcome, Row
-from comfyui_cells import GROUPS, LEGACY, SYSTEMS, Cell
+from comfyui_cells import GROUPS, LEGACY, LOADED, SYSTEMS, Cell
 from touch import touch
 
 GIB = 1 << 30
 PACKAGE = "forebay.comfyui.aimdo"
 NEEDS = ("torchsde", "trampoline", "comfy-kitchen")
 """What ComfyUI imports and the machine may lack."""
+SAMPLING = "comfy.sample"
+"""The module of ComfyUI's whose ``sample`` samples."""
 GATE = "comfy.model_management"
 """The module of ComfyUI's that is the first to use the device."""
 EARLY = (
@@ -267,14 +270,50 @@ def child(chosen: argparse.Namespace) -> int:
         if system.native:
             importlib.import_module("forebay.comfyui.native").install()
         sys.meta_path.insert(0, Gate())
+        loads = loads_before_sampling() if system.loads_before else []
         sys.argv = [str(chosen.tool), *map(str, arguments), "--", *system.comfy]
         try:
             runpy.run_path(str(chosen.tool), run_name="__main__")
         finally:
             text = Path(out.name).read_text()
             if text:
-                report(json.loads(text))
+                report(without(loads, json.loads(text)))
     return 0
+
+
+def loads_before_sampling() -> list[float]:
+    """Has each model loaded before it samples. The seconds that took, which are known once it has sampled."""
+    from forebay.comfyui.native.arrival import on_import
+
+    seconds: list[float] = []
+
+    def wrap() -> None:
+        import comfy.model_management
+        import torch
+
+        module = sys.modules[SAMPLING]
+        sample = module.sample
+
+        def loaded(model: object, *args: object, **kwargs: object) -> object:
+            began = time.perf_counter()
+            comfy.model_management.load_models_gpu([model], force_full_load=True)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - began)
+            return sample(model, *args, **kwargs)
+
+        module.sample = loaded
+
+    on_import(SAMPLING, wrap)
+    return seconds
+
+
+def without(loads: list[float], report: Row) -> Row:
+    """A report whose first steps begin after what was loaded before them."""
+    sampled = [phase for phase in report["phases"] if phase["phase"].startswith("sample")]
+    for phase, seconds in zip(sampled, loads, strict=False):
+        phase["step_s"][0] -= seconds
+    return report
 
 
 class Gate(importlib.abc.MetaPathFinder):
@@ -341,11 +380,14 @@ def gathered(machine: Row, rows: list[Row]) -> Row:
     """All rows, compared."""
     references = References(rows)
     computing: dict[tuple[str, ...], float] = {}
+    starting: dict[tuple[str, ...], list[float]] = {}
     for row in rows:
         cell = Cell.parse(row["cell"])
         if row.get("later_s") and cell.holds_everything:
             key = (cell.arch, cell.quant, cell.size)
             computing[key] = min(computing.get(key, row["later_s"]), row["later_s"])
+            if row["system"] == LOADED:
+                starting[key] = row["first_s"]
     link = machine["link_gb_s"] * 1e9
     compared = []
     for row in rows:
@@ -353,11 +395,16 @@ def gathered(machine: Row, rows: list[Row]) -> Row:
         reference = references.of(cell, row["system"])
         if row.get("hashes") and reference:
             more["same"] = row["hashes"] == reference
-        compute = computing.get((cell.arch, cell.quant, cell.size))
+        key = (cell.arch, cell.quant, cell.size)
+        compute = computing.get(key)
         if row.get("later_s") and compute and link:
             moved = max(0, row["weights_bytes"] - row["resident_bytes"])
             more["limit_s"] = max(compute, moved / link)
-            more["first_limit_s"] = max(compute, row["weights_bytes"] / link)
+            more["again_limit_s"] = max(compute, row["weights_bytes"] / link)
+            # The kernels are there for every model but the first.
+            starts = [*starting.get(key, []), *[compute] * len(row["first_s"])][: len(row["first_s"])]
+            limits = [max(start, row["weights_bytes"] / link) for start in starts]
+            more["first_limit_s"] = statistics.mean(limits)
         compared.append({**row, **more})
     command = " ".join(["python", *sys.argv])
     return {"command": command, "date": date.today().isoformat(), **machine, "rows": compared}
@@ -397,8 +444,8 @@ def told(row: Row) -> str:
 def markdown(result: Row) -> str:
     """A table for each cell."""
     parts = [
-        "Seconds; a first step for each model, and again in each further round. Their limit is that of a step for which "
-        "nothing is resident. GiB of anonymous memory (the process's peak), of memory that ComfyUI has pinned, and of the "
+        "Seconds; a first step for each model, and again in each further round, with nothing resident. Limits: see "
+        "`comfyui.py --help`. GiB of anonymous memory (the process's peak), of memory that ComfyUI has pinned, and of the "
         "device's memory in use, others' included. The same: every result's hash is that of ComfyUI's own offloading. With a "
         "LoRA ComfyUI rounds patched weights in one way where they are loaded and in another where it patches them as they "
         "are used: native always gives the former, and is compared with ComfyUI's own offloading on a card that holds "
@@ -428,8 +475,8 @@ def cells_of(row: Row) -> list[str]:
         return f"{statistics.mean(values) / row[limit]:.2f}" if values and row.get(limit) else ""
 
     sizes = [f"{row[key] / GIB:.1f}" for key in ("anonymous_bytes", "pinned_bytes", "device_bytes")]
-    firsts = [row["first_s"], row["again_s"]]
-    steps = [cell for values in firsts for cell in (seconds(values), ratio(values, "first_limit_s"))]
+    steps = [seconds(row["first_s"]), ratio(row["first_s"], "first_limit_s")]
+    steps += [seconds(row["again_s"]), ratio(row["again_s"], "again_limit_s")]
     later = row["later_s"]
     steps += [f"{later:.3f}", ratio([later], "limit_s")] if later is not None else ["", ""]
     same = {True: "yes", False: "NO", None: ""}[row.get("same")]

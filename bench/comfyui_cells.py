@@ -15,6 +15,8 @@ class System:
     comfy: tuple[str, ...] = ()
     distribution: str | None = "forebay"
     native: bool = False
+    loads_before: bool = False
+    """Loads a model before its first step begins."""
     environment: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -24,8 +26,10 @@ class System:
 
 
 LEGACY = "legacy"
+LOADED = "loaded"
 SYSTEMS = {
     LEGACY: System("ComfyUI's own offloading", ("--disable-dynamic-vram",), None),
+    LOADED: System("all loaded before", ("--disable-dynamic-vram",), None, loads_before=True),
     "aimdo": System("", distribution="comfy-aimdo"),
     "dropin": System("Forebay in its place"),
     "unpinned": System(

@@ -114,5 +114,21 @@ def test_first_steps_have_a_limit(comfyui: ModuleType) -> None:
         ["3.00, 5.00", "2.00", "1.00, 2.00", "0.75", "1.000", "0.50"],
     ]
     for found in result["rows"]:
-        del found["first_limit_s"], found["limit_s"]  # a result of an earlier day
+        del found["first_limit_s"], found["again_limit_s"], found["limit_s"]  # a result of an earlier day
     assert "| 3.00, 5.00 |  | 1.00, 2.00 |  | 1.000 |  |" in comfyui.markdown(result)
+
+
+def test_what_was_loaded_before_tells_how_long_kernels_take(comfyui: ModuleType) -> None:
+    rows = [
+        row("flux-bf16-80", "loaded", "a", first_s=[4.0]),
+        row("flux-bf16-12-x2-r2", "native", "a", again_s=[1.0, 2.0]),
+    ]
+    found = comfyui.gathered(MACHINE, rows)["rows"][1]
+    # The second model finds its kernels; 20 GB at 10 GB/s.
+    assert (found["first_limit_s"], found["again_limit_s"], found["limit_s"]) == (3.0, 2.0, 2.0)
+
+
+def test_loading_before_a_first_step_is_no_part_of_it(comfyui: ModuleType) -> None:
+    phases = [{"phase": "load"}, *({"phase": f"sample {n}", "step_s": [3.0, 1.0]} for n in range(2))]
+    report = comfyui.without([2.0, 0.5], {"phases": phases})
+    assert [phase.get("step_s") for phase in report["phases"]] == [None, [1.0, 1.0], [2.5, 1.0]]
