@@ -6,6 +6,7 @@ import gc
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -144,7 +145,7 @@ def test_adapters_change(stored: str, folder: Path, legacy: Any, native: Callabl
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """The large weights that ComfyUI's own function computes."""
-    from forebay.comfyui.native.patches import WeightPatch
+    from forebay.comfyui.native.weight_patch import WeightPatch
 
     names: set[str] = set()
     call = WeightPatch.__call__
@@ -156,6 +157,22 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
     monkeypatch.setattr(WeightPatch, "__call__", noted)
     return names
+
+
+@pytest.fixture
+def times(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often ComfyUI's own function computes each weight."""
+    from forebay.comfyui.native.weight_patch import WeightPatch
+
+    times: Counter[str] = Counter()
+    call = WeightPatch.__call__
+
+    def counted(self: Any, stored: torch.Tensor) -> Any:
+        times[self._key] += 1
+        return call(self, stored)
+
+    monkeypatch.setattr(WeightPatch, "__call__", counted)
+    return times
 
 
 @pytest.fixture(params=["float16", "float32"])
@@ -243,6 +260,49 @@ def test_where_the_sums_differ_comfyui_computes(
         monkeypatch.setattr(patches, "sums_as_torch", lambda *_: False)
         assert support.same(run(), expected)
     assert len(computed) > 10
+
+
+@pytest.mark.usefixtures("compute_dtype")
+@pytest.mark.parametrize("differs", [False, True], ids=["same", "other"])
+@pytest.mark.parametrize("stored", ["fp8", "fp8scaled"])
+def test_float8_weights_are_computed_by_comfyui_once(
+    stored: str,
+    differs: bool,
+    folder: Path,
+    legacy: Any,
+    native: Callable[..., Any],
+    times: Counter[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from forebay.comfyui.native import float8_patch
+
+    path = checkpoints.write(folder, "flux", stored)
+    steps = 3
+
+    def run() -> torch.Tensor:
+        model = load(path, torch.float8_e4m3fn if stored == "fp8" else torch.bfloat16)
+        one = with_lora(model, checkpoints.lora(model, 7, rank=16, every=7))
+        return sample(with_lora(one, checkpoints.lora(model, 8, rank=5, every=14), -0.3), "flux", steps=steps)
+
+    with legacy():
+        expected = run()
+    times.clear()
+    monkeypatch.setattr(float8_patch, "_known", {})
+    if differs:
+        again = float8_patch.Float8Patch._again
+
+        def other(self: Any, stored: Any) -> Any:
+            found = again(self, stored)
+            float8_patch._data(found).view(torch.uint8)[0] ^= 1
+            return found
+
+        monkeypatch.setattr(float8_patch.Float8Patch, "_again", other)
+    with native(12 * _MIB):
+        assert support.same(run(), expected)
+    large = {name: count for name, count in times.items() if name.startswith("diffusion_model.")}
+    if support.DEVICE == "host":
+        assert set(large.values()) == ({steps} if differs else {1})
+    assert len(large) > 3
 
 
 def test_adapters_do_not_depend_on_what_is_resident(path: Path, native: Callable[..., Any]) -> None:

@@ -1,28 +1,29 @@
 """Patches of weights (LoRA and its kin): what ComfyUI computes for a model that is loaded as a whole.
 
 The usual LoRA is products of low rank, which the engine adds in ComfyUI's arithmetic while a page is filled, where torch is
-found to multiply matrices as the engine does. For all else ComfyUI's own function is called with one weight at a time, on the
-device: its arithmetic, dtypes and seeded rounding. So results do not depend on what is resident. Where the model fits, a
-weight is computed when its pages are filled and costs nothing afterwards. Where it does not, most pages would be computed
-again in every step; then a layer's weights are computed when it runs, from what is on the device.
+found to multiply matrices as the engine does. Float8 is rounded by numbers that are drawn for a whole weight: there the engine
+adds the products to one weight at a time, and ComfyUI rounds it. For all else ComfyUI's own function is called with one weight
+at a time, on the device: its arithmetic, dtypes and seeded rounding. So results do not depend on what is resident. Where the
+model fits, a weight is computed when its pages are filled and costs nothing afterwards. Where it does not, most pages would be
+computed again in every step; then a layer's weights are computed when it runs, from what is on the device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import comfy.lora
 import comfy.model_management
 import torch
-from comfy.model_patcher import ModelPatcher
 from comfy.weight_adapter import LoRAAdapter
 from torch import nn
 
 from forebay.attachment import Attachment
+from forebay.comfyui.native.float8_patch import FLOAT8, Float8Patch
 from forebay.comfyui.native.quantized import ManagedQuantized, quantized_of
+from forebay.comfyui.native.weight_patch import WeightPatch
 from forebay.converting import USED
 from forebay.instance_methods import InstanceMethod
 from forebay.low_rank import LowRank, sums_as_torch
@@ -30,6 +31,8 @@ from forebay.parameter import ForebayTensor
 from forebay.small import small_of
 
 Function = Callable[[torch.Tensor], torch.Tensor]
+Compute = Callable[[Any], Any]
+"""Gives the patched weight, quantized if the stored one is."""
 
 
 @dataclass(eq=False)
@@ -109,11 +112,19 @@ class Patches:
         layer = self._model.get_submodule(path)
         weight = getattr(layer, name)
         quantized = quantized_of(layer, name)
-        products = None if quantized is not None else self._products(layer, name, weight, patches)
-        if products is not None:
+        stored: Any = weight if quantized is None else quantized.data if quantized.has_one_scale else None
+        is_plain = quantized is None and not any(
+            hasattr(layer, f"{does}_{name}") for does in ("set", "convert")
+        )
+        products = self._products(stored, patches) if is_plain or quantized is not None else None
+        if products is not None and is_plain and weight.dtype in USED:
             functions[key] = products
             return _Patch(patches, key, None)
-        compute = WeightPatch(layer, key, patches, self._attachment.device)
+        compute: Compute
+        if products is not None and stored.dtype in FLOAT8 and stored.shape == weight.shape:
+            compute = Float8Patch(layer, key, patches, products, self._attachment)
+        else:
+            compute = WeightPatch(layer, key, patches, self._attachment.device)
         keeps_shape = comfy.lora.calculate_shape(patches, weight, key) == weight.shape
         asks = hasattr(layer, "comfy_cast_weights")
         if keeps_shape and (self._at_fill or not asks):
@@ -134,23 +145,20 @@ class Patches:
 
         return _Patch(patches, None, undo_on_use)
 
-    def _products(
-        self, layer: nn.Module, name: str, weight: torch.Tensor, patches: Sequence[Any]
-    ) -> LowRank | None:
+    def _products(self, weight: Any, patches: Sequence[Any]) -> LowRank | None:
         """What the engine adds to a weight, where that is what ComfyUI computes."""
-        is_plain = isinstance(weight, ForebayTensor) and weight.ndim >= 2 and weight.dtype in USED
-        if not is_plain or any(hasattr(layer, f"{does}_{name}") for does in ("set", "convert")):
+        if not isinstance(weight, ForebayTensor) or weight.ndim < 2 or not weight.is_contiguous():
             return None
         terms = [_term(patch) for patch in patches]
-        shape = (weight.shape[0], weight.shape[1:].numel())
         device = self._attachment.device
         through = comfy.model_management.lora_compute_dtype(device)
-        if None in terms or through not in (torch.float16, torch.float32) or not weight.is_contiguous():
+        if None in terms or through not in (torch.float16, torch.float32):
             return None
         try:
             products = LowRank([term for term in terms if term is not None], through)
         except ValueError:
             return None
+        shape = (weight.shape[0], weight.shape[1:].numel())
         nbytes = sum(factor.nbytes for *factors, _ in products.terms for factor in factors)
         # As for other patches: what is larger than the weight does not go to the device to stay.
         if products.shape != shape or nbytes > weight.nbytes:
@@ -160,55 +168,15 @@ class Patches:
         return products if is_same else None
 
 
-class WeightPatch:
-    """Computes a patched weight from the stored one."""
-
-    def __init__(self, layer: nn.Module, key: str, patches: Sequence[Any], device: torch.device) -> None:
-        """Takes the patches to the device.
-
-        Args:
-            layer: The module that has the weight.
-            key: The weight's name in the model.
-            patches: ComfyUI's for this weight.
-            device: Where it is computed.
-        """
-        self._name = key.rpartition(".")[2]
-        self._key = key
-        self._layer = layer
-        self._device = device
-        weight = getattr(layer, self._name)
-        self._memory, self._patches = _on_device(patches, device, weight.nbytes)
-
-    def __call__(self, stored: torch.Tensor) -> Any:
-        """Computes it, in new memory, in the current stream."""
-        if self._memory is not None:
-            # What it reads is not given to others before it has read it.
-            self._memory.record_stream(torch.cuda.current_stream(self._device))
-        view = SimpleNamespace(**{self._name: stored})
-        for method in (f"set_{self._name}", f"convert_{self._name}"):
-            if hasattr(self._layer, method):
-                setattr(view, method, getattr(self._layer, method))
-        patcher = SimpleNamespace(
-            model=_nested(self._key, view),
-            patches={self._key: self._patches},
-            backup={},
-            weight_inplace_update=False,
-        )
-        with torch.no_grad():
-            return ModelPatcher.patch_weight_to_device(
-                patcher, self._key, device_to=self._device, return_weight=True
-            )
-
-
 class _PatchedLayer:
     """A layer whose forward sees patched weights."""
 
     def __init__(self, layer: nn.Module) -> None:
         self._layer = layer
-        self._computes: dict[str, tuple[WeightPatch, ManagedQuantized | None]] = {}
+        self._computes: dict[str, tuple[Compute, ManagedQuantized | None]] = {}
         self._method = InstanceMethod(layer, "forward", self._run)
 
-    def add(self, name: str, compute: WeightPatch, quantized: ManagedQuantized | None) -> None:
+    def add(self, name: str, compute: Compute, quantized: ManagedQuantized | None) -> None:
         self._computes[name] = compute, quantized
 
     def drop(self, name: str) -> bool:
@@ -268,30 +236,6 @@ def _plain(weight: torch.Tensor) -> torch.Tensor:
 
 def _is_managed(weight: torch.Tensor) -> bool:
     return isinstance(weight, ForebayTensor) or small_of(weight) is not None
-
-
-def _nested(key: str, layer: Any) -> Any:
-    """A model that has nothing but this layer, in its place."""
-    for name in reversed(key.split(".")[:-1]):
-        layer = SimpleNamespace(**{name: layer})
-    return layer
-
-
-def _on_device(
-    patches: Sequence[Any], device: torch.device, most: int
-) -> tuple[torch.Tensor | None, list[Any]]:
-    """The patches with their tensors on the device, and the memory they are in there.
-
-    Those that take more than the weight itself stay where they are: whole weights, of models that are merged.
-    """
-    values = [patch[1] for patch in patches]
-    counter = [0]
-    comfy.lora.prefetch_prepared_value(values, counter, None, None, False)
-    if device.type == "cpu" or not 0 < counter[0] <= most:
-        return None, list(patches)
-    memory = torch.empty(counter[0], dtype=torch.uint8, device=device)
-    moved = comfy.lora.prefetch_prepared_value(values, [0], memory, None, True)
-    return memory, [(patch[0], value, *patch[2:]) for patch, value in zip(patches, moved, strict=True)]
 
 
 def _same(has: Sequence[Any], wanted: Sequence[Any] | None) -> bool:

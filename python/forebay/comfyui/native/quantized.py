@@ -63,6 +63,13 @@ class ManagedQuantized:
         """Whether there is nothing but data and one number."""
         return self._fields == [_SCALE] and self._params.scale.numel() == 1
 
+    @property
+    def data(self) -> torch.Tensor:
+        """What stands in for its data."""
+        data = self._holder._parameters[_DATA]
+        assert data is not None
+        return data
+
     def stand_in(self) -> None:
         """Puts a quantized tensor of stand-ins into the layer."""
         del self._module._modules[self._holder_name]
