@@ -319,3 +319,29 @@ def test_a_model_detached_with_its_memory_kept_finds_it_again(engine, tmp_path) 
     assert chosen.clear_parked() == 1
     chosen.settle()
     assert forebay.stats(chosen)["models"] == []
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_collector_rests_while_many_objects_are_made(engine, enabled) -> None:
+    model, chosen, begun = linears(20, 64), engine(8), []
+    forebay.attach(linears(1, 64), chosen).detach()  # what is imported and made once
+    thresholds = gc.get_threshold()
+    gc.callbacks.append(lambda phase, info: begun.append(phase))
+    try:
+        gc.set_threshold(100)
+        if not enabled:
+            gc.disable()
+        begun.clear()
+        attachment = forebay.attach(model, chosen)
+        during = len(begun)
+        assert gc.isenabled() == enabled
+        with pytest.raises(ValueError, match="attached already"):
+            forebay.attach(nn.ModuleList([model]), chosen)
+        assert gc.isenabled() == enabled, "also where attaching failed"
+    finally:
+        gc.callbacks.pop()
+        gc.enable()
+        gc.set_threshold(*thresholds)
+    attachment.detach()
+    # What comes before and after it makes objects as well.
+    assert during <= 2
