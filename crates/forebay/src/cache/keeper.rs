@@ -33,9 +33,10 @@ const PRESSURE: f64 = 10.0;
 const PATIENCE: Duration = Duration::from_secs(2);
 /// How long nothing has gone on when it is quiet: longer than between two steps of a sampler (10 ms).
 const QUIET: Duration = Duration::from_millis(50);
-/// Fills through the ring after which a page is registered though it is not quiet. Streaming takes up to a tenth longer until
-/// all pages are, and less by so much afterwards (2026-11-29-h200-comfyui).
-const LATE: u32 = 8;
+/// Fills through the ring after which a page is registered though it is not quiet: a sampler of four steps is through by then.
+/// Until all pages are registered steps take up to a third longer, of 24 GB a tenth (2026-11-29-h200-comfyui); then readers
+/// leave the processor to whoever launches kernels, and steps take up to a third less.
+const LATE: u32 = 4;
 /// How many times as long as registering a piece took nothing is registered. Without a rest a pass took 1.65 times as long while
 /// its pages were registered (16 GiB of 25 GB; 2026-11-28-h100-third), and between two steps of ComfyUI's, where nothing is used
 /// and the driver is called some seventy times, 45 ms went by instead of 7 (2026-11-29-h200-comfyui).
