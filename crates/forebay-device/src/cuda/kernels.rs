@@ -1,7 +1,9 @@
-//! The kernels behind [`Device::transform`](crate::Device::transform): compiled beforehand to PTX, which the driver
-//! translates for its GPU when a device first needs it.
+//! The kernels behind [`Device::transform`](crate::Device::transform): compiled beforehand to PTX, of which the driver
+//! translates each kernel for its GPU when a device first needs it. All at once take it two seconds.
 
 use std::ffi::{CStr, CString, c_void};
+
+use parking_lot::Mutex;
 
 use super::driver::Driver;
 use super::types::{Code, Handle};
@@ -24,41 +26,71 @@ const MOST_CONVERTING: u64 = 64;
 const FROM: [Element; 5] = Element::ALL;
 const TO: [Element; 3] = [Element::F32, Element::F16, Element::Bf16];
 
+/// What comes before each kernel in [`PTX`].
+const ENTRY: &str = "\n.visible .entry ";
+
 /// The kernels, loaded into a context. They go with it.
 #[derive(Debug)]
 pub(super) struct Kernels {
-    /// By the element, for rows of whole packs and for others.
-    add_low_rank: [[Handle; 2]; 3],
+    /// Those that were needed so far, by [`Kernel::number`].
+    loaded: Mutex<[Option<Handle>; Kernel::COUNT]>,
+}
+
+/// One of the kernels.
+#[derive(Clone, Copy, Debug)]
+enum Kernel {
+    /// To a target, of rows that are whole packs or not.
+    AddLowRank { to: Element, whole: bool },
     /// Likewise.
-    add_terms: [[Handle; 2]; 3],
-    /// By the elements read and written.
-    convert: [[Handle; 3]; 5],
+    AddTerms { to: Element, whole: bool },
+    /// From any element to a target.
+    Convert { from: Element, to: Element },
+}
+
+impl Kernel {
+    const COUNT: usize = 2 * 2 * TO.len() + FROM.len() * TO.len();
+
+    fn number(self) -> usize {
+        match self {
+            Kernel::AddLowRank { to, whole } => 2 * target(to) + usize::from(whole),
+            Kernel::AddTerms { to, whole } => 2 * (TO.len() + target(to)) + usize::from(whole),
+            Kernel::Convert { from, to } => 4 * TO.len() + TO.len() * (from as usize) + target(to),
+        }
+    }
+
+    /// Its name in kernels.cu.
+    fn name(self) -> String {
+        let pack = |to, whole| if whole { pack_of(to) } else { 1 };
+        match self {
+            Kernel::AddLowRank { to, whole } => format!("add_low_rank_{}_x{}", name_of(to), pack(to, whole)),
+            Kernel::AddTerms { to, whole } => format!("add_terms_{}_x{}", name_of(to), pack(to, whole)),
+            Kernel::Convert { from, to } => format!("convert_{}_{}", name_of(from), name_of(to)),
+        }
+    }
+
+    /// A module of this kernel alone; `None` where there is none.
+    fn ptx(self) -> Option<String> {
+        let (head, _) = PTX.split_once(ENTRY)?;
+        let begins = format!("{}(", self.name());
+        let kernel = PTX.split(ENTRY).skip(1).find(|kernel| kernel.starts_with(&begins))?;
+        Some([head, ENTRY, kernel].concat())
+    }
 }
 
 impl Kernels {
-    /// Loads them into the current context.
+    /// Loads one into the current context, to find out whether the driver can: the others when they are needed.
     pub(super) fn load(driver: &Driver) -> Result<Kernels> {
-        let text = CString::new(PTX).map_err(|_| broken("a zero byte"))?;
-        let mut module = 0;
-        // SAFETY: the result has a place to go, and the text ends in a zero byte.
-        let code = unsafe { (driver.table.module_load_data)(&mut module, text.as_ptr().cast()) };
-        driver.check("cuModuleLoadData", code, || "the kernels".to_owned())?;
-        let mut kernels = Kernels { add_low_rank: [[0; 2]; 3], add_terms: [[0; 2]; 3], convert: [[0; 3]; 5] };
-        for (what, slots) in
-            [("add_low_rank", &mut kernels.add_low_rank), ("add_terms", &mut kernels.add_terms)]
-        {
-            for (to, slot) in TO.into_iter().zip(slots) {
-                let name = name_of(to);
-                slot[0] = function(driver, module, &format!("{what}_{name}_x{}", pack_of(to)))?;
-                slot[1] = function(driver, module, &format!("{what}_{name}_x1"))?;
-            }
-        }
-        for (from, slots) in FROM.into_iter().zip(&mut kernels.convert) {
-            for (to, slot) in TO.into_iter().zip(slots) {
-                *slot = function(driver, module, &format!("convert_{}_{}", name_of(from), name_of(to)))?;
-            }
-        }
+        let kernels = Kernels { loaded: Mutex::new([None; Kernel::COUNT]) };
+        kernels.get(driver, Kernel::Convert { from: Element::F16, to: Element::Bf16 })?;
         Ok(kernels)
+    }
+
+    fn get(&self, driver: &Driver, kernel: Kernel) -> Result<Handle> {
+        let slot = &mut self.loaded.lock()[kernel.number()];
+        match *slot {
+            Some(handle) => Ok(handle),
+            None => Ok(*slot.insert(load(driver, kernel)?)),
+        }
     }
 
     /// Enqueues what is no copy. The context is current.
@@ -89,7 +121,7 @@ impl Kernels {
             && add.first.is_multiple_of(pack.into())
             && add.count.is_multiple_of(pack.into())
             && add.at.get().is_multiple_of(bytes);
-        let (pack, which) = if whole { (pack, 0) } else { (1, 1) };
+        let pack = if whole { pack } else { 1 };
         let columns = u64::from(factors.columns);
         let rows = (add.first + add.count).div_ceil(columns) - add.first / columns;
         let grid = (rows.div_ceil(TILE_ROWS), factors.columns.div_ceil(TILE_PACKS * pack));
@@ -97,10 +129,11 @@ impl Kernels {
         let (mut up, mut down, mut scale) = (factors.up.get(), factors.down.get(), factors.scale.get());
         let (mut columns, mut rank, mut row_base) = (factors.columns, factors.rank, factors.row_base);
         let mut kind = target(factors.element) as u32;
-        let (kernels, [mut terms, mut halfs], mut ends) = match factors.rounding {
-            Rounding::Once => (&self.add_low_rank, [0, 0], 0),
+        let to = add.element;
+        let (kernel, [mut terms, mut halfs], mut ends) = match factors.rounding {
+            Rounding::Once => (Kernel::AddLowRank { to, whole }, [0, 0], 0),
             Rounding::Each { through, terms, ends } => {
-                (&self.add_terms, [terms, u32::from(through == Element::F16)], ends.get())
+                (Kernel::AddTerms { to, whole }, [terms, u32::from(through == Element::F16)], ends.get())
             }
         };
         // `add_low_rank` takes all but the last three.
@@ -119,7 +152,7 @@ impl Kernels {
             pointer(&mut terms),
             pointer(&mut halfs),
         ];
-        let kernel = kernels[target(add.element)][which];
+        let kernel = self.get(driver, kernel)?;
         // SAFETY: the parameters are the kernel's, and the memory is the caller's promise.
         unsafe { launch(driver, kernel, grid, &mut parameters, stream) }
     }
@@ -144,7 +177,8 @@ impl Kernels {
             pointer(&mut scaled),
             pointer(&mut packed),
         ];
-        let kernel = self.convert[convert.from_element as usize][target(convert.to_element)];
+        let kernel = Kernel::Convert { from: convert.from_element, to: convert.to_element };
+        let kernel = self.get(driver, kernel)?;
         let loads = (convert.count * convert.from_element.size().get()).div_ceil(LOADED_AT_ONCE);
         let grid = (loads.div_ceil(THREADS.into()).min(MOST_CONVERTING), 1);
         // SAFETY: the parameters are the kernel's, and the memory is the caller's promise.
@@ -152,13 +186,21 @@ impl Kernels {
     }
 }
 
-fn function(driver: &Driver, module: Handle, name: &str) -> Result<Handle> {
-    let c_name = CString::new(name).map_err(|_| broken(name))?;
+/// Has the driver translate a kernel for the current context's GPU.
+fn load(driver: &Driver, kernel: Kernel) -> Result<Handle> {
+    let name = kernel.name();
+    let text = kernel.ptx().ok_or_else(|| broken(&format!("no {name}")))?;
+    let text = CString::new(text).map_err(|_| broken("a zero byte"))?;
+    let mut module = 0;
+    // SAFETY: the result has a place to go, and the text ends in a zero byte.
+    let code = unsafe { (driver.table.module_load_data)(&mut module, text.as_ptr().cast()) };
+    driver.check("cuModuleLoadData", code, || name.clone())?;
+    let c_name = CString::new(name.as_str()).map_err(|_| broken(&name))?;
     let mut function = 0;
     let c_name: &CStr = &c_name;
     // SAFETY: the result has a place to go, and the name ends in a zero byte.
     let code = unsafe { (driver.table.module_get_function)(&mut function, module, c_name.as_ptr()) };
-    driver.check("cuModuleGetFunction", code, || name.to_owned())?;
+    driver.check("cuModuleGetFunction", code, || name)?;
     Ok(function)
 }
 
@@ -243,15 +285,35 @@ mod tests {
         assert!(PTX.contains("\n.version 8.0\n.target sm_75\n"));
     }
 
+    /// Every kernel there is.
+    fn all() -> Vec<Kernel> {
+        let adding = TO.into_iter().flat_map(|to| {
+            [true, false]
+                .into_iter()
+                .flat_map(move |whole| [Kernel::AddLowRank { to, whole }, Kernel::AddTerms { to, whole }])
+        });
+        let converting =
+            FROM.into_iter().flat_map(|from| TO.into_iter().map(move |to| Kernel::Convert { from, to }));
+        adding.chain(converting).collect()
+    }
+
     #[test]
-    fn every_kernel_is_in_the_ptx() {
-        let has = |name: String| assert!(PTX.contains(&format!(".entry {name}(")), "{name}");
-        for to in TO {
-            for what in ["add_low_rank", "add_terms"] {
-                has(format!("{what}_{}_x1", name_of(to)));
-                has(format!("{what}_{}_x{}", name_of(to), pack_of(to)));
-            }
-            FROM.iter().for_each(|from| has(format!("convert_{}_{}", name_of(*from), name_of(to))));
+    fn every_kernel_is_a_module_of_its_own() {
+        for kernel in all() {
+            let ptx = kernel.ptx().unwrap();
+            assert!(ptx.contains(&format!(".entry {}(", kernel.name())), "{kernel:?}");
+            assert!(ptx.contains("\n.target sm_75\n"), "{kernel:?}");
+            assert_eq!(ptx.matches(".entry").count(), 1, "{kernel:?}");
+            assert_eq!(ptx.matches('{').count(), ptx.matches('}').count(), "{kernel:?}");
+            assert!(ptx.len() * 5 < PTX.len(), "{kernel:?}: {}", ptx.len());
         }
+    }
+
+    #[test]
+    fn every_kernel_has_a_place_of_its_own() {
+        let mut numbers: Vec<usize> = all().into_iter().map(Kernel::number).collect();
+        numbers.sort_unstable();
+        assert_eq!(numbers, (0..Kernel::COUNT).collect::<Vec<_>>());
+        assert_eq!(PTX.matches(ENTRY).count(), Kernel::COUNT);
     }
 }
