@@ -5,10 +5,10 @@ holds the rest of the device's memory. Every system runs every cell in a process
 same seed. Processes are started together (``--together``) and import what needs no device; each is measured from its
 release, which is when the one before it has ended.
 
-Results are compared by hash with those of ComfyUI's own offloading (``--disable-dynamic-vram``). With a LoRA ComfyUI rounds
-patched weights in one way where they are loaded and in another where they are patched as they are used: comfy-aimdo and what
-stands in for it are compared with comfy-aimdo, and native, which gives the former everywhere, with ComfyUI's own offloading
-on a card that holds everything.
+Results are compared by hash with those of ComfyUI's own offloading (``--disable-dynamic-vram``) in the same cell, or where
+that was not run on a card that holds everything. With a LoRA ComfyUI rounds patched weights in one way where they are loaded
+and in another where they are patched as they are used: comfy-aimdo and what stands in for it are compared with comfy-aimdo,
+and native, which gives the former everywhere, with ComfyUI's own offloading on a card that holds everything.
 
 A first step counts from the call that samples; its limit is the larger of two: all the model's bytes over the link's rate, and
 the first step of a model that was loaded before, in a process of its own (``loaded``), which the driver's loading of kernels
@@ -419,16 +419,17 @@ class References:
         self._loaded = {
             replace(cell, card=0): value
             for (cell, system), value in self._found.items()
-            if system == LEGACY and cell.holds_everything
+            if system in (LEGACY, LOADED) and cell.holds_everything
         }
 
     def of(self, cell: Cell, system: str) -> list[str] | None:
         """Of a system in a cell."""
+        loaded = self._loaded.get(replace(cell, card=0))
         if not cell.lora:
-            return self._found.get((cell, LEGACY))
+            return self._found.get((cell, LEGACY), loaded)
         # Where weights are loaded ComfyUI rounds patched ones in another way than where they are patched as they are used.
-        if SYSTEMS[system].native:
-            return self._loaded.get(replace(cell, card=0))
+        if SYSTEMS[system].native or SYSTEMS[system].loads_before:
+            return loaded
         return None if system == LEGACY else self._found.get((cell, "aimdo"))
 
 

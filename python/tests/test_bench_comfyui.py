@@ -102,6 +102,9 @@ def test_without_a_lora_all_are_compared_with_comfyuis_own(comfyui: ModuleType) 
     rows.append(row("flux-bf16-24", "native", "a"))
     same = [found.get("same") for found in comfyui.gathered(MACHINE, rows)["rows"]]
     assert same == [True, True, False, None]
+    rows.append(row("flux-bf16-80", "loaded", "b"))
+    same = [found.get("same") for found in comfyui.gathered(MACHINE, rows)["rows"]]
+    assert same == [True, True, False, False, True]
 
 
 def test_first_steps_have_a_limit(comfyui: ModuleType) -> None:
