@@ -46,8 +46,6 @@ pub(crate) struct VbarBook {
     pub(crate) parked: bool,
     /// Streamed pages that were filled from the ring and that the cache's keeper does not know of yet.
     pub(crate) through_ring: Vec<u32>,
-    /// Pages are filled again: what is streamed may be registered.
-    pub(crate) pass_is_over: bool,
     /// Pages of these ranks are read through the page cache, all others past it. `None`: all through it.
     pub(crate) cached: Option<Range<u32>>,
     pub(crate) schedule: Schedule,
@@ -302,7 +300,6 @@ mod tests {
             closing: false,
             parked: false,
             through_ring: Vec::new(),
-            pass_is_over: false,
             cached: None,
             schedule: Schedule::new(0),
             trace_tail: 0,

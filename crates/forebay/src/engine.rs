@@ -473,7 +473,6 @@ impl Engine {
             closing: false,
             parked: false,
             through_ring: Vec::new(),
-            pass_is_over: false,
             cached: None,
             schedule: Schedule::new(scheduled as u32),
             trace_tail: 0,

@@ -148,6 +148,23 @@ fn where_nothing_is_ever_quiet_pages_are_registered_all_the_same() {
 }
 
 #[test]
+fn a_model_that_ran_twice_does_not_keep_the_next_one_from_being_registered() {
+    let mut random = Random::seeded();
+    let [few, many] = [(); 2].map(|()| Weights::new(&mut random, &SIZES));
+    let device = Rig::new().device;
+    let engine = engine(&device, None);
+    let running = engine.operation();
+    let first = few.attach(&engine, "runs twice");
+    pass(&first, &few, &device);
+    pass(&first, &few, &device);
+    let second = many.attach(&engine, "runs on");
+    passes_until(&engine, &second, &many, &device, |registered| registered >= Bytes::mib(6));
+    pass(&second, &many, &device);
+    assert!(second.stats().direct > Bytes::ZERO, "{}", engine.stats());
+    drop(running);
+}
+
+#[test]
 fn a_limit_is_kept_and_what_is_over_it_is_handed_back() {
     let mut random = Random::seeded();
     let weights = Weights::new(&mut random, &SIZES);

@@ -33,10 +33,6 @@ const PRESSURE: f64 = 10.0;
 const PATIENCE: Duration = Duration::from_secs(2);
 /// How long nothing has gone on when it is quiet: longer than between two steps of a sampler (10 ms).
 const QUIET: Duration = Duration::from_millis(50);
-/// Fills through the ring after which a page is registered though it is not quiet: a sampler of four steps is through by then.
-/// Until all pages are registered steps take up to a third longer, of 24 GB a tenth (2026-11-29-h200-comfyui); then readers
-/// leave the processor to whoever launches kernels, and steps take up to a third less.
-const LATE: u32 = 4;
 /// How many times as long as registering a piece took nothing is registered. Without a rest a pass took 1.65 times as long while
 /// its pages were registered (16 GiB of 25 GB; 2026-11-28-h100-third), and between two steps of ComfyUI's, where nothing is used
 /// and the driver is called some seventy times, 45 ms went by instead of 7 (2026-11-29-h200-comfyui).
@@ -87,7 +83,8 @@ impl Keeper {
                 match state.books.vbars.is_empty() && !state.registering.has_rest() {
                     true => shared.register.wait(&mut state),
                     false => {
-                        let pause = if self.quiet.is_some() { QUIET } else { PERIOD };
+                        let awaits_quiet = self.quiet.is_some() && state.registering.has_wanted();
+                        let pause = if awaits_quiet { QUIET } else { PERIOD };
                         shared.register.wait_for(&mut state, pause);
                     }
                 }
@@ -113,16 +110,9 @@ impl Keeper {
     /// Registers a page that goes through the ring again and again, if it is time. Whether there was one.
     fn register_next(&mut self, state: &mut MutexGuard<'_, State>) -> bool {
         let is_quiet = self.is_quiet_for_long(state);
-        let Some((rank, page)) = state.registering.take_wanted() else {
-            self.quiet = None;
-            return false;
-        };
+        let Some((rank, page)) = state.registering.take_wanted(is_quiet) else { return false };
         if !state.is_still_wanted(page) {
             return true;
-        }
-        if !is_quiet && state.books.page(page).fills < LATE {
-            state.registering.put_back((rank, page));
-            return false;
         }
         let Some(plan) = state.plan_of(page) else { return true };
         if !state.registering.has_room_for(plan.size()) {

@@ -15,12 +15,18 @@ const KEPT: Duration = Duration::from_secs(10);
 /// Fills after which a page is worth registering that stays on the device while its model is used: it was lost to others
 /// twice.
 const OFTEN: u32 = 3;
+/// Fills through the ring after which a page is registered though it is not quiet: a sampler of four steps is through by then.
+/// Until all pages are registered steps take up to a third longer, of 24 GB a tenth (2026-11-29-h200-comfyui); then readers
+/// leave the processor to whoever launches kernels, and steps take up to a third less.
+const LATE: u32 = 4;
 
 /// See the module's documentation.
 #[derive(Debug)]
 pub(crate) struct Registering {
-    /// Streamed pages that went through the ring, by rank, to be registered.
+    /// Streamed pages that went through the ring, by rank, to be registered once it is quiet.
     wanted: BTreeSet<(Rank, PageRef)>,
+    /// Those that went through it so often that it pays in any case.
+    due: BTreeSet<(Rank, PageRef)>,
     /// Pages of models that are gone.
     kept: HashMap<PageKey, Arc<RegisteredPage>>,
     kept_since: Option<Instant>,
@@ -40,6 +46,7 @@ impl Registering {
     pub(crate) fn new(limit: Option<Bytes>) -> Self {
         Registering {
             wanted: BTreeSet::new(),
+            due: BTreeSet::new(),
             kept: HashMap::new(),
             kept_since: None,
             leaving: Vec::new(),
@@ -55,6 +62,7 @@ impl Registering {
         (self.limit, self.off) = (limit, limit == Some(Bytes::ZERO));
         if self.off {
             self.wanted.clear();
+            self.due.clear();
             self.drop_kept();
         }
     }
@@ -86,17 +94,22 @@ impl Registering {
         }
     }
 
-    pub(crate) fn take_wanted(&mut self) -> Option<(Rank, PageRef)> {
-        self.wanted.pop_first()
+    /// The next page to be registered: one that is due, else any if it is quiet. It may have been registered meanwhile.
+    pub(crate) fn take_wanted(&mut self, is_quiet: bool) -> Option<(Rank, PageRef)> {
+        self.due.pop_first().or_else(|| is_quiet.then(|| self.wanted.pop_first()).flatten())
     }
 
     pub(crate) fn put_back(&mut self, wanted: (Rank, PageRef)) {
         self.wanted.insert(wanted);
     }
 
+    pub(crate) fn has_wanted(&self) -> bool {
+        !self.wanted.is_empty() || !self.due.is_empty()
+    }
+
     /// Whether there is something that a thread has to come back to, though nobody calls it.
     pub(crate) fn has_rest(&self) -> bool {
-        self.held > Bytes::ZERO || !self.wanted.is_empty()
+        self.held > Bytes::ZERO || self.has_wanted()
     }
 
     pub(crate) fn registered(&mut self, size: Bytes) {
@@ -177,6 +190,7 @@ impl State {
     /// A VBAR closes: none of its pages is wanted, what is registered is kept for a while.
     pub(crate) fn keep_registered(&mut self, id: VbarId) {
         self.registering.wanted.retain(|(_, page)| page.vbar != id);
+        self.registering.due.retain(|(_, page)| page.vbar != id);
         let vbar = Arc::clone(&self.books.vbar(id).vbar);
         let Some(layout) = &vbar.layout else { return };
         for number in 0..layout.pages {
@@ -193,7 +207,7 @@ impl State {
         !self.policy.is_kept(page) || self.books.page(page).fills >= OFTEN
     }
 
-    /// A page was filled, from the ring unless it is registered. Whether the keeper has something to do: it leaves a
+    /// A page was filled, from the ring unless it is registered. Whether the keeper has something to do at once: it leaves a
     /// model alone until its first pass is over, which shows when a page is filled once more.
     pub(crate) fn went_through_ring(&mut self, page: PageRef) -> bool {
         let entry = self.books.page(page);
@@ -202,11 +216,17 @@ impl State {
         }
         let again = entry.fills > 0;
         entry.fills = entry.fills.saturating_add(1);
+        let is_late = entry.fills >= LATE;
         if self.is_filled_often(page) {
-            let number = page.page.0;
-            self.books.vbar(page.vbar).through_ring.push(number);
+            self.books.vbar(page.vbar).through_ring.push(page.page.0);
+            if is_late && !self.registering.off {
+                self.registering.due.insert((self.policy.rank(page), page));
+            }
         }
-        again && self.end_first_pass(page.vbar)
+        if again {
+            self.end_first_pass(page.vbar);
+        }
+        !self.registering.due.is_empty()
     }
 
     /// Nothing is going on, so every pass is over. Whether the keeper has something to do.
@@ -217,19 +237,17 @@ impl State {
         for id in open {
             self.end_first_pass(id);
         }
-        !self.registering.wanted.is_empty()
+        self.registering.has_wanted()
     }
 
-    /// Hands the pages that went through the ring to the keeper. Whether there are any.
-    fn end_first_pass(&mut self, id: VbarId) -> bool {
+    /// Hands the pages that went through the ring to the keeper.
+    fn end_first_pass(&mut self, id: VbarId) {
         let book = self.books.vbar(id);
-        book.pass_is_over = true;
         let vbar = Arc::clone(&book.vbar);
         for page in mem::take(&mut book.through_ring) {
             let page = vbar.page_ref(page);
             self.registering.want(self.policy.rank(page), page);
         }
-        !self.registering.wanted.is_empty()
     }
 
     /// What registering a page takes, if its bytes lie in files, not too scattered.
