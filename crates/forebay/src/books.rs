@@ -44,8 +44,6 @@ pub(crate) struct VbarBook {
     pub(crate) closing: bool,
     /// Detached with its memory kept.
     pub(crate) parked: bool,
-    /// Streamed pages that were filled from the ring and that the cache's keeper does not know of yet.
-    pub(crate) through_ring: Vec<u32>,
     /// Pages of these ranks are read through the page cache, all others past it. `None`: all through it.
     pub(crate) cached: Option<Range<u32>>,
     pub(crate) schedule: Schedule,
@@ -299,7 +297,6 @@ mod tests {
             mapped: 1,
             closing: false,
             parked: false,
-            through_ring: Vec::new(),
             cached: None,
             schedule: Schedule::new(0),
             trace_tail: 0,

@@ -472,7 +472,6 @@ impl Engine {
             mapped: 0,
             closing: false,
             parked: false,
-            through_ring: Vec::new(),
             cached: None,
             schedule: Schedule::new(scheduled as u32),
             trace_tail: 0,

@@ -117,7 +117,7 @@ impl Mover {
                 Next::Nothing if state.stop && self.empty_pool(&mut state) => {}
                 Next::Nothing if state.stop && self.is_over(&state) => return,
                 Next::Nothing => {
-                    if state.is_quiet(&shared) && state.has_unregistered() {
+                    if state.is_quiet(&shared) && state.registering.has_wanted() {
                         shared.register.notify_one();
                     }
                     shared.changed.notify_all();

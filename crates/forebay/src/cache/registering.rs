@@ -87,13 +87,6 @@ impl Registering {
         !self.off && self.held + bytes <= self.room.min(self.limit.unwrap_or(Bytes::MAX))
     }
 
-    /// A streamed page went through the ring.
-    fn want(&mut self, rank: Rank, page: PageRef) {
-        if !self.off {
-            self.wanted.insert((rank, page));
-        }
-    }
-
     /// The next page to be registered: one that is due, else any if it is quiet. It may have been registered meanwhile.
     pub(crate) fn take_wanted(&mut self, is_quiet: bool) -> Option<(Rank, PageRef)> {
         self.due.pop_first().or_else(|| is_quiet.then(|| self.wanted.pop_first()).flatten())
@@ -207,47 +200,22 @@ impl State {
         !self.policy.is_kept(page) || self.books.page(page).fills >= OFTEN
     }
 
-    /// A page was filled, from the ring unless it is registered. Whether the keeper has something to do at once: it leaves a
-    /// model alone until its first pass is over, which shows when a page is filled once more.
+    /// A page was filled, from the ring unless it is registered. Whether the keeper has something to do at once.
     pub(crate) fn went_through_ring(&mut self, page: PageRef) -> bool {
         let entry = self.books.page(page);
-        if entry.registered.is_some() || entry.stays_in_ring {
+        if entry.registered.is_some() || entry.stays_in_ring || self.registering.off {
             return false;
         }
-        let again = entry.fills > 0;
         entry.fills = entry.fills.saturating_add(1);
         let is_late = entry.fills >= LATE;
         if self.is_filled_often(page) {
-            self.books.vbar(page.vbar).through_ring.push(page.page.0);
-            if is_late && !self.registering.off {
-                self.registering.due.insert((self.policy.rank(page), page));
-            }
-        }
-        if again {
-            self.end_first_pass(page.vbar);
+            let wanted = (self.policy.rank(page), page);
+            match is_late {
+                true => self.registering.due.insert(wanted),
+                false => self.registering.wanted.insert(wanted),
+            };
         }
         !self.registering.due.is_empty()
-    }
-
-    /// Nothing is going on, so every pass is over. Whether the keeper has something to do.
-    pub(crate) fn has_unregistered(&mut self) -> bool {
-        let open =
-            self.books.vbars.iter().filter(|(_, book)| book.is_open() && !book.through_ring.is_empty());
-        let open: Vec<VbarId> = open.map(|(id, _)| *id).collect();
-        for id in open {
-            self.end_first_pass(id);
-        }
-        self.registering.has_wanted()
-    }
-
-    /// Hands the pages that went through the ring to the keeper.
-    fn end_first_pass(&mut self, id: VbarId) {
-        let book = self.books.vbar(id);
-        let vbar = Arc::clone(&book.vbar);
-        for page in mem::take(&mut book.through_ring) {
-            let page = vbar.page_ref(page);
-            self.registering.want(self.policy.rank(page), page);
-        }
     }
 
     /// What registering a page takes, if its bytes lie in files, not too scattered.
