@@ -52,13 +52,27 @@ fn engine(device: &Arc<dyn Device>, registered: Option<Bytes>) -> Arc<Engine> {
     Engine::new(Arc::clone(device), config).unwrap()
 }
 
+/// A model of which more than half is streamed.
+struct Setting {
+    weights: Weights,
+    device: Arc<dyn Device>,
+    engine: Arc<Engine>,
+    model: Attachment,
+}
+
+impl Setting {
+    fn new(registered: Option<Bytes>) -> Self {
+        let weights = Weights::new(&mut Random::seeded(), &SIZES);
+        let device = Rig::new().device;
+        let engine = engine(&device, registered);
+        let model = weights.attach(&engine, "model");
+        Setting { weights, device, engine, model }
+    }
+}
+
 #[test]
 fn after_the_first_pass_the_copy_engine_reads_files_by_itself_also_when_the_model_comes_again() {
-    let mut random = Random::seeded();
-    let weights = Weights::new(&mut random, &SIZES);
-    let device = Rig::new().device;
-    let engine = engine(&device, None);
-    let model = weights.attach(&engine, "model");
+    let Setting { weights, device, engine, model } = Setting::new(None);
     pass(&model, &weights, &device);
     assert_eq!(model.stats().direct, Bytes::ZERO, "the first pass waits for nothing");
     passes_until(&engine, &model, &weights, &device, |registered| registered >= Bytes::mib(8));
@@ -82,11 +96,7 @@ fn after_the_first_pass_the_copy_engine_reads_files_by_itself_also_when_the_mode
 
 #[test]
 fn whoever_calls_the_driver_meanwhile_gets_three_quarters_of_the_time() {
-    let mut random = Random::seeded();
-    let weights = Weights::new(&mut random, &SIZES);
-    let device = Rig::new().device;
-    let engine = engine(&device, None);
-    let model = weights.attach(&engine, "model");
+    let Setting { weights, device, engine, model } = Setting::new(None);
     pass(&model, &weights, &device);
     for _ in 0..5 {
         engine.set_registered(Some(Bytes::ZERO));
@@ -107,13 +117,9 @@ fn whoever_calls_the_driver_meanwhile_gets_three_quarters_of_the_time() {
 #[test]
 fn a_moment_between_two_passes_is_not_used() {
     let quiet = Duration::from_millis(50);
-    let mut random = Random::seeded();
-    let weights = Weights::new(&mut random, &SIZES);
     let (mut made, mut hasty) = (0, 0);
     for _ in 0..4 {
-        let device = Rig::new().device;
-        let engine = engine(&device, None);
-        let model = weights.attach(&engine, "model");
+        let Setting { weights, device, engine, model } = Setting::new(None);
         engine.start_recording();
         // Not so often that it would pay without any quiet.
         for pause_ms in [5, 150] {
@@ -135,11 +141,7 @@ fn a_moment_between_two_passes_is_not_used() {
 
 #[test]
 fn where_nothing_is_ever_quiet_pages_are_registered_all_the_same() {
-    let mut random = Random::seeded();
-    let weights = Weights::new(&mut random, &SIZES);
-    let device = Rig::new().device;
-    let engine = engine(&device, None);
-    let model = weights.attach(&engine, "model");
+    let Setting { weights, device, engine, model } = Setting::new(None);
     let running = engine.operation();
     passes_until(&engine, &model, &weights, &device, |registered| registered >= Bytes::mib(6));
     pass(&model, &weights, &device);
@@ -166,12 +168,8 @@ fn a_model_that_ran_twice_does_not_keep_the_next_one_from_being_registered() {
 
 #[test]
 fn a_limit_is_kept_and_what_is_over_it_is_handed_back() {
-    let mut random = Random::seeded();
-    let weights = Weights::new(&mut random, &SIZES);
-    let device = Rig::new().device;
     let limit = Bytes::mib(4) + Bytes::kib(64);
-    let engine = engine(&device, Some(limit));
-    let model = weights.attach(&engine, "model");
+    let Setting { weights, device, engine, model } = Setting::new(Some(limit));
     passes_until(&engine, &model, &weights, &device, |registered| registered > Bytes::ZERO);
     for _ in 0..10 {
         pass(&model, &weights, &device);
@@ -188,11 +186,7 @@ fn a_limit_is_kept_and_what_is_over_it_is_handed_back() {
 
 #[test]
 fn a_file_changed_in_place_is_an_error_by_name_also_where_it_is_registered() {
-    let mut random = Random::seeded();
-    let mut weights = Weights::new(&mut random, &SIZES);
-    let device = Rig::new().device;
-    let engine = engine(&device, None);
-    let model = weights.attach(&engine, "model");
+    let Setting { mut weights, device, engine, model } = Setting::new(None);
     passes_until(&engine, &model, &weights, &device, |registered| registered >= Bytes::mib(8));
     weights.file.rewind().unwrap();
     weights.file.write_all(b"other bytes").unwrap();
