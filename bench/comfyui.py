@@ -25,6 +25,7 @@ import argparse
 import contextlib
 import importlib
 import importlib.abc
+import itertools
 import json
 import os
 import platform
@@ -384,10 +385,9 @@ def gathered(machine: Row, rows: list[Row]) -> Row:
     for row in rows:
         cell = Cell.parse(row["cell"])
         if row.get("later_s") and cell.holds_everything:
-            key = (cell.arch, cell.quant, cell.size)
-            computing[key] = min(computing.get(key, row["later_s"]), row["later_s"])
+            computing[cell.model] = min(computing.get(cell.model, row["later_s"]), row["later_s"])
             if row["system"] == LOADED:
-                starting[key] = row["first_s"]
+                starting[cell.model] = row["first_s"]
     link = machine["link_gb_s"] * 1e9
     compared = []
     for row in rows:
@@ -395,16 +395,15 @@ def gathered(machine: Row, rows: list[Row]) -> Row:
         reference = references.of(cell, row["system"])
         if row.get("hashes") and reference:
             more["same"] = row["hashes"] == reference
-        key = (cell.arch, cell.quant, cell.size)
-        compute = computing.get(key)
+        compute = computing.get(cell.model)
         if row.get("later_s") and compute and link:
             moved = max(0, row["weights_bytes"] - row["resident_bytes"])
             more["limit_s"] = max(compute, moved / link)
-            more["again_limit_s"] = max(compute, row["weights_bytes"] / link)
-            # The kernels are there for every model but the first.
-            starts = [*starting.get(key, []), *[compute] * len(row["first_s"])][: len(row["first_s"])]
-            limits = [max(start, row["weights_bytes"] / link) for start in starts]
-            more["first_limit_s"] = statistics.mean(limits)
+            reading = row["weights_bytes"] / link
+            more["again_limit_s"] = max(compute, reading)
+            starts = itertools.zip_longest(row["first_s"], starting.get(cell.model, []), fillvalue=compute)
+            limits = [max(start, reading) for _, start in starts]
+            more["first_limit_s"] = statistics.mean(limits[: len(row["first_s"])])
         compared.append({**row, **more})
     command = " ".join(["python", *sys.argv])
     return {"command": command, "date": date.today().isoformat(), **machine, "rows": compared}

@@ -60,6 +60,11 @@ class Cell:
         return self.card == 0 or self.card >= 80
 
     @property
+    def model(self) -> tuple[str, ...]:
+        """What takes as long to compute wherever its weights are."""
+        return self.arch, self.quant, self.size
+
+    @property
     def name(self) -> str:
         """As the command line takes it."""
         parts = [self.arch, self.quant, f"{self.card:g}"]

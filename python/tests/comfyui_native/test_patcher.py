@@ -142,36 +142,32 @@ def test_adapters_change(stored: str, folder: Path, legacy: Any, native: Callabl
             assert support.same(sample(models[number], "flux", steps=1), expected[number]), number
 
 
-@pytest.fixture
-def computed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """The large weights that ComfyUI's own function computes."""
+def _watch(monkeypatch: pytest.MonkeyPatch, note: Callable[[str, torch.Tensor], None]) -> None:
+    """Tells of every weight that ComfyUI's own function computes, and of its stored bytes."""
     from forebay.comfyui.native.weight_patch import WeightPatch
 
-    names: set[str] = set()
     call = WeightPatch.__call__
 
     def noted(self: Any, stored: torch.Tensor) -> Any:
-        if stored.nbytes > _LARGE:
-            names.add(self._key)
+        note(self._key, stored)
         return call(self, stored)
 
     monkeypatch.setattr(WeightPatch, "__call__", noted)
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The large weights that ComfyUI's own function computes."""
+    names: set[str] = set()
+    _watch(monkeypatch, lambda name, stored: names.update([name] if stored.nbytes > _LARGE else []))
     return names
 
 
 @pytest.fixture
 def times(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often ComfyUI's own function computes each weight."""
-    from forebay.comfyui.native.weight_patch import WeightPatch
-
     times: Counter[str] = Counter()
-    call = WeightPatch.__call__
-
-    def counted(self: Any, stored: torch.Tensor) -> Any:
-        times[self._key] += 1
-        return call(self, stored)
-
-    monkeypatch.setattr(WeightPatch, "__call__", counted)
+    _watch(monkeypatch, lambda name, _: times.update([name]))
     return times
 
 

@@ -1,6 +1,8 @@
 //! The kernels behind [`Device::transform`](crate::Device::transform): compiled beforehand to PTX, of which the driver
 //! translates each kernel for its GPU when a device first needs it. All at once take it two seconds.
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ffi::{CStr, CString, c_void};
 
 use parking_lot::Mutex;
@@ -23,21 +25,18 @@ const LOADED_AT_ONCE: u64 = 16;
 /// Blocks of `convert` at most. So many loads keep a link busy, and leave the processors to others.
 const MOST_CONVERTING: u64 = 64;
 
-const FROM: [Element; 5] = Element::ALL;
-const TO: [Element; 3] = [Element::F32, Element::F16, Element::Bf16];
-
 /// What comes before each kernel in [`PTX`].
 const ENTRY: &str = "\n.visible .entry ";
 
 /// The kernels, loaded into a context. They go with it.
 #[derive(Debug)]
 pub(super) struct Kernels {
-    /// Those that were needed so far, by [`Kernel::number`].
-    loaded: Mutex<[Option<Handle>; Kernel::COUNT]>,
+    /// Those that were needed so far.
+    loaded: Mutex<HashMap<Kernel, Handle>>,
 }
 
 /// One of the kernels.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Kernel {
     /// To a target, of rows that are whole packs or not.
     AddLowRank { to: Element, whole: bool },
@@ -48,16 +47,6 @@ enum Kernel {
 }
 
 impl Kernel {
-    const COUNT: usize = 2 * 2 * TO.len() + FROM.len() * TO.len();
-
-    fn number(self) -> usize {
-        match self {
-            Kernel::AddLowRank { to, whole } => 2 * target(to) + usize::from(whole),
-            Kernel::AddTerms { to, whole } => 2 * (TO.len() + target(to)) + usize::from(whole),
-            Kernel::Convert { from, to } => 4 * TO.len() + TO.len() * (from as usize) + target(to),
-        }
-    }
-
     /// Its name in kernels.cu.
     fn name(self) -> String {
         let pack = |to, whole| if whole { pack_of(to) } else { 1 };
@@ -80,16 +69,15 @@ impl Kernel {
 impl Kernels {
     /// Loads one into the current context, to find out whether the driver can: the others when they are needed.
     pub(super) fn load(driver: &Driver) -> Result<Kernels> {
-        let kernels = Kernels { loaded: Mutex::new([None; Kernel::COUNT]) };
+        let kernels = Kernels { loaded: Mutex::default() };
         kernels.get(driver, Kernel::Convert { from: Element::F16, to: Element::Bf16 })?;
         Ok(kernels)
     }
 
     fn get(&self, driver: &Driver, kernel: Kernel) -> Result<Handle> {
-        let slot = &mut self.loaded.lock()[kernel.number()];
-        match *slot {
-            Some(handle) => Ok(handle),
-            None => Ok(*slot.insert(load(driver, kernel)?)),
+        match self.loaded.lock().entry(kernel) {
+            Entry::Occupied(known) => Ok(*known.get()),
+            Entry::Vacant(place) => Ok(*place.insert(load(driver, kernel)?)),
         }
     }
 
@@ -265,6 +253,8 @@ fn pack_of(element: Element) -> u32 {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
+
     use super::*;
 
     /// FNV-1a, as kernels.py computes it.
@@ -287,14 +277,13 @@ mod tests {
 
     /// Every kernel there is.
     fn all() -> Vec<Kernel> {
-        let adding = TO.into_iter().flat_map(|to| {
-            [true, false]
+        let of_target = |to| {
+            let adding = [true, false]
                 .into_iter()
-                .flat_map(move |whole| [Kernel::AddLowRank { to, whole }, Kernel::AddTerms { to, whole }])
-        });
-        let converting =
-            FROM.into_iter().flat_map(|from| TO.into_iter().map(move |to| Kernel::Convert { from, to }));
-        adding.chain(converting).collect()
+                .flat_map(move |whole| [Kernel::AddLowRank { to, whole }, Kernel::AddTerms { to, whole }]);
+            adding.chain(Element::ALL.into_iter().map(move |from| Kernel::Convert { from, to }))
+        };
+        Element::ALL.into_iter().filter(|element| element.is_target()).flat_map(of_target).collect()
     }
 
     #[test]
@@ -310,10 +299,9 @@ mod tests {
     }
 
     #[test]
-    fn every_kernel_has_a_place_of_its_own() {
-        let mut numbers: Vec<usize> = all().into_iter().map(Kernel::number).collect();
-        numbers.sort_unstable();
-        assert_eq!(numbers, (0..Kernel::COUNT).collect::<Vec<_>>());
-        assert_eq!(PTX.matches(ENTRY).count(), Kernel::COUNT);
+    fn every_kernel_of_the_ptx_is_known_by_a_name_of_its_own() {
+        let names: HashSet<String> = all().into_iter().map(Kernel::name).collect();
+        assert_eq!(names.len(), all().len());
+        assert_eq!(PTX.matches(ENTRY).count(), names.len());
     }
 }

@@ -2,9 +2,9 @@
 //! divides the page cache where it is too small for all weights.
 //!
 //! Registering lets nobody else call the driver. So it is done when nothing goes on, as far as the engine knows, and piece by
-//! piece with a rest after each, for whoever calls the driver all the same; where nothing is ever quiet, for pages that are read
-//! so often that it pays. It stops where memory that is really free ends. What the host's memory is wanted for is given back page by page: a driver may let
-//! that wait for an idle device, and nobody but this thread waits for it.
+//! piece with a rest after each, for whoever calls the driver all the same; where nothing is ever quiet, for pages that are
+//! read so often that it pays. It stops where memory that is really free ends. What the host's memory is wanted for is given
+//! back page by page: a driver may let that wait for an idle device, and nobody but this thread waits for it.
 
 use std::sync::Arc;
 use std::thread;
@@ -125,6 +125,7 @@ impl Keeper {
         true
     }
 
+    /// Whether nothing has gone on for [`QUIET`], as far as this thread looked.
     fn is_quiet_for_long(&mut self, state: &State) -> bool {
         if !state.is_quiet(&self.shared) {
             self.quiet = None;
