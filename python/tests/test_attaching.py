@@ -323,10 +323,10 @@ def test_a_model_detached_with_its_memory_kept_finds_it_again(engine, tmp_path) 
 
 @pytest.mark.parametrize("enabled", [True, False])
 def test_the_collector_rests_while_many_objects_are_made(engine, enabled) -> None:
-    model, chosen, begun = linears(20, 64), engine(8), []
+    model, chosen, begun = linears(200, 64), engine(8), []
     forebay.attach(linears(1, 64), chosen).detach()  # what is imported and made once
     thresholds = gc.get_threshold()
-    gc.callbacks.append(lambda phase, info: begun.append(phase))
+    gc.callbacks.append(lambda phase, info: begun.append(phase) if phase == "start" else None)
     try:
         gc.set_threshold(100)
         if not enabled:
@@ -343,5 +343,5 @@ def test_the_collector_rests_while_many_objects_are_made(engine, enabled) -> Non
         gc.enable()
         gc.set_threshold(*thresholds)
     attachment.detach()
-    # What comes before and after it makes objects as well.
-    assert during <= 2
+    # What comes before and after it makes objects as well; 26 for each weight would be 50 collections and more.
+    assert during <= 5

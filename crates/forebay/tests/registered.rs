@@ -95,6 +95,28 @@ fn after_the_first_pass_the_copy_engine_reads_files_by_itself_also_when_the_mode
 }
 
 #[test]
+fn what_cannot_be_waited_for_at_once_is_given_back_later() {
+    for call in [Call::Record, Call::Synchronize] {
+        let weights = Weights::new(&mut Random::seeded(), &SIZES);
+        let inner = Rig::new().device;
+        let faulty = Faulty::new(Arc::clone(&inner));
+        let device: Arc<dyn Device> = Arc::<Faulty>::clone(&faulty);
+        let engine = engine(&device, None);
+        let model = weights.attach(&engine, "model");
+        passes_until(&engine, &model, &weights, &inner, |registered| registered >= Bytes::mib(8));
+        engine.settle().unwrap();
+        faulty.fail(call, Failure::NotReady, 0, 4);
+        engine.set_registered(Some(Bytes::ZERO));
+        let start = Instant::now();
+        while faulty.live().registered > 0 {
+            assert!(start.elapsed() < Duration::from_secs(20), "{call:?}: {:?}", faulty.live());
+            std::thread::yield_now();
+        }
+        assert_eq!(faulty.hits(), 4, "{call:?}");
+    }
+}
+
+#[test]
 fn whoever_calls_the_driver_meanwhile_gets_three_quarters_of_the_time() {
     let Setting { weights, device, engine, model } = Setting::new(None);
     pass(&model, &weights, &device);

@@ -39,6 +39,8 @@ const QUIET: Duration = Duration::from_millis(50);
 const REST: u32 = 3;
 /// Refusals by the device after which it is not asked any more.
 const MOST_REFUSALS: u32 = 3;
+/// How often the end of copies is asked for.
+const MOST_TRIES: u32 = 10;
 /// Pages given back, or given up in the page cache, in one go.
 const AT_ONCE: usize = 8;
 
@@ -188,11 +190,7 @@ impl Keeper {
         }
         let bytes: Bytes = leaving.iter().map(RegisteredPage::size).sum();
         MutexGuard::unlocked(state, || {
-            let stream = self.shared.copy.lock();
-            // SAFETY: the copy stream lives as long as `shared`.
-            let recorded = unsafe { self.copied.record(stream.handle()) };
-            drop(stream);
-            match recorded.and_then(|()| self.copied.synchronize()) {
+            match self.wait_for_copies() {
                 Ok(()) => {
                     let began = self.shared.timeline.begin();
                     drop(leaving);
@@ -207,6 +205,25 @@ impl Keeper {
         });
         state.registering.given_back(bytes);
         self.shared.changed.notify_all();
+    }
+
+    /// Waits until all copies that are enqueued by now have completed. What the device refuses is tried again: what may still
+    /// be read can never be given back.
+    fn wait_for_copies(&self) -> forebay_device::Result<()> {
+        let wait = || {
+            let stream = self.shared.copy.lock();
+            // SAFETY: the copy stream lives as long as `shared`.
+            let recorded = unsafe { self.copied.record(stream.handle()) };
+            drop(stream);
+            recorded.and_then(|()| self.copied.synchronize())
+        };
+        for _ in 1..MOST_TRIES {
+            match wait() {
+                Err(error) if !error.is_lost() => thread::sleep(BUSY_POLL),
+                ended => return ended,
+            }
+        }
+        wait()
     }
 
     /// Looks at the host's memory when it is time, shares the page cache, and lets go of what the memory is wanted for.
