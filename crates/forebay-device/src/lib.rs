@@ -101,6 +101,17 @@ impl StreamHandle {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct EventHandle(pub u64);
 
+/// A copy from host memory to a device's.
+#[derive(Clone, Copy, Debug)]
+pub struct HostCopy {
+    /// Where to.
+    pub dst: DeviceAddr,
+    /// The first byte to be read.
+    pub src: *const u8,
+    /// How many.
+    pub len: Bytes,
+}
+
 /// What a device has, in bytes, as seen by this process at this moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemoryInfo {
@@ -244,6 +255,17 @@ pub trait Device: Send + Sync + fmt::Debug {
         len: Bytes,
         stream: StreamHandle,
     ) -> Result<()>;
+
+    /// Enqueues copies from host memory, in no order among themselves. Some of them may be enqueued where this fails.
+    ///
+    /// # Safety
+    /// As for [`copy_to_device`](Device::copy_to_device), for each of them. They have no target in common.
+    unsafe fn copy_all_to_device(&self, copies: &[HostCopy], stream: StreamHandle) -> Result<()> {
+        copies.iter().try_for_each(|copy| {
+            // SAFETY: the caller's promise is this call's as well.
+            unsafe { self.copy_to_device(copy.dst, copy.src, copy.len, stream) }
+        })
+    }
 
     /// Enqueues a copy to host memory.
     ///

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use common::{Page, Rng, fill, frame_of, on_every_device, read};
 use forebay_core::Bytes;
-use forebay_device::{DeviceError, Event, Frame, PinnedBuffer, Reservation, Stream, StreamHandle};
+use forebay_device::{DeviceError, Event, Frame, HostCopy, PinnedBuffer, Reservation, Stream, StreamHandle};
 
 #[test]
 fn a_tebibyte_of_addresses_costs_no_memory() {
@@ -222,13 +222,25 @@ fn events_order_random_copies_across_streams() {
             let slot = PLACE * step;
             // SAFETY: the stream lives.
             unsafe { last.wait_on(stream) }.unwrap();
-            if rng.below(2) == 0 {
+            let way = rng.below(4);
+            if way < 2 {
                 *bytes = rng.bytes(PLACE);
                 // SAFETY: no copy uses this slot yet.
                 let from = unsafe { buffer.slice_mut(slot, PLACE) };
                 from.copy_from_slice(bytes);
-                // SAFETY: the slot is used by this copy alone; all copies have completed before the page goes.
-                unsafe { device.copy_to_device(addr, from.as_ptr(), PLACE, stream) }.unwrap();
+                let cut = Bytes::new(1 + rng.below(PLACE.get() - 1));
+                let parts = [(Bytes::ZERO, cut), (cut, PLACE - cut)].map(|(at, len)| HostCopy {
+                    dst: addr.offset(at),
+                    src: from.as_ptr().wrapping_add(at.as_usize()),
+                    len,
+                });
+                let copied = match way {
+                    // SAFETY: the slot is used by this copy alone; all copies have completed before the page goes.
+                    0 => unsafe { device.copy_to_device(addr, from.as_ptr(), PLACE, stream) },
+                    // SAFETY: as above, of two.
+                    _ => unsafe { device.copy_all_to_device(&parts, stream) },
+                };
+                copied.unwrap();
             } else {
                 expected.push((step, bytes.clone()));
                 let to = buffer.as_ptr().wrapping_add(slot.as_usize());

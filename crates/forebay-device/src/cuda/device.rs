@@ -14,13 +14,13 @@ use super::kernels::Kernels;
 use super::pinned::HostMapping;
 use super::table::Table;
 use super::types::{
-    ALREADY_REGISTERED, AccessDesc, AllocationProp, Code, DEVICE_UNAVAILABLE, EVENT_BLOCKING_UNTIMED,
-    GRANULARITY_MINIMUM, HIGHEST_PRIORITY, HOST_PORTABLE, HOST_REGISTER_READ_ONLY, NOT_READY, OUT_OF_MEMORY,
-    Ordinal, STREAM_NON_BLOCKING,
+    ALREADY_REGISTERED, AccessDesc, AllocationProp, Code, CopyAttributes, DEVICE_UNAVAILABLE,
+    EVENT_BLOCKING_UNTIMED, GRANULARITY_MINIMUM, HIGHEST_PRIORITY, HOST_PORTABLE, HOST_REGISTER_READ_ONLY,
+    NOT_READY, OUT_OF_MEMORY, Ordinal, Pointer, STREAM_NON_BLOCKING,
 };
 use crate::{
-    Device, DeviceAddr, DeviceError, DeviceId, EventHandle, FrameHandle, MemoryInfo, Result, StreamHandle,
-    Transform,
+    Device, DeviceAddr, DeviceError, DeviceId, EventHandle, FrameHandle, HostCopy, MemoryInfo, Result,
+    StreamHandle, Transform,
 };
 
 /// How many places in memory are tried for a pinned buffer.
@@ -347,6 +347,35 @@ impl Device for CudaDevice {
         let code =
             unsafe { (self.table().memcpy_to_device)(dst.get(), src.cast(), len.as_usize(), stream.get()) };
         self.check_range("cuMemcpyHtoDAsync", code, dst, len)
+    }
+
+    unsafe fn copy_all_to_device(&self, copies: &[HostCopy], stream: StreamHandle) -> Result<()> {
+        let (Some(memcpy_batch), true) = (self.table().memcpy_batch, copies.len() > 1) else {
+            // SAFETY: the contract of this call.
+            return copies.iter().try_for_each(|&HostCopy { dst, src, len }| unsafe {
+                self.copy_to_device(dst, src, len, stream)
+            });
+        };
+        let targets: Vec<Pointer> = copies.iter().map(|copy| copy.dst.get()).collect();
+        let sources: Vec<Pointer> = copies.iter().map(|copy| copy.src.addr() as Pointer).collect();
+        let sizes: Vec<usize> = copies.iter().map(|copy| copy.len.as_usize()).collect();
+        let _current = self.context.enter()?;
+        // SAFETY: both sides of all copies stay valid until they have completed, by the contract of this call; the lists are
+        // equally long, and the driver reads them before it returns.
+        let code = unsafe {
+            memcpy_batch(
+                targets.as_ptr(),
+                sources.as_ptr(),
+                sizes.as_ptr(),
+                copies.len(),
+                &CopyAttributes::IN_STREAM_ORDER,
+                &0,
+                1,
+                stream.get(),
+            )
+        };
+        let size = copies.iter().map(|copy| copy.len).sum();
+        self.check_range("cuMemcpyBatchAsync", code, copies[0].dst, size)
     }
 
     unsafe fn copy_to_host(

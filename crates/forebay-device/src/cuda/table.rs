@@ -5,10 +5,16 @@ use std::ptr::{self, NonNull};
 
 use libloading::Library;
 
-use super::types::{AccessDesc, AllocationProp, Code, GetProcAddress, Handle, Ordinal, Pointer, SUCCESS};
+use super::types::{
+    AccessDesc, AllocationProp, Code, CopyBatch, GetProcAddress, Handle, Ordinal, Pointer, SUCCESS,
+};
 
 /// The CUDA version whose function signatures the table declares.
 pub(super) const CUDA_VERSION: c_int = 12_000;
+/// The CUDA version of what can be done without.
+const CUDA_VERSION_OF_BATCHES: c_int = 13_000;
+
+const BATCH: &str = "cuMemcpyBatchAsync_v2";
 
 macro_rules! driver_table {
     ($($field:ident = $symbol:literal ($($arg:ident: $kind:ty),*);)*) => {
@@ -16,10 +22,12 @@ macro_rules! driver_table {
         #[derive(Debug)]
         pub(super) struct Table {
             $(pub(super) $field: unsafe extern "C" fn($($arg: $kind),*) -> Code,)*
+            /// `cuMemcpyBatchAsync`, of drivers from CUDA 13 on.
+            pub(super) memcpy_batch: Option<CopyBatch>,
         }
 
         #[cfg(test)]
-        const SYMBOLS: &[&str] = &[$($symbol),*];
+        const SYMBOLS: &[&str] = &[$($symbol,)* BATCH];
 
         impl Table {
             /// Resolves every function, or names the first one that is missing.
@@ -27,7 +35,7 @@ macro_rules! driver_table {
                 let resolver = Resolver::new(library);
                 Ok(Table {
                     $($field: {
-                        let address = resolver.find($symbol).ok_or($symbol)?;
+                        let address = resolver.find($symbol, CUDA_VERSION).ok_or($symbol)?;
                         // SAFETY: the driver's function of this name has this signature, in its header for
                         // `CUDA_VERSION`; the library stays loaded for the life of the process.
                         unsafe {
@@ -36,6 +44,10 @@ macro_rules! driver_table {
                             )
                         }
                     },)*
+                    memcpy_batch: resolver.find(BATCH, CUDA_VERSION_OF_BATCHES).map(|address| {
+                        // SAFETY: as above, of the header for the version asked for.
+                        unsafe { std::mem::transmute::<*mut c_void, CopyBatch>(address.as_ptr()) }
+                    }),
                 })
             }
         }
@@ -96,7 +108,7 @@ driver_table! {
 /// Finds functions by the name they are exported under.
 struct Resolver<'a> {
     library: &'a Library,
-    /// The driver's own resolver, which picks the version of a function that fits `CUDA_VERSION`.
+    /// The driver's own resolver, which picks the version of a function that fits a CUDA version.
     by_version: Option<GetProcAddress>,
 }
 
@@ -107,17 +119,17 @@ impl<'a> Resolver<'a> {
         Resolver { library, by_version: by_version.ok().map(|function| *function) }
     }
 
-    fn find(&self, symbol: &'static str) -> Option<NonNull<c_void>> {
-        self.find_by_version(symbol).or_else(|| self.find_exported(symbol))
+    fn find(&self, symbol: &'static str, version: c_int) -> Option<NonNull<c_void>> {
+        self.find_by_version(symbol, version).or_else(|| self.find_exported(symbol))
     }
 
-    fn find_by_version(&self, symbol: &str) -> Option<NonNull<c_void>> {
+    fn find_by_version(&self, symbol: &str, version: c_int) -> Option<NonNull<c_void>> {
         let get_proc_address = self.by_version?;
         // It knows functions by the name they have in source code, without the version.
         let name = std::ffi::CString::new(symbol.trim_end_matches("_v2")).ok()?;
         let (mut address, mut status) = (ptr::null_mut(), 0);
         // SAFETY: the name ends in a zero byte and both results have a place to go.
-        let code = unsafe { get_proc_address(name.as_ptr(), &mut address, CUDA_VERSION, 0, &mut status) };
+        let code = unsafe { get_proc_address(name.as_ptr(), &mut address, version, 0, &mut status) };
         if code == SUCCESS { NonNull::new(address) } else { None }
     }
 

@@ -106,6 +106,37 @@ impl AccessDesc {
     }
 }
 
+/// `CUmemcpyAttributes`: of copies between memory that is pinned or registered and the device's, in order with what is in the
+/// stream. Where the memory is, the driver sees by its address.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(super) struct CopyAttributes {
+    source_access_order: c_uint,
+    source: Location,
+    target: Location,
+    flags: c_uint,
+}
+
+impl CopyAttributes {
+    pub(super) const IN_STREAM_ORDER: CopyAttributes = {
+        const STREAM: c_uint = 1;
+        let nowhere = Location { kind: 0, id: 0 };
+        CopyAttributes { source_access_order: STREAM, source: nowhere, target: nowhere, flags: 0 }
+    };
+}
+
+/// `cuMemcpyBatchAsync_v2`: targets, sources, sizes, how many, attributes, the first copy that each is of, how many, stream.
+pub(super) type CopyBatch = unsafe extern "C" fn(
+    *const Pointer,
+    *const Pointer,
+    *const usize,
+    usize,
+    *const CopyAttributes,
+    *const usize,
+    usize,
+    Handle,
+) -> Code;
+
 /// `cuGetProcAddress_v2`: name, where to put the address, CUDA version, flags, where to put the status.
 pub(super) type GetProcAddress =
     unsafe extern "C" fn(*const c_char, *mut *mut c_void, c_int, u64, *mut c_int) -> Code;
@@ -113,6 +144,7 @@ pub(super) type GetProcAddress =
 const _: () = {
     assert!(size_of::<*mut c_void>() == size_of::<Handle>());
     assert!(size_of::<Location>() == 8);
+    assert!(size_of::<CopyAttributes>() == 24);
     assert!(size_of::<AccessDesc>() == 12);
     assert!(size_of::<AllocationProp>() == 32);
     assert!(std::mem::offset_of!(AllocationProp, location) == 8);

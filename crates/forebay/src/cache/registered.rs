@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use forebay_core::Bytes;
-use forebay_device::{Device, DeviceAddr, DeviceError, Registration, StreamHandle};
+use forebay_device::{Device, DeviceAddr, DeviceError, HostCopy, Registration, StreamHandle};
 use forebay_store::{MappedFile, Segment, SourceFile, SourceKind, StoreError};
 
 use crate::Result;
@@ -235,12 +235,12 @@ impl RegisteredPage {
         to: DeviceAddr,
         stream: StreamHandle,
     ) -> Result<()> {
-        for run in &self.runs {
-            // SAFETY: the run lies in a registered mapping that lives as long as `self`, and in the page; the caller
-            // keeps both until the copy has completed.
-            unsafe { device.copy_to_device(to.offset(run.to), run.from, run.len, stream) }?;
-        }
-        Ok(())
+        let copies: Vec<_> = (self.runs.iter())
+            .map(|run| HostCopy { dst: to.offset(run.to), src: run.from, len: run.len })
+            .collect();
+        // SAFETY: the runs lie in registered mappings that live as long as `self`, and in the page, each in a place of its own;
+        // the caller keeps both until the copies have completed.
+        unsafe { device.copy_all_to_device(&copies, stream) }.map_err(Into::into)
     }
 
     /// Bytes copied each time.

@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 
 use forebay::Bytes;
 use forebay::device::{
-    Device, DeviceAddr, DeviceError, DeviceId, EventHandle, FrameHandle, MemoryInfo, Result, StreamHandle,
-    Transform,
+    Device, DeviceAddr, DeviceError, DeviceId, EventHandle, FrameHandle, HostCopy, MemoryInfo, Result,
+    StreamHandle, Transform,
 };
 
 /// The kinds of calls.
@@ -348,6 +348,12 @@ impl Device for Faulty {
         self.check(Call::CopyToDevice)?;
         // SAFETY: passed on as it came.
         unsafe { self.inner.copy_to_device(dst, src, len, stream) }
+    }
+
+    unsafe fn copy_all_to_device(&self, copies: &[HostCopy], stream: StreamHandle) -> Result<()> {
+        self.check(Call::CopyToDevice)?;
+        // SAFETY: passed on as it came.
+        unsafe { self.inner.copy_all_to_device(copies, stream) }
     }
 
     unsafe fn copy_to_host(
