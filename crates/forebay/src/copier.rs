@@ -1,11 +1,13 @@
 //! Registered page cache on its way to the device, a little at a time.
 //!
-//! What is in the copy stream cannot be overtaken. So a thread adds the next page only when little is left there to copy, and
-//! takes first what somebody waits for; what is read ahead waits as well while readers bring such a page. A model that takes
-//! over from another finds the link busy for a moment, not with all that was read ahead for the other.
+//! What is in the copy stream cannot be overtaken. So a thread adds what was read ahead only when little is left there to copy,
+//! and not while readers bring a page that somebody waits for. A model that takes over from another finds the link busy for a
+//! moment, not with all that was read ahead for the other. What somebody waits for is added at once: whoever launches work
+//! may then run ahead of the link by all that is mapped, and the link goes on when a thread wakes late.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::Duration;
 
 use forebay_core::{Bytes, PageRef};
 use forebay_device::Event;
@@ -21,6 +23,8 @@ use crate::{EngineError, Result};
 /// While more than this is left in the copy stream, nothing is added that nobody waits for: 0.6 ms of the link, in which
 /// the thread has to notice that a page was copied and add the next.
 const ENOUGH: Bytes = Bytes::mib(32);
+/// How often it looks.
+const POLL: Duration = Duration::from_micros(100);
 
 /// One page's copy.
 #[derive(Debug)]
@@ -48,9 +52,8 @@ pub(crate) struct Copies {
 /// Pages to be copied, in the order in which they came.
 #[derive(Debug, Default)]
 struct Waiting {
+    /// Somebody waits for them.
     urgent: VecDeque<PageCopy>,
-    /// Read ahead, and somebody waits for them by now.
-    hurried: VecDeque<PageCopy>,
     ahead: VecDeque<PageCopy>,
     /// Pages that somebody waits for and readers bring.
     brought: usize,
@@ -111,7 +114,7 @@ impl Copies {
         let mut waiting = self.waiting.lock();
         let place = waiting.ahead.iter().position(|copy| copy.vbar.page_ref(copy.page) == page);
         if let Some(copy) = place.and_then(|place| waiting.ahead.remove(place)) {
-            waiting.hurried.push_back(copy);
+            waiting.urgent.push_back(copy);
             self.changed.notify_all();
         }
     }
@@ -119,7 +122,7 @@ impl Copies {
 
 impl Waiting {
     fn pop(&mut self) -> Option<PageCopy> {
-        self.urgent.pop_front().or_else(|| self.hurried.pop_front()).or_else(|| self.ahead.pop_front())
+        self.urgent.pop_front().or_else(|| self.ahead.pop_front())
     }
 }
 
@@ -143,26 +146,28 @@ impl UnderWay {
         }
     }
 
-    /// Waits until there is a page to be added at once: one that was not read ahead; or when little is left in the copy
-    /// stream one that somebody waits for, or any while readers bring none such.
+    /// Waits until there is a page that somebody waits for; or any, when little is left in the copy stream and readers bring
+    /// none such.
     fn wait_for_room(&mut self, copies: &Copies) -> Result<()> {
+        let mut waiting = copies.waiting.lock();
+        loop {
+            MutexGuard::unlocked(&mut waiting, || self.forget_copied())?;
+            if !waiting.urgent.is_empty() || (waiting.brought == 0 && self.bytes() <= ENOUGH) {
+                return Ok(());
+            }
+            match waiting.brought {
+                0 => drop(copies.changed.wait_for(&mut waiting, POLL)),
+                _ => copies.changed.wait(&mut waiting),
+            }
+        }
+    }
+
+    /// Forgets what has been copied.
+    fn forget_copied(&mut self) -> Result<()> {
         while let Some((copied, _)) = self.copies.front()
             && copied.is_complete()?
         {
             self.forget_oldest();
-        }
-        let mut waiting = copies.waiting.lock();
-        while waiting.urgent.is_empty() {
-            if waiting.brought > 0 && waiting.hurried.is_empty() {
-                copies.changed.wait(&mut waiting);
-            } else if self.bytes() > ENOUGH
-                && let Some((copied, _)) = self.copies.front()
-            {
-                MutexGuard::unlocked(&mut waiting, || copied.synchronize())?;
-                self.forget_oldest();
-            } else {
-                break;
-            }
         }
         Ok(())
     }
@@ -195,8 +200,8 @@ impl Drop for LostWithPanic<'_> {
 mod tests {
     use std::io::Write;
 
-    use forebay_device::StreamHandle;
     use forebay_device::host::{HostConfig, HostDevice};
+    use forebay_device::{DeviceAddr, PinnedBuffer, StreamHandle};
     use forebay_store::{Source, SourceFile};
 
     use super::*;
@@ -242,11 +247,22 @@ mod tests {
         {
             let mut state = engine.shared().state.lock();
             let plan = state.plan_of(page).expect("it lies in a file");
-            let registered = RegisteredPage::new(&engine.shared().device, &plan, |_| ())?;
+            let registered = RegisteredPage::new(&engine.shared().device, &plan, &mut ())?;
             state.registering.registered(registered.size());
             state.books.page(page).registered = Some(Arc::new(registered));
         }
         Ok((engine, models))
+    }
+
+    fn copy_of_first_page(engine: &Engine, model: &Attachment) -> Result<PageCopy> {
+        let page = model.vbar().page_ref(0);
+        let registered = engine.shared().state.lock().books.page(page).registered.clone();
+        Ok(PageCopy {
+            vbar: Arc::clone(model.vbar()),
+            page: page.page.0,
+            registered: registered.expect("it is registered"),
+            filled: Arc::new(Event::new(Arc::clone(&engine.shared().device))?),
+        })
     }
 
     #[test]
@@ -298,14 +314,7 @@ mod tests {
         let device = || Arc::clone(&engine.shared().device);
         let stream = forebay_device::Stream::new(device())?;
         let (copies, mut under_way) = (Copies::default(), UnderWay::default());
-        let page = model.vbar().page_ref(0);
-        let registered = engine.shared().state.lock().books.page(page).registered.clone();
-        copies.waiting.lock().urgent.push_back(PageCopy {
-            vbar: Arc::clone(model.vbar()),
-            page: 0,
-            registered: registered.expect("it is registered"),
-            filled: Arc::new(Event::new(device())?),
-        });
+        copies.waiting.lock().urgent.push_back(copy_of_first_page(&engine, &model)?);
         for _ in 0..100 {
             under_way.wait_for_room(&copies)?;
             let copied = under_way.spare.pop().map_or_else(|| Event::new(device()), Ok)?;
@@ -315,6 +324,41 @@ mod tests {
             under_way.copies.push_back((copied, PAGE));
             assert!(under_way.copies.len() + under_way.spare.len() <= 2);
         }
+        Ok(())
+    }
+
+    #[test]
+    fn what_somebody_waits_for_is_added_though_much_is_in_the_copy_stream()
+    -> std::result::Result<(), Box<dyn std::error::Error>> {
+        let (engine, [model, _]) = registered_models()?;
+        let copy_delay = Duration::from_millis(300);
+        let slow: Arc<dyn forebay_device::Device> =
+            Arc::new(HostDevice::new(HostConfig { copy_delay, ..HostConfig::default() })?);
+        let stream = forebay_device::Stream::new(Arc::clone(&slow))?;
+        let (from, to) =
+            (PinnedBuffer::new(Arc::clone(&slow), PAGE)?, PinnedBuffer::new(Arc::clone(&slow), PAGE)?);
+        let copied = Event::new(Arc::clone(&slow))?;
+        let target = DeviceAddr::new(to.as_ptr() as u64);
+        // SAFETY: on this device both are memory of this process, which is dropped behind the wait for the copy.
+        unsafe { slow.copy_to_device(target, from.as_ptr(), PAGE, stream.handle()) }?;
+        // SAFETY: the stream lives.
+        unsafe { copied.record(stream.handle()) }?;
+
+        let (copies, mut under_way) = (Copies::default(), UnderWay::default());
+        under_way.copies.push_back((copied, ENOUGH * 2));
+        copies.waiting.lock().ahead.push_back(copy_of_first_page(&engine, &model)?);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                std::thread::sleep(copy_delay / 10);
+                copies.hurry(model.vbar().page_ref(0));
+            });
+            under_way.wait_for_room(&copies)
+        })?;
+        assert_eq!(under_way.copies.len(), 1, "it was not waited for");
+        copies.waiting.lock().pop();
+        copies.waiting.lock().ahead.push_back(copy_of_first_page(&engine, &model)?);
+        under_way.wait_for_room(&copies)?;
+        assert_eq!(under_way.copies.len(), 0, "what nobody waits for waits");
         Ok(())
     }
 
