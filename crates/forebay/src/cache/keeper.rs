@@ -15,7 +15,7 @@ use forebay_device::Event;
 use parking_lot::MutexGuard;
 
 use super::ram::Ram;
-use super::registered::{NotRegistered, PagePlan, RegisteredPage};
+use super::registered::{NotRegistered, Pace, PagePlan, RegisteredPage};
 use crate::state::{Shared, State};
 use crate::timeline::Activity;
 use crate::vbar::Vbar;
@@ -33,10 +33,11 @@ const PRESSURE: f64 = 10.0;
 const PATIENCE: Duration = Duration::from_secs(2);
 /// How long nothing has gone on when it is quiet: longer than between two steps of a sampler (10 ms).
 const QUIET: Duration = Duration::from_millis(50);
-/// How many times as long as registering a piece took nothing is registered. Without a rest a pass took 1.65 times as long while
-/// its pages were registered (16 GiB of 25 GB; 2026-11-28-h100-third), and between two steps of ComfyUI's, where nothing is used
-/// and the driver is called some seventy times, 45 ms went by instead of 7 (2026-11-29-h200-comfyui).
-const REST: u32 = 3;
+/// How much longer than registering a piece took nothing is registered, in halves. Without a rest a pass took 1.65 times as long
+/// while its pages were registered (16 GiB of 25 GB; 2026-11-28-h100-third), and between two steps of ComfyUI's, where nothing is
+/// used and the driver is called some seventy times, 45 ms went by instead of 7. The fifteen later steps of Flux in 12 GiB took
+/// 4.12 s with two rests a piece, 4.35 with one, and 0.26 and 0.25 s at the median (2026-11-29-h200-comfyui-second).
+const HALF_RESTS: u32 = 3;
 /// Refusals by the device after which it is not asked any more.
 const MOST_REFUSALS: u32 = 3;
 /// How often the end of copies is asked for.
@@ -53,13 +54,35 @@ pub(crate) struct Keeper {
     over_since: Option<Instant>,
     /// Since when it is quiet, and what had been decided by then.
     quiet: Option<(Instant, u64)>,
+    /// Nothing is registered before.
+    rests_until: Instant,
     refusals: u32,
+}
+
+/// Rests after each piece. Meanwhile the next one is mapped and populated, which keeps nobody from calling the driver.
+struct Rests<'a> {
+    shared: &'a Shared,
+    page: u32,
+    until: &'a mut Instant,
+}
+
+impl Pace for Rests<'_> {
+    fn wait(&mut self) {
+        thread::sleep(self.until.saturating_duration_since(Instant::now()));
+    }
+
+    fn registered(&mut self, began: Instant) {
+        self.shared.timeline.note(Activity::Register, self.page, Some(began));
+        let now = Instant::now();
+        *self.until = now + (now - began) * HALF_RESTS / 2;
+    }
 }
 
 impl Keeper {
     pub(crate) fn new(shared: Arc<Shared>) -> crate::Result<Self> {
         let copied = Event::new(Arc::clone(&shared.device))?;
-        Ok(Keeper { shared, copied, looked: None, over_since: None, quiet: None, refusals: 0 })
+        let rests_until = Instant::now();
+        Ok(Keeper { shared, copied, looked: None, over_since: None, quiet: None, rests_until, refusals: 0 })
     }
 
     /// Runs until the engine stops and nothing is registered.
@@ -144,10 +167,8 @@ impl Keeper {
 
     fn register(&mut self, state: &mut MutexGuard<'_, State>, vbar: &Vbar, page: PageRef, plan: &PagePlan) {
         let made = MutexGuard::unlocked(state, || {
-            RegisteredPage::new(&self.shared.device, plan, |began| {
-                self.shared.timeline.note(Activity::Register, page.page.0, Some(began));
-                thread::sleep(began.elapsed() * REST);
-            })
+            let mut rests = Rests { shared: &self.shared, page: page.page.0, until: &mut self.rests_until };
+            RegisteredPage::new(&self.shared.device, plan, &mut rests)
         });
         match made {
             Ok(made) => {

@@ -15,9 +15,9 @@ use crate::Result;
 
 /// Parts of files that are nearer to each other than this are registered together.
 const GAP: u64 = 1 << 20;
-/// About so much is registered in one go: 0.2 ms with nothing else going on, 0.5 to 0.8 while the readers read, who have 1.2 ms
-/// of the link in their slots. Copies of this size have 0.97 of the link's rate.
-const PIECE: u64 = 8 << 20;
+/// About so much is registered in one go: 0.2 to 0.4 ms while the readers read, who have 1.2 ms of the link in their slots. With
+/// 8 MiB the link runs dry, and with 2 MiB it takes longer until all is registered (2026-11-29-h200-comfyui-second).
+const PIECE: u64 = 4 << 20;
 /// A page whose bytes lie scattered over more places than this, or in shorter runs, is better gathered in the ring: a copy
 /// of 1 MiB reaches 44 of 55 GB/s, one of 256 KiB a third of it.
 const MOST_PARTS: usize = 16;
@@ -65,6 +65,14 @@ struct FilePart {
     file: Arc<SourceFile>,
     from: u64,
     end: u64,
+}
+
+/// When pieces are registered, for the sake of others who call the driver.
+pub(crate) trait Pace {
+    /// Before each.
+    fn wait(&mut self);
+    /// After each, with when it began.
+    fn registered(&mut self, began: Instant);
 }
 
 /// Why a page was not registered.
@@ -188,28 +196,28 @@ impl FilePart {
 }
 
 impl RegisteredPage {
-    /// Maps, populates and registers, and calls `registered` after each piece with when it began: for a rest. Reads what is
-    /// not in the page cache yet.
+    /// Maps, populates and registers, piece by piece. Reads what is not in the page cache yet.
     ///
     /// # Errors
     /// What the device refuses, or why a file cannot be mapped.
     pub(crate) fn new(
         device: &Arc<dyn Device>,
         plan: &PagePlan,
-        mut registered: impl FnMut(Instant),
+        pace: &mut impl Pace,
     ) -> std::result::Result<Self, NotRegistered> {
         let page = rustix::param::page_size() as u64;
         let mut made = RegisteredPage { parts: Vec::new(), runs: Vec::new() };
         for FilePart { file, from, end } in &plan.parts {
-            let began = Instant::now();
             let part = MappedFile::map_part(file, *from, Bytes::new(end - from))?;
             part.populate(*from, Bytes::new(end - from))?;
             let whole_pages = Bytes::new(part.len().get().next_multiple_of(page));
             let first = part.as_ptr();
+            pace.wait();
+            let began = Instant::now();
             // SAFETY: the mapping is this page's own, and its last memory page is mapped whole. Whoever drops the page waits
             // for its copies.
             made.parts.push(unsafe { Registration::new(Arc::clone(device), part, first, whole_pages)? });
-            registered(began);
+            pace.registered(began);
         }
         for FileRun { file, from, to, len } in &plan.runs {
             let len = Bytes::new(*len);
@@ -254,12 +262,33 @@ impl RegisteredPage {
     }
 }
 
+/// Without rest.
+#[cfg(test)]
+impl Pace for () {
+    fn wait(&mut self) {}
+    fn registered(&mut self, _began: Instant) {}
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use forebay_device::host::{HostConfig, HostDevice};
     use forebay_store::Source;
     use std::io::Write;
+
+    /// What was called between pieces.
+    #[derive(Default)]
+    struct Pauses(Vec<&'static str>);
+
+    impl Pace for Pauses {
+        fn wait(&mut self) {
+            self.0.push("before");
+        }
+
+        fn registered(&mut self, _began: Instant) {
+            self.0.push("after");
+        }
+    }
 
     /// A file and segments of it, each (source offset, place in the page, length).
     fn plan(bytes: &[u8], segments: &[(u64, u64, u64)]) -> (tempfile::NamedTempFile, Option<PagePlan>) {
@@ -317,8 +346,8 @@ mod tests {
             runs: vec![FileRun { file: Arc::clone(&file), from: len, to: Bytes::ZERO, len }],
             parts: vec![FilePart { file, from: len, end: 2 * len }],
         };
-        let first = RegisteredPage::new(&device, &first.unwrap(), |_| ()).unwrap();
-        let second = RegisteredPage::new(&device, &second, |_| ()).unwrap();
+        let first = RegisteredPage::new(&device, &first.unwrap(), &mut ()).unwrap();
+        let second = RegisteredPage::new(&device, &second, &mut ()).unwrap();
         assert_eq!((first.bytes(), second.bytes()), (Bytes::new(len), Bytes::new(len)));
     }
 
@@ -330,7 +359,7 @@ mod tests {
         let len = 3 * PIECE + 5000;
         let bytes: Vec<u8> = (0..before + len).map(|at| (at * 7 / 5 % 251) as u8).collect();
         // Two weights, of which the second lies a little further on in the page.
-        let half = 13 << 20;
+        let half = PIECE * 13 / 8;
         let (_file, plan) = plan(&bytes, &[(before, 0, half), (before + half, half + 64, len - half)]);
         let plan = plan.unwrap();
         assert_eq!(plan.parts.len(), 3);
@@ -338,9 +367,12 @@ mod tests {
         let (first, inner) = plan.parts.split_first().unwrap();
         assert_eq!(first.from, before);
         assert!(inner.iter().all(|part| part.from % page == 0), "{inner:?}");
-        let mut pauses = 0;
-        let made = RegisteredPage::new(&device, &plan, |_| pauses += 1).unwrap();
-        assert_eq!((pauses, made.bytes(), made.size()), (3, Bytes::new(len), plan.size()));
+        let mut pauses = Pauses::default();
+        let made = RegisteredPage::new(&device, &plan, &mut pauses).unwrap();
+        assert_eq!(
+            (pauses.0, made.bytes(), made.size()),
+            (["before", "after"].repeat(3), Bytes::new(len), plan.size())
+        );
         let copied: Vec<(u64, u64)> = plan.runs.iter().map(|run| (run.from, run.len)).collect();
         assert_eq!(copied.iter().map(|(_, len)| len).sum::<u64>(), len);
         assert!(made.runs.iter().zip(&plan.runs).all(|(run, of)| {
@@ -356,7 +388,7 @@ mod tests {
     fn a_device_that_registers_nothing_says_so() {
         let device: Arc<dyn Device> = Arc::new(HostDevice::new(HostConfig::default()).unwrap());
         let (_file, plan) = plan(&vec![3; 1 << 20], &[(0, 0, 1 << 20)]);
-        let error = RegisteredPage::new(&device, &plan.unwrap(), |_| ()).unwrap_err();
+        let error = RegisteredPage::new(&device, &plan.unwrap(), &mut ()).unwrap_err();
         assert!(matches!(error, NotRegistered::Device(error) if error.is_unsupported()));
     }
 }

@@ -15,10 +15,10 @@ const KEPT: Duration = Duration::from_secs(10);
 /// Fills after which a page is worth registering that stays on the device while its model is used: it was lost to others
 /// twice.
 const OFTEN: u32 = 3;
-/// Fills through the ring after which a page is registered though it is not quiet: a sampler of four steps is through by then.
-/// Until all pages are registered steps take up to a third longer, of 24 GB a tenth (2026-11-29-h200-comfyui); then readers
-/// leave the processor to whoever launches kernels, and steps take up to a third less.
-const LATE: u32 = 4;
+/// Fills through the ring after which a page is registered though it is not quiet. Until all pages are registered steps take up
+/// to a third longer, of 24 GB a tenth (2026-11-29-h200-comfyui); then readers leave the processor to whoever launches kernels,
+/// and steps take up to a third less, where the host's memory is slow a half.
+const LATE: u32 = 2;
 
 /// See the module's documentation.
 #[derive(Debug)]
