@@ -53,6 +53,8 @@ fn _forebay(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(intercept::intercept, module)?)?;
     module.add_function(wrap_pyfunction!(intercept::set_interception, module)?)?;
     module.add_function(wrap_pyfunction!(run::run, module)?)?;
+    module.add_class::<run::Holding>()?;
+    module.add_function(wrap_pyfunction!(run::hold, module)?)?;
     module.add_function(wrap_pyfunction!(run::lend_all, module)?)?;
     module.add_function(wrap_pyfunction!(reclaim::set_reclaim, module)?)?;
     module.add_function(wrap_pyfunction!(run::set_managed_types, module)?)?;

@@ -207,6 +207,12 @@ impl Weight {
         self.viewed(self.capsule_kept_by(py, view)?)
     }
 
+    /// The one plain tensor at the weight's address. There is memory behind it only while the weight is held: see ``hold``.
+    #[getter]
+    fn unpinned<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        self.plain(py)
+    }
+
     /// Whether the weight is used as a whole now; if not, it is a table whose rows are to be looked up.
     fn is_kept(&self) -> PyResult<bool> {
         self.shared.attachment.is_kept(self.index).map_err(raised)

@@ -6,7 +6,7 @@ use std::cell::RefCell;
 use std::sync::{Arc, OnceLock};
 
 use forebay::device::StreamHandle;
-use forebay::{Attachment, Begun, Bytes, Engine, Pinned, Use, View};
+use forebay::{Attachment, Begun, Bytes, Engine, Held, Pinned, Use, View};
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::intern;
 use pyo3::prelude::*;
@@ -138,6 +138,18 @@ pub(crate) fn lend_all<'py>(
     weights: Vec<Bound<'py, Weight>>,
 ) -> PyResult<Vec<Bound<'py, PyAny>>> {
     pinning(py, &weights, |engine, pairs, how| engine.loans(pairs, how))
+}
+
+/// Weights that are pinned together for as long as this lives, in order with the stream that was current.
+#[pyclass(frozen, module = "forebay._forebay")]
+pub(crate) struct Holding {
+    _held: SmallVec<[Held; 1]>,
+}
+
+/// Pins weights for as long as what this gives lives: their plain tensors can be computed with meanwhile.
+#[pyfunction]
+pub(crate) fn hold(py: Python<'_>, weights: Vec<Bound<'_, Weight>>) -> PyResult<Holding> {
+    Ok(Holding { _held: acquire(py, &weights)?.into_iter().map(Pinned::held).collect() })
 }
 
 /// Runs an engine call that may wait, without the interpreter lock, ended by a signal (Ctrl-C) if one comes.

@@ -11,6 +11,7 @@ from support import MIB, TORCH_DEVICE, linears, move, press, randomize, referenc
 from torch import nn
 
 import forebay
+from forebay._forebay import hold
 
 
 @pytest.fixture
@@ -259,3 +260,29 @@ def test_compiled_with_graph_breaks(model, plain, attachment) -> None:
 
 def test_device_of_everything(model, attachment) -> None:
     assert {parameter.device for parameter in model.parameters()} == {TORCH_DEVICE}
+
+
+def test_what_is_held_stays_while_other_weights_stream_by(model, plain, attachment) -> None:
+    weight = model[0].weight._weight
+
+    def taken() -> tuple[int, int]:
+        press(attachment.engine)
+        (stats,) = attachment.stats()
+        return stats["resident"] + stats["streamed"], stats["pinned"]
+
+    before = taken()
+    for _ in range(2):
+        holding = hold([weight, weight])
+        stream_by(model[1:], plain[1:])
+        press(attachment.engine)
+        assert same(weight.unpinned, plain[0].weight.data)
+        assert forebay.stats(attachment.engine)["operations"] == 1
+        del holding
+        assert taken() == before
+
+
+def test_what_does_not_fit_together_is_not_held(model, plain, attachment) -> None:
+    with pytest.raises(forebay.OutOfMemoryError):
+        hold([layer.weight._weight for layer in model])
+    assert forebay.stats(attachment.engine)["operations"] == 0
+    stream_by(model, plain)

@@ -35,9 +35,19 @@ pub struct Attachment {
 #[derive(Debug)]
 #[must_use = "weights are pinned only as long as this lives"]
 pub struct Pinned<'a> {
-    engine: &'a Engine,
+    engine: &'a Arc<Engine>,
     spans: Spans<'a>,
     stream: StreamHandle,
+}
+
+/// As [`Pinned`], for callers that cannot borrow the weights so long. Demands of the thread that made it do not wait for it.
+#[derive(Debug)]
+#[must_use = "weights are pinned only as long as this lives"]
+pub struct Held {
+    engine: Arc<Engine>,
+    spans: SmallVec<[Span<Arc<Vbar>>; 2]>,
+    stream: StreamHandle,
+    _own: OwnOperation,
 }
 
 /// What [`Engine::begin`] came to.
@@ -53,7 +63,7 @@ pub enum Begun<'a> {
 #[derive(Debug)]
 #[must_use = "an acquisition is given up when this is dropped"]
 pub struct Waiting<'a> {
-    engine: &'a Engine,
+    engine: &'a Arc<Engine>,
     spans: Spans<'a>,
     weights: SmallVec<[(&'a Attachment, usize); 2]>,
     stream: StreamHandle,
@@ -303,7 +313,7 @@ impl Attachment {
         &self.vbar
     }
 
-    pub(crate) fn span(&self, weight: usize) -> Result<Span<&Vbar>> {
+    pub(crate) fn span(&self, weight: usize) -> Result<Span<&Arc<Vbar>>> {
         let placed = self.placed(weight)?;
         Ok(Span { vbar: &self.vbar, first: placed.first_page, last: placed.last_page })
     }
@@ -340,8 +350,24 @@ impl Drop for Attachment {
 
 impl<'a> Pinned<'a> {
     /// The caller has pinned the pages.
-    pub(crate) fn new(engine: &'a Engine, spans: Spans<'a>, stream: StreamHandle) -> Self {
+    pub(crate) fn new(engine: &'a Arc<Engine>, spans: Spans<'a>, stream: StreamHandle) -> Self {
         Pinned { engine, spans, stream }
+    }
+
+    /// The same pins, kept alive by themselves.
+    pub fn held(mut self) -> Held {
+        let spans = std::mem::take(&mut self.spans).into_iter();
+        let owned =
+            |span: Span<&Arc<Vbar>>| Span { vbar: Arc::clone(span.vbar), first: span.first, last: span.last };
+        let held = Held {
+            engine: Arc::clone(self.engine),
+            spans: spans.map(owned).collect(),
+            stream: self.stream,
+            _own: OwnOperation::begin(),
+        };
+        // Its operation goes on.
+        std::mem::forget(self);
+        held
     }
 }
 
@@ -358,7 +384,7 @@ impl<'a> Begun<'a> {
 impl<'a> Waiting<'a> {
     /// The caller has begun it, and its pins are this one's from now on.
     pub(crate) fn new(
-        engine: &'a Engine,
+        engine: &'a Arc<Engine>,
         spans: Spans<'a>,
         weights: &[(&'a Attachment, usize)],
         stream: StreamHandle,
@@ -389,6 +415,12 @@ impl Drop for Waiting<'_> {
 }
 
 impl Drop for Pinned<'_> {
+    fn drop(&mut self) {
+        self.engine.shared().release(&self.spans, Used::On(self.stream));
+    }
+}
+
+impl Drop for Held {
     fn drop(&mut self) {
         self.engine.shared().release(&self.spans, Used::On(self.stream));
     }

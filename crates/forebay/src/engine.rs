@@ -162,7 +162,11 @@ impl Engine {
     ///
     /// # Errors
     /// As [`Attachment::acquire`]; [`EngineError::Invalid`] for an attachment of another engine.
-    pub fn acquire<'a>(&'a self, weights: &[(&'a Attachment, usize)], how: Use<'_>) -> Result<Pinned<'a>> {
+    pub fn acquire<'a>(
+        self: &'a Arc<Self>,
+        weights: &[(&'a Attachment, usize)],
+        how: Use<'_>,
+    ) -> Result<Pinned<'a>> {
         match self.begin(weights, how.stream)? {
             Begun::Ready(pinned) => Ok(pinned),
             Begun::Waiting(waiting) => waiting.wait(how.interrupted),
@@ -175,7 +179,7 @@ impl Engine {
     /// # Errors
     /// [`EngineError::Invalid`] for an attachment of another engine or a weight that does not exist.
     pub fn begin<'a>(
-        &'a self,
+        self: &'a Arc<Self>,
         weights: &[(&'a Attachment, usize)],
         stream: StreamHandle,
     ) -> Result<Begun<'a>> {

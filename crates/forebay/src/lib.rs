@@ -77,7 +77,7 @@ pub mod measure;
 pub mod plan;
 
 pub use acquire::Use;
-pub use attachment::{Attachment, Begun, Pinned, View, Waiting};
+pub use attachment::{Attachment, Begun, Held, Pinned, View, Waiting};
 pub use computed::{Compute, Computed};
 pub use config::{EngineConfig, RingConfig};
 pub use converting::{Conversion, StoredScale};

@@ -1,5 +1,6 @@
 //! A VBAR as all threads share it.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use forebay_core::{Bytes, PageIndex, PageRef, Serial, VbarId};
@@ -110,7 +111,7 @@ impl<V: AsRef<Vbar>> Span<V> {
 }
 
 /// The pages of an operation's weights: a weight and its bias take no allocation.
-pub(crate) type Spans<'a> = SmallVec<[Span<&'a Vbar>; 2]>;
+pub(crate) type Spans<'a> = SmallVec<[Span<&'a Arc<Vbar>>; 2]>;
 
 impl AsRef<Vbar> for Vbar {
     fn as_ref(&self) -> &Vbar {

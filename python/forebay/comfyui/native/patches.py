@@ -20,6 +20,7 @@ import torch
 from comfy.weight_adapter import LoRAAdapter
 from torch import nn
 
+from forebay._forebay import Weight, hold
 from forebay.attachment import Attachment
 from forebay.comfyui.native.float8_patch import FLOAT8, Float8Patch
 from forebay.comfyui.native.quantized import ManagedQuantized, quantized_of
@@ -190,8 +191,11 @@ class _PatchedLayer:
         parameters: dict[str, Any] = self._layer._parameters
         originals = {name: parameters[name] for name in self._computes}
         for name, (compute, quantized) in self._computes.items():
-            stored = _plain(parameters[name]) if quantized is None else quantized.plain()
+            held: list[Weight] = []
+            stored = _unpinned(parameters[name], held) if quantized is None else quantized.unpinned(held)
+            holding = hold(held)
             parameters[name] = compute(stored)
+            del holding  # behind what computes it
         try:
             return original(*args, **kwargs)
         finally:
@@ -230,8 +234,12 @@ def _is_computed(function: Function | None) -> bool:
     return function is not None and not isinstance(function, LowRank)
 
 
-def _plain(weight: torch.Tensor) -> torch.Tensor:
-    return weight._weight.view() if isinstance(weight, ForebayTensor) else weight
+def _unpinned(weight: torch.Tensor, held: list[Weight]) -> torch.Tensor:
+    """A plain tensor, that is there while what is added to the list is held."""
+    if not isinstance(weight, ForebayTensor):
+        return weight
+    held.append(weight._weight)
+    return weight._weight.unpinned
 
 
 def _is_managed(weight: torch.Tensor) -> bool:

@@ -10,6 +10,7 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 from torch import nn
 
+from forebay._forebay import Weight
 from forebay.parameter import ForebayTensor
 
 _DATA = "data"
@@ -40,6 +41,9 @@ class ManagedQuantized:
         """Takes the weight out of its layer and lays its parts where :func:`forebay.attach` finds them."""
         self.original = weight
         self.tensor: Any = None
+        self._unpinned: Any = None
+        self._stand_ins: dict[str, torch.Tensor] = {}
+        self._weights: list[Weight] = []
         self._module = module
         self._name = name
         self._params = weight._params
@@ -73,6 +77,8 @@ class ManagedQuantized:
     def stand_in(self) -> None:
         """Puts a quantized tensor of stand-ins into the layer."""
         del self._module._modules[self._holder_name]
+        self._stand_ins = {name: getattr(self._holder, name) for name in (_DATA, *self._fields)}
+        self._weights = [part._weight for part in self._stand_ins.values() if isinstance(part, ForebayTensor)]
         self._put()
         self._module.__dict__.setdefault(_ATTRIBUTE, {})[self._name] = self
 
@@ -81,10 +87,27 @@ class ManagedQuantized:
         self._module.__dict__.pop(_ATTRIBUTE, None)
         self._module._modules.pop(self._holder_name, None)
         self._module._parameters[self._name] = self.original
+        self._unpinned, self._stand_ins, self._weights = None, {}, []
 
     def plain(self) -> Any:
         """The weight, made of plain tensors on the device. They stay as long as it does."""
         return self._made_of({name: _plain(getattr(self._holder, name)) for name in (_DATA, *self._fields)})
+
+    def unpinned(self, held: list[Weight]) -> Any:
+        """The weight, made of plain tensors that are there while its parts are held.
+
+        Args:
+            held: Gets those parts.
+        """
+        held += self._weights
+        if self._unpinned is None:
+            parts = {
+                name: part._weight.unpinned if isinstance(part, ForebayTensor) else part.data
+                for name, part in self._stand_ins.items()
+            }
+            with torch.inference_mode(False):
+                self._unpinned = self._made_of(parts)
+        return self._unpinned
 
     def patched(
         self, compute: Callable[[Any], Any]
@@ -123,7 +146,7 @@ class ManagedQuantized:
         with torch.inference_mode(False):
             tensor = self._made_of(self._holder._parameters)
         tensor._is_param = True
-        self.tensor = tensor
+        self.tensor, self._unpinned = tensor, None
         self._module._parameters[self._name] = tensor
 
     def _made_of(self, parts: Any) -> Any:
