@@ -16,7 +16,7 @@ use super::table::Table;
 use super::types::{
     ALREADY_REGISTERED, AccessDesc, AllocationProp, Code, CopyAttributes, DEVICE_UNAVAILABLE,
     EVENT_BLOCKING_UNTIMED, GRANULARITY_MINIMUM, HIGHEST_PRIORITY, HOST_PORTABLE, HOST_REGISTER_READ_ONLY,
-    NOT_READY, OUT_OF_MEMORY, Ordinal, Pointer, STREAM_NON_BLOCKING,
+    NOT_READY, NOT_SUPPORTED, OUT_OF_MEMORY, Ordinal, Pointer, STREAM_NON_BLOCKING,
 };
 use crate::{
     Device, DeviceAddr, DeviceError, DeviceId, EventHandle, FrameHandle, HostCopy, MemoryInfo, Result,
@@ -350,11 +350,14 @@ impl Device for CudaDevice {
     }
 
     unsafe fn copy_all_to_device(&self, copies: &[HostCopy], stream: StreamHandle) -> Result<()> {
+        let one_by_one = || {
+            copies.iter().try_for_each(|&HostCopy { dst, src, len }| {
+                // SAFETY: the contract of this call.
+                unsafe { self.copy_to_device(dst, src, len, stream) }
+            })
+        };
         let (Some(memcpy_batch), true) = (self.table().memcpy_batch, copies.len() > 1) else {
-            // SAFETY: the contract of this call.
-            return copies.iter().try_for_each(|&HostCopy { dst, src, len }| unsafe {
-                self.copy_to_device(dst, src, len, stream)
-            });
+            return one_by_one();
         };
         let targets: Vec<Pointer> = copies.iter().map(|copy| copy.dst.get()).collect();
         let sources: Vec<Pointer> = copies.iter().map(|copy| copy.src.addr() as Pointer).collect();
@@ -374,6 +377,9 @@ impl Device for CudaDevice {
                 stream.get(),
             )
         };
+        if code == NOT_SUPPORTED {
+            return one_by_one();
+        }
         let size = copies.iter().map(|copy| copy.len).sum();
         self.check_range("cuMemcpyBatchAsync", code, copies[0].dst, size)
     }

@@ -33,11 +33,12 @@ const PRESSURE: f64 = 10.0;
 const PATIENCE: Duration = Duration::from_secs(2);
 /// How long nothing has gone on when it is quiet: longer than between two steps of a sampler (10 ms).
 const QUIET: Duration = Duration::from_millis(50);
-/// How much longer than registering a piece took nothing is registered, in halves. Without a rest a pass took 1.65 times as long
-/// while its pages were registered (16 GiB of 25 GB; 2026-11-28-h100-third), and between two steps of ComfyUI's, where nothing is
-/// used and the driver is called some seventy times, 45 ms went by instead of 7. The fifteen later steps of Flux in 12 GiB took
-/// 4.12 s with two rests a piece, 4.35 with one, and 0.26 and 0.25 s at the median (2026-11-29-h200-comfyui-second).
-const HALF_RESTS: u32 = 3;
+/// How many times as long as registering a piece took nothing is registered. Without a rest a pass took 1.65 times as long while
+/// its pages were registered (16 GiB of 25 GB; 2026-11-28-h100-third), and between two steps of ComfyUI's, where nothing is used
+/// and the driver is called some seventy times, 45 ms went by instead of 7. Fifteen later steps of Flux in 12 GiB took 4.35 s, of
+/// which all was registered after six; with two rests 4.12 and twelve, on a slower machine with one and a half twelve as well
+/// (2026-11-29-h200-comfyui-second). It is done once, and steps take a third to a tenth less from then on.
+const REST: u32 = 1;
 /// Refusals by the device after which it is not asked any more.
 const MOST_REFUSALS: u32 = 3;
 /// How often the end of copies is asked for.
@@ -74,7 +75,7 @@ impl Pace for Rests<'_> {
     fn registered(&mut self, began: Instant) {
         self.shared.timeline.note(Activity::Register, self.page, Some(began));
         let now = Instant::now();
-        *self.until = now + (now - began) * HALF_RESTS / 2;
+        *self.until = now + (now - began) * REST;
     }
 }
 

@@ -15,9 +15,9 @@ const KEPT: Duration = Duration::from_secs(10);
 /// Fills after which a page is worth registering that stays on the device while its model is used: it was lost to others
 /// twice.
 const OFTEN: u32 = 3;
-/// Fills through the ring after which a page is registered though it is not quiet. Until all pages are registered steps take up
-/// to a third longer, of 24 GB a tenth (2026-11-29-h200-comfyui); then readers leave the processor to whoever launches kernels,
-/// and steps take up to a third less, where the host's memory is slow a half.
+/// Fills through the ring after which a page is registered though it is not quiet. Until all pages are registered steps take
+/// longer: of 24 GB for some six steps 2.0 to 1.3 of the limit, where readers alone reach 1.2 and, with the host's memory slow,
+/// 1.5 to 1.8. From then on 1.03 to 1.08 (2026-11-29-h200-comfyui-second).
 const LATE: u32 = 2;
 
 /// See the module's documentation.
