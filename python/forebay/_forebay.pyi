@@ -14,6 +14,7 @@ __all__ = [
     "ExplicitVbar",
     "FileMapping",
     "ForebayError",
+    "Holding",
     "HostBuffer",
     "Model",
     "OutOfMemoryError",
@@ -26,6 +27,7 @@ __all__ = [
     "close_recalls",
     "examine",
     "foreign_capsule",
+    "hold",
     "import_of",
     "intercept",
     "lend_all",
@@ -177,6 +179,7 @@ class Weight:
 @final
 class Holding: ...
 
+@final
 class Shadows:
     def __new__(
         cls,
