@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from forebay._forebay import Weight, hold
-from forebay.comfyui.native.quantized import quantized_of
+from forebay.comfyui.native.quantized import quantized_of, unpinned
 from forebay.parameter import ForebayTensor
 
 _SAYS_WHEN = "offloadable"
@@ -81,10 +81,7 @@ def _plain(layer: Any, name: str, weight: Any, held: list[Weight] | None) -> Any
         if isinstance(layer, nn.Embedding):
             # Rows of a table that is not resident are looked up at their source, by the operation itself.
             return weight
-        if held is None:
-            return weight._weight.view()
-        held.append(weight._weight)
-        return weight._weight.unpinned
+        return weight._weight.view() if held is None else unpinned(weight, held)
     quantized = quantized_of(layer, name)
     # Something else may stand there, a patched one.
     if quantized is None or quantized.tensor is not weight:

@@ -23,7 +23,7 @@ from torch import nn
 from forebay._forebay import Weight, hold
 from forebay.attachment import Attachment
 from forebay.comfyui.native.float8_patch import FLOAT8, Float8Patch
-from forebay.comfyui.native.quantized import ManagedQuantized, quantized_of
+from forebay.comfyui.native.quantized import ManagedQuantized, quantized_of, unpinned
 from forebay.comfyui.native.weight_patch import WeightPatch
 from forebay.converting import USED
 from forebay.instance_methods import InstanceMethod
@@ -192,7 +192,7 @@ class _PatchedLayer:
         originals = {name: parameters[name] for name in self._computes}
         for name, (compute, quantized) in self._computes.items():
             held: list[Weight] = []
-            stored = _unpinned(parameters[name], held) if quantized is None else quantized.unpinned(held)
+            stored = unpinned(parameters[name], held) if quantized is None else quantized.unpinned(held)
             holding = hold(held)
             parameters[name] = compute(stored)
             del holding  # behind what computes it
@@ -232,14 +232,6 @@ def _is_factor(tensor: Any) -> bool:
 
 def _is_computed(function: Function | None) -> bool:
     return function is not None and not isinstance(function, LowRank)
-
-
-def _unpinned(weight: torch.Tensor, held: list[Weight]) -> torch.Tensor:
-    """A plain tensor, that is there while what is added to the list is held."""
-    if not isinstance(weight, ForebayTensor):
-        return weight
-    held.append(weight._weight)
-    return weight._weight.unpinned
 
 
 def _is_managed(weight: torch.Tensor) -> bool:

@@ -158,5 +158,13 @@ class ManagedQuantized:
         )
 
 
+def unpinned(weight: torch.Tensor, held: list[Weight]) -> torch.Tensor:
+    """A plain tensor, that is there while what is added to the list is held."""
+    if not isinstance(weight, ForebayTensor):
+        return weight
+    held.append(weight._weight)
+    return weight._weight.unpinned
+
+
 def _plain(part: torch.Tensor) -> torch.Tensor:
     return part._weight.view() if isinstance(part, ForebayTensor) else part.data
