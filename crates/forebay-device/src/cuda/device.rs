@@ -16,7 +16,7 @@ use super::table::Table;
 use super::types::{
     ALREADY_REGISTERED, AccessDesc, AllocationProp, Code, CopyAttributes, DEVICE_UNAVAILABLE,
     EVENT_BLOCKING_UNTIMED, GRANULARITY_MINIMUM, HIGHEST_PRIORITY, HOST_PORTABLE, HOST_REGISTER_READ_ONLY,
-    NOT_READY, NOT_SUPPORTED, OUT_OF_MEMORY, Ordinal, Pointer, STREAM_NON_BLOCKING,
+    NOT_READY, OUT_OF_MEMORY, Ordinal, Pointer, STREAM_NON_BLOCKING,
 };
 use crate::{
     Device, DeviceAddr, DeviceError, DeviceId, EventHandle, FrameHandle, HostCopy, MemoryInfo, Result,
@@ -377,11 +377,11 @@ impl Device for CudaDevice {
                 stream.get(),
             )
         };
-        if code == NOT_SUPPORTED {
-            return one_by_one();
-        }
         let size = copies.iter().map(|copy| copy.len).sum();
-        self.check_range("cuMemcpyBatchAsync", code, copies[0].dst, size)
+        match self.check_range("cuMemcpyBatchAsync", code, copies[0].dst, size) {
+            Err(error) if error.is_unsupported() => one_by_one(),
+            result => result,
+        }
     }
 
     unsafe fn copy_to_host(

@@ -18,7 +18,6 @@ pub(super) const DEVICE_UNAVAILABLE: Code = 46;
 pub(super) const NO_DEVICE: Code = 100;
 pub(super) const NOT_READY: Code = 600;
 pub(super) const ALREADY_REGISTERED: Code = 712;
-pub(super) const NOT_SUPPORTED: Code = 801;
 
 /// `CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR`.
 pub(super) const COMPUTE_CAPABILITY_MAJOR: c_int = 75;
