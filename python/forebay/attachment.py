@@ -49,6 +49,7 @@ def attach(
     headroom: float | None = None,
     page_size: int | None = None,
     small: int | None = None,
+    whole: bool = False,
     lend: Sequence[type[nn.Module]] = (),
     dtype: Dtypes | None = None,
     scales: Mapping[str, torch.Tensor] | None = None,
@@ -71,6 +72,8 @@ def attach(
         headroom: Bytes to keep free for everyone else instead (default 512 MiB).
         page_size: Bytes a page: a power of two from 2 MiB up. Default: 1/64 of the weights, between 2 and 32 MiB.
         small: Weights below this many bytes (default 64 KiB) stay on the device as ordinary tensors.
+        whole: Whether a weight is to be resident with all of its pages or with none, where that can be: for who makes something
+            of weights that lasts as long as they are there. Otherwise single pages are spread, which evens out better.
         lend: Module classes whose weights are to be lent as plain tensors for the length of their ``forward``, as
             ``nn.MultiheadAttention``'s are: for kernels that take raw pointers.
         dtype: The dtype to use weights in: float32, float16 or bfloat16. Those stored in another one of these, or in
@@ -103,7 +106,7 @@ def attach(
         with torch.inference_mode(False), _without_collections():
             for label, root in modules:
                 weights = Weights(label, root, attachment._stand_ins, dtype, scales)
-                attachment._add(label, root, weights, page_size, small, tuple(lend), rerun)
+                attachment._add(label, root, weights, page_size, small, whole, tuple(lend), rerun)
     except BaseException:
         attachment.detach()
         raise
@@ -304,12 +307,18 @@ class Attachment:
         weights: Weights,
         page_size: int | None,
         small: int | None,
+        whole: bool,
         lend: tuple[type[nn.Module], ...],
         rerun: Rerun,
     ) -> None:
         conversions = weights.conversions(self.device)
         model = self._engine.attach(
-            label, weights.specs(), page_size=page_size, small=small, conversions=conversions
+            label,
+            weights.specs(),
+            page_size=page_size,
+            small=small,
+            conversions=conversions,
+            whole=whole,
         )
         self._models.append(model)
         streams.follow_current(model, self.device)

@@ -15,7 +15,7 @@ import torch
 from forebay._forebay import Engine
 from forebay.converting import USED, dtype_name
 
-Product = tuple[int, int, int, int, int, str, int, tuple[str, int, int] | None]
+Product = tuple[int, int, int, int, int, str, int, tuple[str, int, int, int] | None]
 """A product as the engine takes it."""
 
 _ALIGN = 16
@@ -93,7 +93,7 @@ class LowRank:
             downs[begin:end].copy_(down.flatten(1), non_blocking=True)
         parts[2].view(torch.int32).copy_(numbers)
         up_at, down_at, scale_at = (part.data_ptr() for part in parts)
-        each = (dtype_name(self.through), count, scale_at + 4 * count)
+        each = (dtype_name(self.through), count, scale_at + 4 * count, 0)
         return memory, (0, rows, up_at, down_at, scale_at, dtype_name(dtype), rank, each)
 
     @staticmethod
@@ -102,6 +102,13 @@ class LowRank:
         if up.ndim < 2 or down.ndim < 2 or up.shape[1:].numel() != down.shape[0]:
             return None
         return up.shape[0], down.shape[1:].numel()
+
+
+def multiplied(product: Product, address: int) -> Product:
+    """A product of :meth:`LowRank.place`, behind which everything is multiplied with the float32 at an address."""
+    each = product[-1]
+    assert each is not None
+    return (*product[:-1], (*each[:-1], address))
 
 
 def joined_dtype(factors: Iterable[torch.Tensor]) -> torch.dtype:
@@ -142,7 +149,7 @@ def _are_same(engine: Engine, device: torch.device, rows: int, columns: int, ran
         part = expected[first : first + step]
         sums = torch.zeros_like(part)
         addresses = (up[first:].data_ptr(), down.data_ptr(), ones.data_ptr())
-        each = ("float32", 1, ends.data_ptr())
+        each = ("float32", 1, ends.data_ptr(), 0)
         product = (first, first + len(part), *addresses, "float32", rank, each)
         engine.add_product(sums.data_ptr(), "float32", columns, product, stream)
         if not torch.equal(sums.view(torch.int32), part.view(torch.int32)):

@@ -10,6 +10,7 @@ import functools
 import itertools
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -113,6 +114,7 @@ class Patches:
         self._own = _OwnStream(device)
         self._reading = _OwnStream(device)
         self._is_detached = False
+        self._computing: weakref.WeakSet[_Computing] = weakref.WeakSet()
         # For the whole of a change. Taken before everything else, and never while the engine calls Python.
         self._lock = threading.Lock()
 
@@ -129,6 +131,8 @@ class Patches:
         self._is_detached = True
         self._targets.clear()
         self._files.clear()
+        for one in list(self._computing):
+            one.close()
 
     def set_loras(
         self, loras: Iterable[tuple[Source, float]], *, strict: bool = True, rename: Rename | None = None
@@ -247,7 +251,10 @@ class Patches:
             up_at, down_at, scale_at = (factor.data_ptr() for factor in factors)
             rank = factors[1].shape[0]
             products.append((first, last, up_at, down_at, scale_at, dtype_name(dtype), rank, None))
-        compute = None if function is None else functools.partial(self._computed, target, function)
+        compute = None
+        if function is not None:
+            compute = _Computing(self._computed, target, function)
+            self._computing.add(compute)
         # Without terms nobody computes with the elements.
         name = dtype_name(target.dtype if terms else torch.float32)
         return name, target.columns if terms else 1, products, kept, compute
@@ -322,6 +329,33 @@ class _Change:
         self.target.function, self.target.terms = self.function, self.terms
         if self.target.small is not None and self.merged is not None:
             self.target.small.data.copy_(self.merged)
+
+
+class _Computing:
+    """What the engine calls for a computed weight, until the model is detached.
+
+    The engine has it as long as it has the weights, which have memory as long as anybody has their stand-ins. So it lets go of
+    everything then: what computes a weight may well have a stand-in, and the garbage collector does not see the engine.
+    """
+
+    def __init__(
+        self,
+        compute: Callable[[Target, Function], tuple[int, int, object]],
+        target: Target,
+        function: Function,
+    ) -> None:
+        self._call: Callable[[], tuple[int, int, object]] | None = functools.partial(
+            compute, target, function
+        )
+
+    def __call__(self) -> tuple[int, int, object]:
+        call = self._call
+        if call is None:
+            raise DetachedError("the model was detached")
+        return call()
+
+    def close(self) -> None:
+        self._call = None
 
 
 class _OwnStream:

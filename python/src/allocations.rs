@@ -14,6 +14,7 @@
 //!   under torch's lock would wait for a thread that has it and waits for torch's lock, for ever. Leases are asked back,
 //!   and return when the interpreter is free. What fails meanwhile is run again at a module's boundary.
 
+use std::cell::Cell;
 use std::ffi::{c_int, c_void};
 use std::mem::transmute;
 use std::sync::Arc;
@@ -178,7 +179,7 @@ unsafe extern "C" fn cuda_malloc_async(at: *mut *mut c_void, size: usize, stream
     let Some(address) = MALLOC_ASYNC.get() else { return NO_MEMORY };
     // SAFETY: the address of the function that was redirected.
     let original: MallocAsync = unsafe { transmute(address) };
-    let unused = if ON.load(Ordering::Acquire) { unused_in_pool() } else { Bytes::ZERO };
+    let unused = if ON.load(Ordering::Acquire) { unused_in_pool(size) } else { Bytes::ZERO };
     // SAFETY: passed on as it came.
     allocate(size, unused, || unsafe { original(at, size, stream) })
 }
@@ -249,28 +250,42 @@ fn current_device() -> Option<u32> {
     (code == SUCCESS).then_some(ordinal)?.try_into().ok()
 }
 
-/// What the current device's pool has from the driver and nobody uses.
-fn unused_in_pool() -> Bytes {
+thread_local! {
+    /// A device, what its pool had unused when this thread looked at it, less what the thread asked for since.
+    static LOOKED_AT: Cell<(u32, u64)> = const { Cell::new((0, 0)) };
+}
+
+/// What the current device's pool has from the driver and nobody uses, at least, before it gives `size`. To look takes three
+/// calls that wait for whoever else is in the driver, and torch allocates some thousand times a step: it is not looked at again
+/// before what was there is used up. Where it has less by then, because others took it, the allocation fails and is repeated.
+fn unused_in_pool(size: usize) -> Bytes {
     let read = || -> Option<u64> {
         let ordinal = current_device()?;
-        // SAFETY: the runtime's function of this name.
-        let default_pool: DefaultPool = unsafe { transmute(DEFAULT_POOL.get()?) };
-        // SAFETY: the runtime's function of this name.
-        let attribute: PoolAttribute = unsafe { transmute(POOL_ATTRIBUTE.get()?) };
-        let mut pool = std::ptr::null_mut();
-        // SAFETY: the result has a place to go.
-        if unsafe { default_pool(&mut pool, ordinal.try_into().ok()?) } != SUCCESS {
-            return None;
-        }
-        let value = |which| {
-            let mut value = 0_u64;
-            // SAFETY: these attributes are of 64 bits.
-            let code = unsafe { attribute(pool, which, (&raw mut value).cast()) };
-            (code == SUCCESS).then_some(value)
-        };
-        Some(value(POOL_RESERVED)?.saturating_sub(value(POOL_USED)?))
+        let (of, left) = LOOKED_AT.try_with(Cell::get).ok()?;
+        let unused = if of == ordinal && left >= size as u64 { left } else { unused_now(ordinal)? };
+        LOOKED_AT.try_with(|looked| looked.set((ordinal, unused.saturating_sub(size as u64)))).ok()?;
+        Some(unused)
     };
     Bytes::new(read().unwrap_or(0))
+}
+
+fn unused_now(ordinal: u32) -> Option<u64> {
+    // SAFETY: the runtime's function of this name.
+    let default_pool: DefaultPool = unsafe { transmute(DEFAULT_POOL.get()?) };
+    // SAFETY: the runtime's function of this name.
+    let attribute: PoolAttribute = unsafe { transmute(POOL_ATTRIBUTE.get()?) };
+    let mut pool = std::ptr::null_mut();
+    // SAFETY: the result has a place to go.
+    if unsafe { default_pool(&mut pool, ordinal.try_into().ok()?) } != SUCCESS {
+        return None;
+    }
+    let value = |which| {
+        let mut value = 0_u64;
+        // SAFETY: these attributes are of 64 bits.
+        let code = unsafe { attribute(pool, which, (&raw mut value).cast()) };
+        (code == SUCCESS).then_some(value)
+    };
+    Some(value(POOL_RESERVED)?.saturating_sub(value(POOL_USED)?))
 }
 
 /// The runtime keeps the error of a call for whoever asks next; this one is dealt with.

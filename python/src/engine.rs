@@ -3,7 +3,7 @@
 use std::sync::{Arc, Weak};
 
 use forebay::device::host::{HostConfig, HostDevice};
-use forebay::device::{Device, DeviceAddr, DeviceId, StreamHandle};
+use forebay::device::{Device, DeviceAddr, DeviceId, Requantize, StreamHandle};
 use forebay::store::{MemoryRange, ProcessMaps, Source};
 use forebay::{
     Budget, Bytes, EngineConfig, LayoutOptions, PageState, RingConfig, VbarStats, WeightKind, WeightSpec,
@@ -161,6 +161,40 @@ impl Engine {
         py.detach(|| unsafe { self.inner.add_product(at, element, &product, stream) }).map_err(raised)
     }
 
+    /// Computes a weight of eight-bit elements anew, behind what is in a stream: ``source`` times the float32 at ``scale``, if
+    /// that is not 0, and the product, rounded up or down by random bytes as torch draws them with ``threads`` threads.
+    #[allow(clippy::too_many_arguments, reason = "all of it is one piece of work")]
+    fn requantize(
+        &self,
+        py: Python<'_>,
+        address: u64,
+        source: u64,
+        element: &str,
+        columns: u32,
+        product: PyProduct,
+        scale: u64,
+        seed: u64,
+        threads: u64,
+        stream: u64,
+    ) -> PyResult<()> {
+        let product = crate::patches::product(product, columns)?;
+        let rows = u64::from(product.rows.end.saturating_sub(product.rows.start));
+        let work = Requantize {
+            to: DeviceAddr::new(address),
+            from: DeviceAddr::new(source),
+            element: crate::patches::element(element)?,
+            count: rows * u64::from(columns),
+            scale: (scale != 0).then(|| DeviceAddr::new(scale)),
+            factors: product.factors,
+            seed,
+            threads,
+        };
+        // SAFETY: the package passes a stream of torch's on this device.
+        let stream = unsafe { StreamHandle::from_raw(stream) };
+        // SAFETY: likewise memory.
+        py.detach(|| unsafe { self.inner.requantize(&work, stream) }).map_err(raised)
+    }
+
     /// Sets how many bytes of the page cache may be registered with the device; ``None``: what is free.
     #[pyo3(signature = (nbytes=None))]
     fn set_registered(&self, py: Python<'_>, nbytes: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
@@ -208,7 +242,8 @@ impl Engine {
     }
 
     /// Attaches weights. Where a weight's bytes are an unmodified part of a mapped file they are read from the file.
-    #[pyo3(signature = (name, weights, *, page_size=None, small=None, conversions=Vec::new()))]
+    #[pyo3(signature = (name, weights, *, page_size=None, small=None, conversions=Vec::new(), whole=false))]
+    #[allow(clippy::too_many_arguments, reason = "by name in Python")]
     fn attach(
         &self,
         py: Python<'_>,
@@ -217,6 +252,7 @@ impl Engine {
         page_size: Option<&Bound<'_, PyAny>>,
         small: Option<&Bound<'_, PyAny>>,
         conversions: Vec<Option<PyConversion>>,
+        whole: bool,
     ) -> PyResult<Model> {
         let default = LayoutOptions::default();
         let page_size = page_size.map(|value| size("page_size", value)).transpose()?;
@@ -227,7 +263,7 @@ impl Engine {
             let maps = ProcessMaps::snapshot().map_err(source)?;
             Ok::<_, PyErr>(weights.into_iter().map(|weight| spec(&maps, weight)).collect())
         })?;
-        let options = LayoutOptions { page_size, small };
+        let options = LayoutOptions { page_size, small, whole };
         let attachment = with_reclaim(py, &self.inner, || {
             py.detach(|| self.inner.attach_converting(name, specs.clone(), conversions.clone(), options))
                 .map_err(raised)

@@ -246,6 +246,25 @@ impl Weight {
         py.detach(read).map_err(raised)
     }
 
+    /// A number for each of the weight's pages, which changes whenever the page is filled: to be compared while it is held.
+    #[getter]
+    fn serials(&self) -> PyResult<Vec<u64>> {
+        let serials = self.shared.attachment.serials(self.index).map_err(raised)?;
+        Ok(serials.iter().map(|serial| serial.0).collect())
+    }
+
+    /// Whether all of the weight is there and stays between uses.
+    #[getter]
+    fn is_resident(&self) -> PyResult<bool> {
+        self.shared.attachment.is_resident(self.index).map_err(raised)
+    }
+
+    /// Has the weight filled anew from its source, whatever was written to its memory. Waits for those who use it as it is.
+    fn refill(&self, py: Python<'_>) -> PyResult<()> {
+        let stream = self.shared.current_stream(py)?;
+        with_interrupts(py, stream, |how| self.shared.attachment.refill(&[self.index], how))
+    }
+
     /// Gives the weight's pages up, so that its bytes are read again at the next use.
     fn discard(&self, py: Python<'_>) -> PyResult<()> {
         py.detach(|| self.shared.attachment.discard(self.index)).map_err(raised)

@@ -11,8 +11,9 @@ use crate::model::Shared;
 use crate::run::with_interrupts;
 
 /// A product: the rows it is added to, the addresses of up, down and scale, the factors' elements, their rank, and its terms
-/// where it is rounded after each: the elements it is rounded to, their number, the address of their ends.
-pub(crate) type PyProduct = (u32, u32, u64, u64, u64, String, u32, Option<(String, u32, u64)>);
+/// where it is rounded after each: the elements it is rounded to, their number, the address of their ends, and that of what
+/// is multiplied with at last or 0.
+pub(crate) type PyProduct = (u32, u32, u64, u64, u64, String, u32, Option<(String, u32, u64, u64)>);
 /// A patch: the weight's elements, elements a row, the products, what keeps their memory, and what computes the weight.
 pub(crate) type PyPatch = (String, u32, Vec<PyProduct>, Py<PyAny>, Option<Py<PyAny>>);
 
@@ -63,9 +64,12 @@ pub(crate) fn product(given: PyProduct, columns: u32) -> PyResult<Product> {
     let [up, down, scale] = [up, down, scale].map(DeviceAddr::new);
     let rounding = match each {
         None => Rounding::Once,
-        Some((through, terms, ends)) => {
-            Rounding::Each { through: element(&through)?, terms, ends: DeviceAddr::new(ends) }
-        }
+        Some((through, terms, ends, by)) => Rounding::Each {
+            through: element(&through)?,
+            terms,
+            ends: DeviceAddr::new(ends),
+            by: (by != 0).then(|| DeviceAddr::new(by)),
+        },
     };
     let factors =
         Factors { up, down, scale, element: element(&of)?, rank, columns, row_base: first, rounding };

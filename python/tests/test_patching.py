@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Callable
@@ -146,6 +147,25 @@ def test_a_detached_model_takes_no_patches(engine: EngineMaker) -> None:
     for call in (lambda: attachment.set_patch("0.weight", torch.neg), lambda: attachment.set_loras([])):
         with pytest.raises(forebay.DetachedError, match="attach it again to patch its weights"):
             call()
+
+
+def test_a_detached_model_leaves_though_its_callable_has_a_weight_of_it(engine: EngineMaker) -> None:
+    device = engine(64)
+
+    def run() -> None:
+        module = randomize(linears(3)).to(torch.bfloat16)
+        attachment = forebay.attach(module, device)
+        weight, bias = module[0].weight, module[1].bias
+        attachment.set_patch("1.weight", lambda value: value + len(weight) + len(bias))
+        module(move(torch.randn(4, 1024, dtype=torch.bfloat16)))
+        attachment.detach()
+
+    run()
+    end = time.monotonic() + 10
+    while device.stats()["models"] and time.monotonic() < end:
+        gc.collect()
+        time.sleep(0.05)
+    assert device.stats()["models"] == []
 
 
 def test_detaching_does_not_wait_for_a_callable(engine: EngineMaker) -> None:

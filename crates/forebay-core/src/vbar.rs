@@ -16,7 +16,7 @@ pub enum Mode {
 }
 
 /// A VBAR to be added to a policy.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct VbarSpec {
     /// How many pages.
     pub pages: u32,
@@ -111,12 +111,12 @@ impl Vbar {
             entry: 0,
         };
         Vbar {
-            spec,
-            ranks: Ranks::new(spec.pages, spec.order),
+            ranks: Ranks::new(spec.pages, &spec.order),
             pages: vec![absent; spec.pages as usize],
             watermark: spec.pages,
             floor: 0,
             resident: RankSet::new(spec.pages),
+            spec,
             ahead: VecDeque::new(),
             entries: 0,
             held: 0,

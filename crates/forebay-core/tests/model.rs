@@ -100,7 +100,13 @@ enum Event {
 
 fn spec() -> impl Strategy<Value = VbarSpec> {
     let order = prop_oneof![
-        4 => (0u32..4, 0u32..4).prop_map(|(first, last)| RankOrder::Spread { first, last }),
+        3 => (0u32..4, 0u32..4).prop_map(|(first, last)| RankOrder::Spread { first, last }),
+        1 => (0u32..4, 0u32..4, 1u32..4).prop_map(|(first, last, len)| RankOrder::SpreadRuns {
+            first,
+            last,
+            // Neighbours share a page.
+            runs: (0..40 / len).map(|n| (n * len, (n + 1) * len)).collect(),
+        }),
         1 => Just(RankOrder::Address),
     ];
     let mode = prop_oneof![2 => Just(Mode::Streamed), 1 => Just(Mode::Explicit)];
@@ -217,8 +223,8 @@ fn run(world: &mut World, event: &Event) -> Checked {
         Event::FreeFrom { vbar, units } => world.free_from(id(vbar), UNIT * u64::from(units)),
         Event::SetFloor { vbar, rank } => world.set_floor(id(vbar), rank.into()),
         Event::LowerWatermark { vbar, rank } => world.lower_watermark(id(vbar), rank.into()),
-        Event::Add { spec } if ids.len() < 6 => {
-            world.add(spec);
+        Event::Add { ref spec } if ids.len() < 6 => {
+            world.add(spec.clone());
             world.verify()
         }
         Event::Add { .. } => Ok(()),
@@ -229,10 +235,10 @@ fn run(world: &mut World, event: &Event) -> Checked {
 
 /// Uses some pages one after the other, each read ahead while the one before is in use.
 fn take_turn(world: &mut World, id: VbarId, from: u8, pages: u8) -> Checked {
-    let spec = world.books.vbar(id).spec;
+    let count = world.books.vbar(id).spec.pages;
     world.touch(id, 1)?;
     for page in u32::from(from)..u32::from(from) + u32::from(pages) {
-        let [page, next] = [page, page + 1].map(|page| page_at(id, page % spec.pages));
+        let [page, next] = [page, page + 1].map(|page| page_at(id, page % count));
         if world.demand(&[page], Bytes::ZERO)? == Outcome::Granted {
             world.unplan(page)?;
             world.plan(next)?;

@@ -237,8 +237,9 @@ fn a_pipeline_is_as_if_nobody_counted_passes() {
 /// Two VBARs are touched in turn, a pass each. The watermark of the second after its last turn, and its pages.
 fn last_turn(specs: [VbarSpec; 2], prioritized: bool) -> (u32, u32) {
     let mut policy = Policy::new(Bytes::ZERO);
+    let pages = specs.each_ref().map(|spec| spec.pages);
     let ids = specs.map(|spec| policy.add_vbar(spec));
-    let turn = |policy: &mut Policy, id: VbarId| policy.touch(id, specs[0].pages);
+    let turn = |policy: &mut Policy, id: VbarId| policy.touch(id, pages[0]);
     for _ in 0..4 {
         ids.into_iter().for_each(|id| turn(&mut policy, id));
     }
@@ -248,16 +249,16 @@ fn last_turn(specs: [VbarSpec; 2], prioritized: bool) -> (u32, u32) {
     turn(&mut policy, ids[0]);
     policy.lower_watermark(ids[1], Rank(2), &mut Books::new(Bytes::ZERO), &mut vec![]);
     turn(&mut policy, ids[1]);
-    (policy.watermark(ids[1]).0, specs[1].pages)
+    (policy.watermark(ids[1]).0, pages[1])
 }
 
 #[test]
 fn explicit_and_prioritized_ones_are_not_used_in_turn() {
-    let spec = streamed(24, WINDOW);
-    let (watermark, pages) = last_turn([spec, spec], false);
+    let spec = || streamed(24, WINDOW);
+    let (watermark, pages) = last_turn([spec(), spec()], false);
     assert!(watermark < pages, "the common level");
     for (specs, prioritized) in
-        [([spec, spec], true), ([spec, explicit(24)], false), ([explicit(24), spec], false)]
+        [([spec(), spec()], true), ([spec(), explicit(24)], false), ([explicit(24), spec()], false)]
     {
         let (watermark, pages) = last_turn(specs, prioritized);
         assert_eq!(watermark, pages, "fully open");

@@ -37,9 +37,14 @@ impl Element {
         })
     }
 
-    /// Whether results can be rounded to it. Eight bits are only read.
+    /// Whether results can be rounded to the nearest one. Those of eight bits are read, or rounded to by [`Requantize`].
     pub const fn is_target(self) -> bool {
         matches!(self, Element::F32 | Element::F16 | Element::Bf16)
+    }
+
+    /// Whether it has eight bits.
+    pub const fn is_float8(self) -> bool {
+        matches!(self, Element::F8E4m3 | Element::F8E5m2)
     }
 }
 
@@ -50,6 +55,8 @@ pub enum Transform {
     AddLowRank(AddLowRank),
     /// See [`Convert`].
     Convert(Convert),
+    /// See [`Requantize`].
+    Requantize(Requantize),
     /// Copies bytes on the device.
     Copy {
         /// Where to.
@@ -83,11 +90,26 @@ impl Transform {
                     return invalid();
                 }
             }
+            Transform::Requantize(work) => {
+                let Requantize { element, to, from, count, factors, threads, .. } = work;
+                let is_in_terms = matches!(factors.rounding, Rounding::Each { .. });
+                let can =
+                    element.is_float8() && factors.element.is_target() && factors.rounding.is_possible();
+                let in_packs =
+                    [factors.columns.into(), *threads, to.get(), from.get(), factors.down.get() / 2];
+                let in_packs = in_packs.iter().all(|number| number.is_multiple_of(Requantize::AT_ONCE));
+                let is_whole = factors.columns > 0 && count.is_multiple_of(factors.columns.into());
+                let shape = is_whole && in_packs && *threads > 0 && factors.rank > 0 && factors.row_base == 0;
+                if !is_in_terms || !can || !shape {
+                    return invalid();
+                }
+            }
             Transform::Copy { .. } => {}
         }
         Ok(match self {
             Transform::AddLowRank(add) => add.count > 0,
             Transform::Convert(convert) => convert.count > 0,
+            Transform::Requantize(work) => work.count > 0,
             Transform::Copy { len, .. } => *len > Bytes::ZERO,
         })
     }
@@ -136,8 +158,9 @@ pub enum Rounding {
     /// Once, to the weight's elements.
     Once,
     /// The ranks are those of terms, one behind the other. Each element becomes one of `through`, then each term in turn does
-    /// `w = through(w + through(scale[term] * sum_k up[i - row_base, k] * down[k, j]))`; at last it is rounded to the weight's
-    /// elements. So a computation in torch that adds one product after another is had bit for bit.
+    /// `w = through(w + through(scale[term] * sum_k up[i - row_base, k] * down[k, j]))`, and `w = through(w * by)` where there
+    /// is such a number; at last it is rounded to the weight's elements. So a computation in torch that adds one product after
+    /// another is had bit for bit.
     Each {
         /// What is rounded to on the way: float16, or float32, which rounds nothing.
         through: Element,
@@ -145,6 +168,8 @@ pub enum Rounding {
         terms: u32,
         /// One ascending u32 for each term: the rank that it ends before. The last is the rank of the factors.
         ends: DeviceAddr,
+        /// A float32 that each element is multiplied with behind the last term.
+        by: Option<DeviceAddr>,
     },
 }
 
@@ -158,6 +183,42 @@ impl Rounding {
             }
         }
     }
+}
+
+/// Computes a whole weight of eight-bit elements anew: what it stands for, the terms of [`Rounding::Each`] added, rounded up or
+/// down at random.
+///
+/// An element begins as `through(from[n] * scale)`. What comes of it lies between two neighbours of its type, and becomes the one
+/// that is farther from zero where its distance from the other, in 256ths of theirs, and the random byte `r(n)` are 256 or more
+/// together; the largest finite ones where it is beyond them, and the negative one of them for a NaN.
+///
+/// `r(n)` is as torch's generator on a GPU draws bytes: the low one of a word of Philox4x32-10 (J. K. Salmon et al., "Parallel
+/// random numbers: as easy as 1, 2, 3", 2011) with the seed as its key. Words go to `threads` threads in turn, of which each has
+/// a counter of its own: with `n = (4 * i + word) * threads + thread` the counter is `(i, 0, thread, 0)`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Requantize {
+    /// Where the results go; a multiple of [`Requantize::AT_ONCE`].
+    pub to: DeviceAddr,
+    /// Where the elements are, likewise; the same, or the two do not overlap.
+    pub from: DeviceAddr,
+    /// What they are, and become; [`Element::is_float8`].
+    pub element: Element,
+    /// How many: whole rows.
+    pub count: u64,
+    /// A float32 that the elements are multiplied with at first.
+    pub scale: Option<DeviceAddr>,
+    /// Of [`Rounding::Each`]; a row's elements are a multiple of [`Requantize::AT_ONCE`], the first is row 0, and `down` is at a
+    /// multiple of 16.
+    pub factors: Factors,
+    /// Of the random bytes.
+    pub seed: u64,
+    /// Likewise; a multiple of [`Requantize::AT_ONCE`].
+    pub threads: u64,
+}
+
+impl Requantize {
+    /// Elements that are worked on at once.
+    pub const AT_ONCE: u64 = 8;
 }
 
 /// Converts elements: `to[n] = from[n] * scale`.

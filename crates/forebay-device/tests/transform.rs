@@ -9,8 +9,8 @@ use std::sync::Arc;
 use common::{Page, Rng, fill, frame_of, on_every_device, read};
 use forebay_core::Bytes;
 use forebay_device::{
-    AddLowRank, Convert, Device, DeviceAddr, DeviceError, Element, Event, Factors, Reservation, Rounding,
-    Scale, Stream, Transform,
+    AddLowRank, Convert, Device, DeviceAddr, DeviceError, Element, Event, Factors, Requantize, Reservation,
+    Rounding, Scale, Stream, Transform,
 };
 
 const TARGETS: [Element; 3] = [Element::F32, Element::F16, Element::Bf16];
@@ -252,6 +252,7 @@ fn terms_are_added_one_after_another_each_rounded() {
                     let factor = [1e5_f32, 3e38, 0.0][number / 3 % 3];
                     scale[..4].copy_from_slice(&factor.to_le_bytes());
                 }
+                let by = [None, Some(0.37_f32), Some(f32::INFINITY), Some(1e-6)][number / 2 % 4];
                 let raw_ends: Vec<u8> = ends.iter().flat_map(|end| end.to_le_bytes()).collect();
                 let mut results = Vec::new();
                 with_room(Bytes::mib(2), |device, places| {
@@ -273,6 +274,7 @@ fn terms_are_added_one_after_another_each_rounded() {
                             through,
                             terms: ends.len() as u32,
                             ends: places.put(&raw_ends, 16),
+                            by: by.map(|by| places.put(&by.to_le_bytes(), 16)),
                         },
                     };
                     let add = AddLowRank { at, first, count, element, factors };
@@ -280,7 +282,8 @@ fn terms_are_added_one_after_another_each_rounded() {
                     assert!(read(device, after, Bytes::new(16)) == guard, "wrote behind its elements");
                     results.push(read(device, at, Bytes::new(count * size)));
                 });
-                let what = format!("{element:?} {through:?} {factor:?} {first} {count} {columns} {ends:?}");
+                let what =
+                    format!("{element:?} {through:?} {factor:?} {first} {count} {columns} {ends:?} {by:?}");
                 assert!(results.iter().all(|result| *result == results[0]), "devices differ: {what}");
                 let floats = |element, bytes: &[u8]| -> Vec<f32> {
                     values(element, bytes).into_iter().map(|value| value as f32).collect()
@@ -302,7 +305,7 @@ fn terms_are_added_one_after_another_each_rounded() {
                         value = nearest(through, value + nearest(through, scale * sum));
                         begin = end as usize;
                     }
-                    let expected = nearest(element, value);
+                    let expected = nearest(element, by.map_or(value, |by| nearest(through, value * by)));
                     let is_same = match expected.is_nan() {
                         true => new[n].is_nan(),
                         false => new[n].to_bits() == expected.to_bits(),
@@ -399,11 +402,181 @@ fn what_no_device_can_do_is_refused() {
                 rank: 1,
                 columns: 1,
                 row_base: 0,
-                rounding: Rounding::Each { through, terms, ends: at },
+                rounding: Rounding::Each { through, terms, ends: at, by: None },
             };
             let add = AddLowRank { at, first: 0, count: 1, element: Element::F32, factors };
             let error = transform(device, Transform::AddLowRank(add)).unwrap_err();
             assert!(matches!(error, DeviceError::Driver { code: 1, .. }), "{error}");
         }
     });
+}
+
+/// Philox4x32-10 as its authors give it, word by word.
+fn philox(mut counter: [u32; 4], seed: u64) -> [u32; 4] {
+    for round in 0..10_u32 {
+        let key = |half: u64, weyl: u32| (half as u32).wrapping_add(weyl.wrapping_mul(round));
+        let (first, second) = (0xd251_1f53 * u64::from(counter[0]), 0xcd9e_8d57 * u64::from(counter[2]));
+        counter = [
+            (second >> 32) as u32 ^ counter[1] ^ key(seed, 0x9e37_79b9),
+            second as u32,
+            (first >> 32) as u32 ^ counter[3] ^ key(seed >> 32, 0xbb67_ae85),
+            first as u32,
+        ];
+    }
+    counter
+}
+
+#[test]
+fn philox_is_that_of_its_authors() {
+    // Of the known answers that come with their paper.
+    assert_eq!(philox([0; 4], 0), [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8]);
+    assert_eq!(philox([u32::MAX; 4], u64::MAX), [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd]);
+}
+
+#[test]
+fn eight_bits_are_rounded_up_or_down_by_random_bytes() {
+    let mut rng = Rng::from_environment();
+    let shapes = [(3_u64, 8_u64, 1_u64, 256_u64), (70, 136, 5, 512), (300, 24, 16, 256), (33, 520, 40, 2048)];
+    for element in [Element::F8E4m3, Element::F8E5m2] {
+        for through in [Element::F16, Element::F32] {
+            for (number, (rows, columns, rank, threads)) in shapes.into_iter().enumerate() {
+                let (factor, count) = (TARGETS[number % 3], rows * columns);
+                let stored = elements(&mut rng, element, count);
+                let (up, down) =
+                    (elements(&mut rng, factor, rows * rank), elements(&mut rng, factor, rank * columns));
+                let ends = if rank > 4 { vec![rank as u32 / 3, rank as u32] } else { vec![rank as u32] };
+                let scale = elements(&mut rng, Element::F32, ends.len() as u64);
+                let first = [None, Some(0.013_f32), Some(1.7), None][number];
+                let by = [Some(77.0_f32), Some(40.0), None, Some(f32::INFINITY)][number];
+                let seed = rng.below(u64::MAX);
+                let raw_ends: Vec<u8> = ends.iter().flat_map(|end| end.to_le_bytes()).collect();
+                let mut results = Vec::new();
+                with_room(Bytes::mib(2), |device, places| {
+                    let guard = [0x5a; 16];
+                    let mut number = |value: f32| places.put(&value.to_le_bytes(), 16);
+                    let (first, by) = (first.map(&mut number), by.map(&mut number));
+                    let factors = Factors {
+                        up: places.put(&up, 16),
+                        down: places.put(&down, 16),
+                        scale: places.put(&scale, 16),
+                        element: factor,
+                        rank: rank as u32,
+                        columns: columns as u32,
+                        row_base: 0,
+                        rounding: Rounding::Each {
+                            through,
+                            terms: ends.len() as u32,
+                            ends: places.put(&raw_ends, 16),
+                            by,
+                        },
+                    };
+                    let from = places.put(&stored, 16);
+                    let to = places.put(&vec![0x5a; count as usize], 16);
+                    let after = places.put(&guard, 1);
+                    let work = Requantize { to, from, element, count, scale: first, factors, seed, threads };
+                    transform(device, Transform::Requantize(work)).unwrap();
+                    assert!(read(device, after, Bytes::new(16)) == guard, "wrote behind its elements");
+                    assert!(read(device, from, Bytes::new(count)) == stored, "wrote to what is stored");
+                    results.push(read(device, to, Bytes::new(count)));
+                });
+                let what = format!(
+                    "{element:?} {through:?} {factor:?} {rows} x {columns}, {rank}, {first:?} {by:?}"
+                );
+                assert!(results.iter().all(|result| *result == results[0]), "devices differ: {what}");
+                let floats = |element, bytes: &[u8]| -> Vec<f32> {
+                    values(element, bytes).into_iter().map(|value| value as f32).collect()
+                };
+                let (up, down, scale) =
+                    (floats(factor, &up), floats(factor, &down), floats(Element::F32, &scale));
+                let old = floats(element, &stored);
+                for n in 0..count as usize {
+                    let (row, column) = (n / columns as usize, n % columns as usize);
+                    let mut value = nearest(through, old[n] * first.unwrap_or(1.0));
+                    let mut begin = 0;
+                    for (&end, &scale) in ends.iter().zip(&scale) {
+                        let sum = (begin..end as usize).fold(0.0_f32, |sum, k| {
+                            up[row * rank as usize + k].mul_add(down[k * columns as usize + column], sum)
+                        });
+                        value = nearest(through, value + nearest(through, scale * sum));
+                        begin = end as usize;
+                    }
+                    let value = by.map_or(value, |by| nearest(through, value * by));
+                    let (turn, thread) = (n as u64 / threads, n as u64 % threads);
+                    let random =
+                        philox([(turn / 4) as u32, 0, thread as u32, 0], seed)[(turn % 4) as usize] as u8;
+                    let found = results[0][n];
+                    let expected = round_by(element, value, random);
+                    assert_eq!(found, expected, "{what}: element {n}, {value}, {random}");
+                }
+            }
+        }
+    }
+}
+
+/// By looking at all values of the type.
+fn round_by(element: Element, value: f32, random: u8) -> u8 {
+    let largest = if element == Element::F8E4m3 { 0x7e } else { 0x7b };
+    let sign = if value.is_sign_negative() { 0x80 } else { 0 };
+    if value.is_nan() {
+        return largest | 0x80;
+    }
+    if value == 0.0 {
+        return 0;
+    }
+    let magnitude = f64::from(value.abs());
+    let of = |code: u8| self::value(element, &[code]);
+    let below = (0..=largest).take_while(|&code| of(code) <= magnitude).last().unwrap();
+    if below == largest {
+        return sign | largest;
+    }
+    // What one float32 holds of the sum.
+    let spacing = of(below + 1) - of(below);
+    let units = (magnitude / spacing) as f32 + f32::from(random) / 256.0;
+    let is_above = f64::from(units) * spacing >= of(below + 1);
+    sign | (below + u8::from(is_above))
+}
+
+#[test]
+fn what_cannot_be_requantized_is_refused() {
+    let device: Arc<dyn Device> =
+        Arc::new(forebay_device::host::HostDevice::new(Default::default()).unwrap());
+    let at = DeviceAddr::new(4096);
+    let rounding = Rounding::Each { through: Element::F16, terms: 1, ends: at, by: None };
+    let factors = Factors {
+        up: at,
+        down: at,
+        scale: at,
+        element: Element::F16,
+        rank: 4,
+        columns: 16,
+        row_base: 0,
+        rounding,
+    };
+    let good = Requantize {
+        to: at,
+        from: at,
+        element: Element::F8E4m3,
+        count: 32,
+        scale: None,
+        factors,
+        seed: 1,
+        threads: 256,
+    };
+    let refused = [
+        Requantize { element: Element::F16, ..good },
+        Requantize { count: 33, ..good },
+        Requantize { threads: 0, ..good },
+        Requantize { threads: 12, ..good },
+        Requantize { to: DeviceAddr::new(4097), ..good },
+        Requantize { factors: Factors { columns: 12, ..factors }, count: 24, ..good },
+        Requantize { factors: Factors { rank: 0, ..factors }, ..good },
+        Requantize { factors: Factors { row_base: 1, ..factors }, ..good },
+        Requantize { factors: Factors { down: DeviceAddr::new(4104), ..factors }, ..good },
+        Requantize { factors: Factors { element: Element::F8E4m3, ..factors }, ..good },
+        Requantize { factors: Factors { rounding: Rounding::Once, ..factors }, ..good },
+    ];
+    for work in refused {
+        let error = transform(&device, Transform::Requantize(work)).unwrap_err();
+        assert!(matches!(error, DeviceError::Driver { code: 1, .. }), "{work:?}: {error}");
+    }
 }

@@ -182,8 +182,15 @@ impl Shared {
         }
         drop(state);
         drop(gone);
-        self.work.notify_one();
+        self.nudge_mover();
         self.changed.notify_all();
+    }
+
+    /// Wakes the mover for what nobody waits for. To wake a thread takes whoever launches work as long as a use.
+    pub(crate) fn nudge_mover(&self) {
+        if !self.mover_looks.load(Ordering::Acquire) {
+            self.work.notify_one();
+        }
     }
 
     /// Pins filled pages; all or none.

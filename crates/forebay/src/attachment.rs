@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use forebay_core::{Bytes, PageState};
+use forebay_core::{Bytes, PageState, Serial};
 use forebay_device::{DeviceAddr, StreamHandle};
 use forebay_store::{Source, read_rows};
 use parking_lot::Mutex;
@@ -277,6 +277,29 @@ impl Attachment {
         drop(state);
         shared.work.notify_one();
         Ok(())
+    }
+
+    /// The serials of a weight's pages, lowest address first. While the weight is pinned an unchanged serial means that the
+    /// page holds what it held, and what was written to it.
+    ///
+    /// # Errors
+    /// [`EngineError::Invalid`] for a weight that does not exist.
+    pub fn serials(&self, weight: usize) -> Result<Vec<Serial>> {
+        let placed = self.placed(weight)?;
+        Ok((placed.first_page..=placed.last_page).map(|page| self.vbar.serial(page)).collect())
+    }
+
+    /// Whether all pages of a weight are there and stay between uses.
+    ///
+    /// # Errors
+    /// [`EngineError::Invalid`] for a weight that does not exist.
+    pub fn is_resident(&self, weight: usize) -> Result<bool> {
+        let placed = self.placed(weight)?;
+        let is_resident = |page| {
+            let seen = self.vbar.cell(page).load();
+            seen.is_filled() && !seen.is_streamed()
+        };
+        Ok((placed.first_page..=placed.last_page).all(is_resident))
     }
 
     /// Where each page stands.

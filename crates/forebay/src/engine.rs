@@ -468,11 +468,12 @@ impl Engine {
         let scheduled = layout.as_ref().map_or(0, |layout| layout.scheduled.len());
         let mut state = self.shared.state.lock();
         state.check()?;
+        let (pages, page_size) = (spec.pages, spec.page_size);
         let id: VbarId = state.policy.add_vbar(spec);
-        let vbar = Arc::new(Vbar::new(id, name.to_owned(), reservation, spec.page_size, layout));
+        let vbar = Arc::new(Vbar::new(id, name.to_owned(), reservation, page_size, layout));
         let book = VbarBook {
             vbar: Arc::clone(&vbar),
-            pages: (0..spec.pages).map(|_| PageBook::default()).collect(),
+            pages: (0..pages).map(|_| PageBook::default()).collect(),
             mapped: 0,
             closing: false,
             parked: false,

@@ -380,7 +380,7 @@ pub(crate) fn finished(
     }
     drop(state);
     shared.changed.notify_all();
-    shared.work.notify_one();
+    shared.nudge_mover();
 }
 
 /// Counts a chunk as done, however its job ends.

@@ -43,11 +43,14 @@ pub struct LayoutOptions {
     pub page_size: Option<Bytes>,
     /// Weights below this size share a region that is always resident.
     pub small: Bytes,
+    /// Whether a weight is to be resident with all of its pages or with none, where that can be. Otherwise single pages are
+    /// spread, which evens out better.
+    pub whole: bool,
 }
 
 impl Default for LayoutOptions {
     fn default() -> Self {
-        LayoutOptions { page_size: None, small: Bytes::kib(64) }
+        LayoutOptions { page_size: None, small: Bytes::kib(64), whole: false }
     }
 }
 
@@ -82,6 +85,8 @@ pub(crate) struct Layout {
     pub(crate) sources: Vec<Source>,
     /// The schedule's numbers to weights.
     pub(crate) scheduled: Vec<u32>,
+    /// Whether weights are resident as a whole, where that can be.
+    whole: bool,
     /// Leading pages of small weights.
     pub(crate) small_pages: u32,
     /// Trailing pages of tables.
@@ -143,6 +148,7 @@ impl Layout {
             names: Vec::new(),
             sources: Vec::new(),
             scheduled: Vec::new(),
+            whole: options.whole,
             small_pages: 0,
             table_pages: 0,
             segments: Vec::new(),
@@ -180,7 +186,7 @@ impl Layout {
         let is_same = |(a, b): (&Source, &Source)| a.has_bytes_of(b);
         self.conversions.is_empty()
             && other.conversions.is_empty()
-            && self.page_size == other.page_size
+            && (self.page_size, self.whole) == (other.page_size, other.whole)
             && self.weights == other.weights
             && self.names == other.names
             && self.sources.iter().zip(&other.sources).all(is_same)
@@ -207,7 +213,12 @@ impl Layout {
 
     /// The page order of this layout.
     pub(crate) fn order(&self) -> RankOrder {
-        RankOrder::Spread { first: self.small_pages, last: self.table_pages }
+        let (first, last) = (self.small_pages, self.table_pages);
+        if !self.whole {
+            return RankOrder::Spread { first, last };
+        }
+        let pages = |number| self.scheduled_pages(number).into_inner();
+        RankOrder::SpreadRuns { first, last, runs: (0..self.scheduled.len() as u32).map(pages).collect() }
     }
 
     /// The pages of the weight with this number in the schedule.

@@ -1,8 +1,8 @@
 //! The one thread that maps, retires and has pages filled; callers never map.
 //!
 //! It executes the policy's commands strictly in their order. A page is unmapped once the events of its last uses have
-//! completed; nothing else is waited for. While an event is pending the mover looks again every 50 us, unless something
-//! else happens first.
+//! completed; nothing else is waited for. While an event is pending the mover looks again every 500 us, or every 50 us where
+//! somebody waits for a page behind it.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -25,8 +25,10 @@ use crate::state::{Shared, State};
 use crate::timeline::Activity;
 use crate::vbar::Vbar;
 
-/// How often a pending event is looked at.
-const EVENT_POLL: Duration = Duration::from_micros(50);
+/// How often a pending event is looked at while somebody waits for a page behind it, and while nobody does: a look takes the
+/// locks of whoever launches work.
+const URGENT_POLL: Duration = Duration::from_micros(50);
+const EVENT_POLL: Duration = Duration::from_micros(500);
 /// How often free memory is looked at, while memory moves and while it does not.
 const BUSY_POLL: Duration = Duration::from_millis(10);
 const IDLE_POLL: Duration = Duration::from_millis(200);
@@ -112,7 +114,12 @@ impl Mover {
                     MutexGuard::unlocked(&mut state, || drop(gone));
                 }
                 Next::EventPending => {
-                    shared.work.wait_for(&mut state, EVENT_POLL);
+                    let is_demanded =
+                        |command: &Command| matches!(command, Command::Map { demanded: true, .. });
+                    let is_urgent = state.queue.iter().any(is_demanded);
+                    shared.mover_looks.store(true, Ordering::Release);
+                    shared.work.wait_for(&mut state, if is_urgent { URGENT_POLL } else { EVENT_POLL });
+                    shared.mover_looks.store(false, Ordering::Release);
                 }
                 Next::Nothing if state.stop && self.empty_pool(&mut state) => {}
                 Next::Nothing if state.stop && self.is_over(&state) => return,

@@ -12,7 +12,8 @@ use std::sync::Arc;
 
 use forebay_core::{Bytes, PageRef};
 use forebay_device::{
-    AddLowRank, Convert, DeviceAddr, Element, Event, Factors, Scale, Stream, StreamHandle, Transform,
+    AddLowRank, Convert, DeviceAddr, Element, Event, Factors, Requantize, Scale, Stream, StreamHandle,
+    Transform,
 };
 use parking_lot::Mutex;
 
@@ -70,6 +71,19 @@ impl Engine {
         self.shared().state.lock().check()?;
         // SAFETY: the caller's promise.
         unsafe { self.shared().device.transform(&Transform::AddLowRank(add), stream) }.map_err(Into::into)
+    }
+
+    /// Has a weight of eight-bit elements computed anew in memory of the application's, behind what is in the stream.
+    ///
+    /// # Errors
+    /// What the device reports; also that it cannot do it.
+    ///
+    /// # Safety
+    /// As of [`add_product`](Engine::add_product): what is read, and what is written.
+    pub unsafe fn requantize(&self, work: &Requantize, stream: StreamHandle) -> Result<()> {
+        self.shared().state.lock().check()?;
+        // SAFETY: the caller's promise.
+        unsafe { self.shared().device.transform(&Transform::Requantize(*work), stream) }.map_err(Into::into)
     }
 }
 
@@ -189,6 +203,17 @@ impl Attachment {
             last = rows.end;
         }
         Ok(())
+    }
+
+    /// Has weights filled anew from their sources: what somebody wrote to their pages is gone. As
+    /// [`change_patches`](Attachment::change_patches) without a change.
+    ///
+    /// # Errors
+    /// [`EngineError::Invalid`] for a weight that does not exist, [`EngineError::StillInUse`] and
+    /// [`EngineError::Interrupted`] as there.
+    pub fn refill(&self, weights: &[usize], how: Use<'_>) -> Result<()> {
+        weights.iter().try_for_each(|&weight| self.placed(weight).map(drop))?;
+        self.renew(weights, how)
     }
 
     /// Has the pages of weights filled again, and waits for those who use them as they are.

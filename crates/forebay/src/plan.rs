@@ -53,7 +53,7 @@ impl Plan {
         let layout = Layout::new(weights, options)?;
         let filled =
             layout.segments.iter().map(|page| page.iter().map(|segment| Bytes::new(segment.len)).sum());
-        Ok(Plan { filled: filled.collect(), ranks: Ranks::new(layout.pages, layout.order()), layout })
+        Ok(Plan { filled: filled.collect(), ranks: Ranks::new(layout.pages, &layout.order()), layout })
     }
 
     /// Bytes of all weights.

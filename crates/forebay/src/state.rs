@@ -51,6 +51,8 @@ pub(crate) struct Shared {
     pub(crate) changed: Condvar,
     /// The mover has something to do.
     pub(crate) work: Condvar,
+    /// The mover looks again soon by itself, and can do nothing before. Set under the state lock.
+    pub(crate) mover_looks: AtomicBool,
     /// The cache's keeper has something to do.
     pub(crate) register: Condvar,
     /// The copy stream. Copies and the events behind them are enqueued under this lock, so that an event covers its
@@ -149,6 +151,7 @@ impl Shared {
             device,
             changed: Condvar::new(),
             work: Condvar::new(),
+            mover_looks: AtomicBool::new(false),
             register: Condvar::new(),
             copy: Mutex::new(copy),
             patching,

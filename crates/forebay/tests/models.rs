@@ -91,7 +91,7 @@ fn pressure_takes_the_highest_ranks_of_the_lowest_priority() {
     engine.settle().unwrap();
     let all: HashSet<usize> = (0..8).collect();
     assert_eq!((resident(&a), resident(&b)), (all.clone(), all.clone()));
-    let ranks = Ranks::new(8, RankOrder::Spread { first: 0, last: 0 });
+    let ranks = Ranks::new(8, &RankOrder::Spread { first: 0, last: 0 });
     let kept = |watermark: u32| -> HashSet<usize> {
         (0..8).filter(|page| ranks.rank(PageIndex(*page)).0 < watermark).map(|page| page as usize).collect()
     };

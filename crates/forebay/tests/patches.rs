@@ -131,6 +131,7 @@ fn patched(
             through: Element::F16,
             terms: raw_ends.len() as u32 / 4,
             ends: at.addr,
+            by: None,
         });
         let factors = Factors {
             up: up.addr,
@@ -413,7 +414,8 @@ fn patches_that_do_not_fit_change_nothing() {
     let mut through = with(0..4, Element::Bf16);
     if let Some(patch) = &mut through {
         let ends = patch.products[0].factors.scale;
-        patch.products[0].factors.rounding = Rounding::Each { through: Element::Bf16, terms: 1, ends };
+        patch.products[0].factors.rounding =
+            Rounding::Each { through: Element::Bf16, terms: 1, ends, by: None };
     }
     let through = model.change_patches(vec![(4, through)], how()).unwrap_err();
     let small = model.change_patches(vec![(0, None), (SMALL, with(0..2, Element::Bf16))], how()).unwrap_err();

@@ -79,6 +79,8 @@ def native() -> Iterator[Callable[..., Any]]:
     def attached(budget: float = 1 << 32) -> Iterator[forebay.Engine]:
         from forebay.comfyui import native
 
+        # Models of earlier tests that nobody has any more have memory until they are collected.
+        gc.collect()
         engine.set_budget(budget=budget)
         native.install()
         try:

@@ -122,9 +122,9 @@ impl Books {
         self.end_stay();
         self.in_use = Some(id);
         self.vbars.push(Some(NaiveVbar {
-            spec,
-            ranks: Ranks::new(spec.pages, spec.order),
+            ranks: Ranks::new(spec.pages, &spec.order),
             pages: vec![Page::default(); spec.pages as usize],
+            spec,
             floor: 0,
             closing: false,
             calm: 0,

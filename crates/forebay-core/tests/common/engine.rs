@@ -41,7 +41,8 @@ impl Engine {
     }
 
     pub(crate) fn attach(&mut self, spec: VbarSpec) -> Model {
-        Model { id: self.world.add(spec), pages: spec.pages, schedule: Schedule::new(spec.pages) }
+        let pages = spec.pages;
+        Model { id: self.world.add(spec), pages, schedule: Schedule::new(pages) }
     }
 
     /// One pass over the pages in layout order.

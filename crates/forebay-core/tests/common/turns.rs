@@ -125,8 +125,8 @@ impl Books {
     /// Whether VBARs stream less when they share the budget than when each takes from the next.
     fn pays_to_share(&self, vbars: &[VbarId]) -> bool {
         let sum = |pages: &dyn Fn(&VbarSpec) -> u32| -> u64 {
-            let bytes = |spec: VbarSpec| spec.page_size.get() * u64::from(pages(&spec));
-            vbars.iter().map(|&id| bytes(self.vbar(id).spec)).sum()
+            let bytes = |spec: &VbarSpec| spec.page_size.get() * u64::from(pages(spec));
+            vbars.iter().map(|&id| bytes(&self.vbar(id).spec)).sum()
         };
         let missing = sum(&|spec| spec.pages).saturating_sub(self.budget.get());
         missing > 0 && missing + sum(&|spec| spec.window.min(spec.pages)) <= missing * vbars.len() as u64

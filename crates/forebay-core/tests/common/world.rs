@@ -42,7 +42,7 @@ impl World {
     }
 
     pub(crate) fn add(&mut self, spec: VbarSpec) -> VbarId {
-        let id = self.policy.add_vbar(spec);
+        let id = self.policy.add_vbar(spec.clone());
         self.books.add(id, spec);
         id
     }
@@ -159,7 +159,7 @@ impl World {
             ensure!(vbar.spec.mode == Mode::Streamed && !vbar.closing, "this watermark may not rise");
             ensure!(vbar.calm > CALM, "the watermark rose after {} calm releases", vbar.calm);
             let wanted = |&id: &VbarId| {
-                let spec = self.books.vbar(id).spec;
+                let spec = &self.books.vbar(id).spec;
                 self.bytes(
                     id,
                     (watermarks[&id].max(self.policy.watermark(id).0) + spec.window).min(spec.pages),

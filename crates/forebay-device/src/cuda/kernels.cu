@@ -59,9 +59,9 @@ __device__ __forceinline__ float factor(const void* factors, u64 index, u32 kind
   return kind == 1 ? load(F16(), raw) : load(Bf16(), raw);
 }
 
-// A tile of ROWS x COLUMNS elements a block. A thread holds EACH rows of V neighbouring elements. Factors pass through
-// shared memory, DEPTH ranks at a time.
-constexpr u32 THREADS = 256, EACH = 4, ROWS = THREADS / 32 * EACH, DEPTH = 16;
+// A tile of ROWS x COLUMNS elements at a time. A thread holds EACH rows of V neighbouring elements. Factors pass through shared
+// memory, DEPTH ranks at a time; where there are no more, `down` stays there for all tiles of a block.
+constexpr u32 THREADS = 256, EACH = 4, ROWS = THREADS / 32 * EACH, DEPTH = 32;
 
 template <int V>
 struct alignas(V * 4) Floats { float of[V]; };
@@ -88,97 +88,118 @@ struct alignas(16) Pack<E, 8> {
 // the row-major weight; `page` is the address of element `first`. Row 0 of `up` belongs to row `row_base` of the weight.
 //
 // With IN_TERMS the ranks up to ends[0], ends[1], ... are terms: weight[i, j] is rounded to a half if `halfs` says so, and each
-// term does w = half(w + half(scale[term] * sum_k up[i, k] * down[k, j])).
+// term does w = half(w + half(scale[term] * sum_k up[i, k] * down[k, j])), and at last w = half(w * by[0]) if there is one.
 template <typename E, int V, bool IN_TERMS>
 __device__ __forceinline__ void add_low_rank(
     typename E::Raw* page, u64 first, u64 count, u32 columns, const void* up, const void* down, const float* scale,
-    u32 rank, u32 row_base, u32 kind, const u32* ends, u32 terms, u32 halfs) {
-  typedef typename E::Raw Raw;
+    u32 rank, u32 row_base, u32 kind, const u32* ends, u32 terms, u32 halfs, const float* by) {
+  // What a thread takes from shared memory at once: 16 bytes, beside those of its neighbours.
+  constexpr int W = V < 4 ? V : 4;
   constexpr u32 COLUMNS = 32 * V;
-  __shared__ float ups[DEPTH][ROWS];
-  __shared__ Floats<V> downs[DEPTH][32];
+  __shared__ Floats<EACH> ups[DEPTH][ROWS / EACH];
+  __shared__ Floats<W> downs[DEPTH][V / W][32];
   u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  u64 first_row = first / columns;
-  u64 tile_row = first_row + (u64)blockIdx.x * ROWS;
+  u64 first_row = first / columns, last_row = (first + count - 1) / columns;
   u32 tile_column = blockIdx.y * COLUMNS;
   u32 column = tile_column + lane * V;
-  // Where this thread's elements begin, counted from `page`: before it for a row that began on the page before.
-  long long at = (long long)((tile_row + warp * EACH) * columns + column) - (long long)first;
-  Pack<E, V> raw[EACH];
-  bool mine[EACH];
-#pragma unroll
-  for (u32 r = 0; r < EACH; r++) {
-    long long begin = at + (long long)r * columns;
-    mine[r] = column < columns && begin >= 0 && begin < (long long)count;
-    if (mine[r]) raw[r] = *(const Pack<E, V>*)(page + begin);
-  }
-  // The elements between two terms.
-  float between[EACH][V];
-  if constexpr (IN_TERMS) {
-#pragma unroll
-    for (u32 r = 0; r < EACH; r++)
-#pragma unroll
-      for (int v = 0; v < V; v++) between[r][v] = mine[r] ? rounded(raw[r].get(v), halfs) : 0.0f;
-  }
-  u64 last_row = (first + count - 1) / columns;
-  float sum[EACH][V];
-  u32 begin = 0;
+  bool stays = rank <= DEPTH;
 #pragma unroll 1
-  for (u32 term = 0; term < (IN_TERMS ? terms : 1); term++) {
-    u32 end = IN_TERMS ? ends[term] : rank;
+  for (u64 tile_row = first_row + (u64)blockIdx.x * ROWS; tile_row <= last_row; tile_row += (u64)gridDim.x * ROWS) {
+    bool is_first = tile_row == first_row + (u64)blockIdx.x * ROWS;
+    // Where this thread's elements begin, counted from `page`: before it for a row that began on the page before.
+    long long at = (long long)((tile_row + warp * EACH) * columns + column) - (long long)first;
+    Pack<E, V> raw[EACH];
+    bool mine[EACH];
 #pragma unroll
-    for (u32 r = 0; r < EACH; r++)
-#pragma unroll
-      for (int v = 0; v < V; v++) sum[r][v] = 0.0f;
-#pragma unroll 1
-    for (u32 base = begin; base < end; base += DEPTH) {
-      u32 depth = min(DEPTH, end - base);
-      __syncthreads();
-#pragma unroll 1
-      for (u32 i = threadIdx.x; i < ROWS * depth; i += THREADS) {
-        u32 k = i % depth, row = i / depth;
-        float value = 0.0f;
-        if (tile_row + row <= last_row) {
-          value = factor(up, (tile_row + row - row_base) * rank + base + k, kind);
-          if (!IN_TERMS) value = __fmul_rn(scale[base + k], value);
-        }
-        ups[k][row] = value;
-      }
-#pragma unroll 1
-      for (u32 i = threadIdx.x; i < COLUMNS * depth; i += THREADS) {
-        u32 k = i / COLUMNS, j = i % COLUMNS;
-        float value = 0.0f;
-        if (tile_column + j < columns) value = factor(down, (u64)(base + k) * columns + tile_column + j, kind);
-        downs[k][j / V].of[j % V] = value;
-      }
-      __syncthreads();
-#pragma unroll 4
-      for (u32 k = 0; k < depth; k++) {
-        Floats<V> d = downs[k][lane];
-#pragma unroll
-        for (u32 r = 0; r < EACH; r++) {
-          float u = ups[k][warp * EACH + r];
-#pragma unroll
-          for (int v = 0; v < V; v++) sum[r][v] = __fmaf_rn(u, d.of[v], sum[r][v]);
-        }
-      }
+    for (u32 r = 0; r < EACH; r++) {
+      long long begin = at + (long long)r * columns;
+      mine[r] = column < columns && begin >= 0 && begin < (long long)count;
+      if (mine[r]) raw[r] = *(const Pack<E, V>*)(page + begin);
     }
+    // The elements between two terms.
+    float between[EACH][V];
     if constexpr (IN_TERMS) {
-      float by = scale[term];
 #pragma unroll
       for (u32 r = 0; r < EACH; r++)
 #pragma unroll
-        for (int v = 0; v < V; v++)
-          between[r][v] = rounded(__fadd_rn(between[r][v], rounded(__fmul_rn(by, sum[r][v]), halfs)), halfs);
+        for (int v = 0; v < V; v++) between[r][v] = mine[r] ? rounded(raw[r].get(v), halfs) : 0.0f;
     }
-    begin = end;
-  }
+    float sum[EACH][V];
+    // Of `down` and of `up` the ranks from `loaded` on are in shared memory.
+    u32 loaded = 0, begin = 0;
+#pragma unroll 1
+    for (u32 term = 0; term < (IN_TERMS ? terms : 1); term++) {
+      u32 end = IN_TERMS ? ends[term] : rank;
 #pragma unroll
-  for (u32 r = 0; r < EACH; r++) {
-    if (!mine[r]) continue;
+      for (u32 r = 0; r < EACH; r++)
 #pragma unroll
-    for (int v = 0; v < V; v++) raw[r].set(v, IN_TERMS ? between[r][v] : __fadd_rn(raw[r].get(v), sum[r][v]));
-    *(Pack<E, V>*)(page + at + (long long)r * columns) = raw[r];
+        for (int v = 0; v < V; v++) sum[r][v] = 0.0f;
+#pragma unroll 1
+      for (u32 base = begin; base < end;) {
+        if (base == 0 || base == loaded + DEPTH) {
+          u32 depth = min(DEPTH, rank - base);
+          loaded = base;
+          __syncthreads();
+#pragma unroll 1
+          for (u32 k = threadIdx.x % 8; k < depth; k += 8) {
+            u32 row = threadIdx.x / 8;
+            float value = 0.0f;
+            if (tile_row + row <= last_row) {
+              value = factor(up, (tile_row + row - row_base) * rank + base + k, kind);
+              if (!IN_TERMS) value = __fmul_rn(scale[base + k], value);
+            }
+            ups[k][row / EACH].of[row % EACH] = value;
+          }
+          if (is_first || !stays) {
+            u32 j = threadIdx.x % COLUMNS;
+#pragma unroll 1
+            for (u32 k = threadIdx.x / COLUMNS; k < depth; k += THREADS / COLUMNS) {
+              float value = 0.0f;
+              if (tile_column + j < columns) value = factor(down, (u64)(base + k) * columns + tile_column + j, kind);
+              downs[k][j % V / W][j / V].of[j % W] = value;
+            }
+          }
+          __syncthreads();
+        }
+        u32 stop = min(end, loaded + DEPTH);
+#pragma unroll 4
+        for (u32 k = base - loaded; k < stop - loaded; k++) {
+          Floats<EACH> u = ups[k][warp];
+#pragma unroll
+          for (int w = 0; w < V / W; w++) {
+            Floats<W> d = downs[k][w][lane];
+#pragma unroll
+            for (u32 r = 0; r < EACH; r++)
+#pragma unroll
+              for (int v = 0; v < W; v++) sum[r][w * W + v] = __fmaf_rn(u.of[r], d.of[v], sum[r][w * W + v]);
+          }
+        }
+        base = stop;
+      }
+      if constexpr (IN_TERMS) {
+        float times = scale[term];
+#pragma unroll
+        for (u32 r = 0; r < EACH; r++)
+#pragma unroll
+          for (int v = 0; v < V; v++)
+            between[r][v] = rounded(__fadd_rn(between[r][v], rounded(__fmul_rn(times, sum[r][v]), halfs)), halfs);
+      }
+      begin = end;
+    }
+    if (IN_TERMS && by) {
+      float last = *by;
+#pragma unroll
+      for (u32 r = 0; r < EACH; r++)
+#pragma unroll
+        for (int v = 0; v < V; v++) between[r][v] = rounded(__fmul_rn(between[r][v], last), halfs);
+    }
+#pragma unroll
+    for (u32 r = 0; r < EACH; r++) {
+      if (!mine[r]) continue;
+#pragma unroll
+      for (int v = 0; v < V; v++) raw[r].set(v, IN_TERMS ? between[r][v] : __fadd_rn(raw[r].get(v), sum[r][v]));
+      *(Pack<E, V>*)(page + at + (long long)r * columns) = raw[r];
+    }
   }
 }
 
@@ -187,13 +208,13 @@ __device__ __forceinline__ void add_low_rank(
       E::Raw* page, u64 first, u64 count, u32 columns, const void* up, const void* down, const float* scale, u32 rank, \
       u32 row_base, u32 kind) {                                                                                        \
     add_low_rank<E, V, false>(                                                                                         \
-        page, first, count, columns, up, down, scale, rank, row_base, kind, nullptr, 0, 0);                            \
+        page, first, count, columns, up, down, scale, rank, row_base, kind, nullptr, 0, 0, nullptr);                   \
   }                                                                                                                    \
   extern "C" __global__ void __launch_bounds__(THREADS, 2) add_terms_##name(                                           \
       E::Raw* page, u64 first, u64 count, u32 columns, const void* up, const void* down, const float* scale, u32 rank, \
-      u32 row_base, u32 kind, const u32* ends, u32 terms, u32 halfs) {                                               \
+      u32 row_base, u32 kind, const u32* ends, u32 terms, u32 halfs, const float* by) {                              \
     add_low_rank<E, V, true>(                                                                                          \
-        page, first, count, columns, up, down, scale, rank, row_base, kind, ends, terms, halfs);                     \
+        page, first, count, columns, up, down, scale, rank, row_base, kind, ends, terms, halfs, by);                 \
   }
 
 // One for rows of whole 16-byte packs, one for others.
@@ -256,3 +277,137 @@ CONVERT_FROM(f16, F16)
 CONVERT_FROM(bf16, Bf16)
 CONVERT_FROM(f8e4m3, F8E4m3)
 CONVERT_FROM(f8e5m2, F8E5m2)
+
+// ---- requantize: see Requantize in transform.rs
+
+template <typename E> struct Eight;
+template <> struct Eight<F8E4m3> { static constexpr int MANTISSA = 3, LEAST = -6; static constexpr u32 LARGEST = 0x7e; };
+template <> struct Eight<F8E5m2> { static constexpr int MANTISSA = 2, LEAST = -14; static constexpr u32 LARGEST = 0x7b; };
+
+// Away from zero where the distance from the nearer neighbour says so together with the random byte.
+template <typename E>
+__device__ __forceinline__ u32 round_at_random(float value, u32 random) {
+  constexpr int MANTISSA = Eight<E>::MANTISSA, LEAST = Eight<E>::LEAST;
+  u32 bits = __float_as_uint(value) & 0x7fffffffu, sign = __float_as_uint(value) >> 24 & 0x80u;
+  int exponent = max((int)(bits >> 23) - 127, LEAST);
+  float in_units = __fmul_rn(__uint_as_float(bits), __uint_as_float((u32)(127 + MANTISSA - exponent) << 23));
+  u32 units = (u32)__fadd_rn(in_units, __fmul_rn((float)random, 0x1p-8f));
+  // The exponent's field follows the mantissa's, so what is carried over comes out right.
+  u32 code = sign | min(((u32)(exponent - LEAST) << MANTISSA) + units, Eight<E>::LARGEST);
+  if (bits >= 0x47800000u) code = sign | Eight<E>::LARGEST;  // 65536 and more, which none has
+  if (bits > 0x7f800000u) code = 0x80u | Eight<E>::LARGEST;
+  return bits == 0 ? 0 : code;
+}
+
+// Philox4x32-10.
+__device__ __forceinline__ void random_words(u32 words[4], u64 seed) {
+  u32 key0 = (u32)seed, key1 = (u32)(seed >> 32);
+#pragma unroll
+  for (int round = 0; round < 10; round++) {
+    u64 wide0 = (u64)0xd2511f53u * words[0], wide1 = (u64)0xcd9e8d57u * words[2];
+    u32 next0 = (u32)(wide1 >> 32) ^ words[1] ^ key0, next2 = (u32)(wide0 >> 32) ^ words[3] ^ key1;
+    words[0] = next0, words[1] = (u32)wide1, words[2] = next2, words[3] = (u32)wide0;
+    key0 += 0x9e3779b9u, key1 += 0xbb67ae85u;
+  }
+}
+
+// Eight neighbouring elements of a factor, in one word where they take as much.
+template <typename F> struct FactorEight {
+  uint4 words;
+  __device__ __forceinline__ void load_from(const void* factors, u64 index) {
+    words = *(const uint4*)((const u16*)factors + index);
+  }
+  __device__ __forceinline__ float get(int v) const {
+    u32 word = v < 2 ? words.x : v < 4 ? words.y : v < 6 ? words.z : words.w;
+    return load(F(), (u16)(word >> v % 2 * 16));
+  }
+};
+template <> struct FactorEight<F32> {
+  float4 words[2];
+  __device__ __forceinline__ void load_from(const void* factors, u64 index) {
+    words[0] = ((const float4*)((const float*)factors + index))[0];
+    words[1] = ((const float4*)((const float*)factors + index))[1];
+  }
+  __device__ __forceinline__ float get(int v) const {
+    float4 four = words[v / 4];
+    return v % 4 == 0 ? four.x : v % 4 == 1 ? four.y : v % 4 == 2 ? four.z : four.w;
+  }
+};
+
+// A thread draws for eight neighbouring threads of the generator, and has the four times eight elements of their words.
+template <typename E, typename F>
+__device__ __forceinline__ void requantize(
+    u8* to, const u8* from, u64 count, const float* scale, u32 columns, const void* up, const void* down,
+    const float* scales, u32 rank, const u32* ends, u32 terms, u32 halfs, const float* by, u64 seed, u64 threads) {
+  u64 thread = ((u64)blockIdx.x * THREADS + threadIdx.x) * 8;
+  if (thread >= threads) return;
+  u64 base = (u64)blockIdx.y * 4 * threads + thread;
+  if (base >= count) return;
+  u32 bytes[8];
+#pragma unroll
+  for (int v = 0; v < 8; v++) {
+    u32 words[4] = {blockIdx.y, 0, (u32)(thread + v), (u32)((thread + v) >> 32)};
+    random_words(words, seed);
+    bytes[v] = (words[0] & 0xffu) | (words[1] & 0xffu) << 8 | (words[2] & 0xffu) << 16 | words[3] << 24;
+  }
+  float first = scale ? *scale : 1.0f;
+  // The words of a row's factors.
+  const typename F::Raw* ups = (const typename F::Raw*)up;
+  u64 line = (u64)columns * sizeof(typename F::Raw);
+#pragma unroll 1
+  for (int word = 0; word < 4; word++) {
+    u64 n = base + word * threads;
+    if (n >= count) return;
+    // Of 32 bits where it is: a division of 64 takes as long as all else.
+    u64 row = n >> 32 ? n / columns : (u32)n / columns;
+    u32 column = (u32)(n - row * columns);
+    u64 stored = *(const u64*)(from + n);
+    float value[8];
+#pragma unroll
+    for (int v = 0; v < 8; v++)
+      value[v] = rounded(__fmul_rn(load(E(), (u8)(stored >> 8 * v)), first), halfs);
+    const typename F::Raw* of_row = ups + row * rank;
+    const char* of_rank = (const char*)down;
+    u32 k = 0;
+#pragma unroll 1
+    for (u32 term = 0; term < terms; term++) {
+      float sum[8] = {0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll 4
+      for (u32 end = ends[term]; k < end; k++) {
+        FactorEight<F> d;
+        d.load_from(of_rank, column);
+        of_rank += line;
+        float u = load(F(), of_row[k]);
+#pragma unroll
+        for (int v = 0; v < 8; v++) sum[v] = __fmaf_rn(u, d.get(v), sum[v]);
+      }
+      float times = scales[term];
+#pragma unroll
+      for (int v = 0; v < 8; v++)
+        value[v] = rounded(__fadd_rn(value[v], rounded(__fmul_rn(times, sum[v]), halfs)), halfs);
+    }
+    u64 result = 0;
+    float last = by ? *by : 1.0f;
+#pragma unroll
+    for (int v = 0; v < 8; v++) {
+      float product = by ? rounded(__fmul_rn(value[v], last), halfs) : value[v];
+      result |= (u64)round_at_random<E>(product, bytes[v] >> 8 * word & 0xffu) << 8 * v;
+    }
+    *(u64*)(to + n) = result;
+  }
+}
+
+#define REQUANTIZE(name, E, F)                                                                                         \
+  extern "C" __global__ void __launch_bounds__(THREADS) requantize_##name(                                             \
+      u8* to, const u8* from, u64 count, const float* scale, u32 columns, const void* up, const void* down,            \
+      const float* scales, u32 rank, const u32* ends, u32 terms, u32 halfs, const float* by, u64 seed, u64 threads) {  \
+    requantize<E, F>(to, from, count, scale, columns, up, down, scales, rank, ends, terms, halfs, by, seed, threads);  \
+  }
+
+#define REQUANTIZE_BY(name, E)             \
+  REQUANTIZE(name##_f32, E, F32)           \
+  REQUANTIZE(name##_f16, E, F16)           \
+  REQUANTIZE(name##_bf16, E, Bf16)
+
+REQUANTIZE_BY(f8e4m3, F8E4m3)
+REQUANTIZE_BY(f8e5m2, F8E5m2)

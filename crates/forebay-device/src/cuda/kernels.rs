@@ -9,7 +9,10 @@ use parking_lot::Mutex;
 
 use super::driver::Driver;
 use super::types::{Code, Handle};
-use crate::{AddLowRank, Convert, DeviceError, Element, Result, Rounding, Scale, StreamHandle, Transform};
+use crate::{
+    AddLowRank, Convert, DeviceAddr, DeviceError, Element, Requantize, Result, Rounding, Scale, StreamHandle,
+    Transform,
+};
 
 /// Made of kernels.cu by `make kernels`.
 const PTX: &str = include_str!("kernels.ptx");
@@ -20,6 +23,9 @@ const THREADS: u32 = 256;
 const TILE_ROWS: u64 = 32;
 /// Packs of neighbouring elements in a row of such a tile.
 const TILE_PACKS: u32 = 32;
+/// Blocks of `add_low_rank` at most, where there are not more columns of tiles: each does several tiles then. So many keep a
+/// large GPU busy.
+const MOST_ADDING: u64 = 528;
 /// Bytes that a thread of `convert` loads at once, as in kernels.cu.
 const LOADED_AT_ONCE: u64 = 16;
 /// Blocks of `convert` at most. So many loads keep a link busy, and leave the processors to others.
@@ -44,6 +50,8 @@ enum Kernel {
     AddTerms { to: Element, whole: bool },
     /// From any element to a target.
     Convert { from: Element, to: Element },
+    /// Of eight-bit elements, by factors of a target.
+    Requantize { of: Element, by: Element },
 }
 
 impl Kernel {
@@ -54,6 +62,7 @@ impl Kernel {
             Kernel::AddLowRank { to, whole } => format!("add_low_rank_{}_x{}", name_of(to), pack(to, whole)),
             Kernel::AddTerms { to, whole } => format!("add_terms_{}_x{}", name_of(to), pack(to, whole)),
             Kernel::Convert { from, to } => format!("convert_{}_{}", name_of(from), name_of(to)),
+            Kernel::Requantize { of, by } => format!("requantize_{}_{}", name_of(of), name_of(by)),
         }
     }
 
@@ -96,6 +105,8 @@ impl Kernels {
             Transform::AddLowRank(add) => unsafe { self.add_low_rank(driver, add, stream) },
             // SAFETY: the caller's promise.
             Transform::Convert(convert) => unsafe { self.convert(driver, convert, stream) },
+            // SAFETY: the caller's promise.
+            Transform::Requantize(work) => unsafe { self.requantize(driver, work, stream) },
             Transform::Copy { .. } => Err(DeviceError::invalid("cuLaunchKernel", "a copy".to_owned())),
         }
     }
@@ -112,19 +123,22 @@ impl Kernels {
         let pack = if whole { pack } else { 1 };
         let columns = u64::from(factors.columns);
         let rows = (add.first + add.count).div_ceil(columns) - add.first / columns;
-        let grid = (rows.div_ceil(TILE_ROWS), factors.columns.div_ceil(TILE_PACKS * pack));
+        let across = factors.columns.div_ceil(TILE_PACKS * pack);
+        let down = rows.div_ceil(TILE_ROWS).min(MOST_ADDING.div_ceil(across.into()));
+        let grid = (down, across);
         let (mut at, mut first, mut count) = (add.at.get(), add.first, add.count);
         let (mut up, mut down, mut scale) = (factors.up.get(), factors.down.get(), factors.scale.get());
         let (mut columns, mut rank, mut row_base) = (factors.columns, factors.rank, factors.row_base);
         let mut kind = target(factors.element) as u32;
         let to = add.element;
-        let (kernel, [mut terms, mut halfs], mut ends) = match factors.rounding {
-            Rounding::Once => (Kernel::AddLowRank { to, whole }, [0, 0], 0),
-            Rounding::Each { through, terms, ends } => {
-                (Kernel::AddTerms { to, whole }, [terms, u32::from(through == Element::F16)], ends.get())
+        let (kernel, [mut terms, mut halfs], [mut ends, mut by]) = match factors.rounding {
+            Rounding::Once => (Kernel::AddLowRank { to, whole }, [0, 0], [0, 0]),
+            Rounding::Each { through, terms, ends, by } => {
+                let numbers = [terms, u32::from(through == Element::F16)];
+                (Kernel::AddTerms { to, whole }, numbers, [ends.get(), by.map_or(0, DeviceAddr::get)])
             }
         };
-        // `add_low_rank` takes all but the last three.
+        // `add_low_rank` takes all but the last four.
         let mut parameters = [
             pointer(&mut at),
             pointer(&mut first),
@@ -139,6 +153,7 @@ impl Kernels {
             pointer(&mut ends),
             pointer(&mut terms),
             pointer(&mut halfs),
+            pointer(&mut by),
         ];
         let kernel = self.get(driver, kernel)?;
         // SAFETY: the parameters are the kernel's, and the memory is the caller's promise.
@@ -169,6 +184,44 @@ impl Kernels {
         let kernel = self.get(driver, kernel)?;
         let loads = (convert.count * convert.from_element.size().get()).div_ceil(LOADED_AT_ONCE);
         let grid = (loads.div_ceil(THREADS.into()).min(MOST_CONVERTING), 1);
+        // SAFETY: the parameters are the kernel's, and the memory is the caller's promise.
+        unsafe { launch(driver, kernel, grid, &mut parameters, stream) }
+    }
+
+    unsafe fn requantize(&self, driver: &Driver, work: &Requantize, stream: StreamHandle) -> Result<()> {
+        let factors = work.factors;
+        let Rounding::Each { through, mut terms, ends, by } = factors.rounding else {
+            return Err(DeviceError::invalid("cuLaunchKernel", format!("no terms: {work:?}")));
+        };
+        let or_none = |at: Option<DeviceAddr>| at.map_or(0, DeviceAddr::get);
+        let (mut to, mut from, mut count) = (work.to.get(), work.from.get(), work.count);
+        let (mut scale, mut by, mut ends) = (or_none(work.scale), or_none(by), ends.get());
+        let (mut up, mut down, mut scales) = (factors.up.get(), factors.down.get(), factors.scale.get());
+        let (mut columns, mut rank) = (factors.columns, factors.rank);
+        let mut halfs = u32::from(through == Element::F16);
+        let (mut seed, mut threads) = (work.seed, work.threads);
+        let mut parameters = [
+            pointer(&mut to),
+            pointer(&mut from),
+            pointer(&mut count),
+            pointer(&mut scale),
+            pointer(&mut columns),
+            pointer(&mut up),
+            pointer(&mut down),
+            pointer(&mut scales),
+            pointer(&mut rank),
+            pointer(&mut ends),
+            pointer(&mut terms),
+            pointer(&mut halfs),
+            pointer(&mut by),
+            pointer(&mut seed),
+            pointer(&mut threads),
+        ];
+        let rounds = work.count.div_ceil(4 * work.threads);
+        let too_many = || DeviceError::invalid("cuLaunchKernel", format!("{rounds} rounds"));
+        let across = (work.threads / Requantize::AT_ONCE).div_ceil(THREADS.into());
+        let grid = (across, u32::try_from(rounds).map_err(|_| too_many())?);
+        let kernel = self.get(driver, Kernel::Requantize { of: work.element, by: factors.element })?;
         // SAFETY: the parameters are the kernel's, and the memory is the caller's promise.
         unsafe { launch(driver, kernel, grid, &mut parameters, stream) }
     }
@@ -283,7 +336,11 @@ mod tests {
                 .flat_map(move |whole| [Kernel::AddLowRank { to, whole }, Kernel::AddTerms { to, whole }]);
             adding.chain(Element::ALL.into_iter().map(move |from| Kernel::Convert { from, to }))
         };
-        Element::ALL.into_iter().filter(|element| element.is_target()).flat_map(of_target).collect()
+        let (targets, eights): (Vec<_>, Vec<_>) =
+            Element::ALL.into_iter().partition(|element| element.is_target());
+        let by_target = |of| targets.clone().into_iter().map(move |by| Kernel::Requantize { of, by });
+        let requantizing: Vec<Kernel> = eights.into_iter().flat_map(by_target).collect();
+        targets.into_iter().flat_map(of_target).chain(requantizing).collect()
     }
 
     #[test]

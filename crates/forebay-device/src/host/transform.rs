@@ -41,9 +41,45 @@ pub(super) unsafe fn run(transform: Transform) {
             let (up, down) = (floats(add.factors.element, up), floats(add.factors.element, down));
             match add.factors.rounding {
                 Rounding::Once => add_low_rank(&add, weight, &up, &down, &scale),
-                Rounding::Each { through, .. } => {
-                    add_each(&add, through, weight, &up, &down, &scale, &ends);
+                Rounding::Each { through, by, .. } => {
+                    // SAFETY: as before.
+                    let by = by.map(|at| floats(Element::F32, unsafe { bytes(at, 4) })[0]);
+                    add_each(&add, Terms { through, scale: &scale, ends: &ends, by }, weight, &up, &down);
                 }
+            }
+        }
+        Transform::Requantize(work) => {
+            let factors = work.factors;
+            let Rounding::Each { through, terms, ends, by } = factors.rounding else {
+                unreachable!("the device checks that there are terms")
+            };
+            let (size, rank) = (factors.element.size().get(), u64::from(factors.rank));
+            let rows = work.count / u64::from(factors.columns);
+            // SAFETY: the factors are valid and unchanged, by the contract of this call.
+            let up = floats(factors.element, unsafe { bytes(factors.up, rows * rank * size) });
+            // SAFETY: as before.
+            let down = unsafe { bytes(factors.down, rank * u64::from(factors.columns) * size) };
+            let down = floats(factors.element, down);
+            // SAFETY: as before.
+            let scale = floats(Element::F32, unsafe { bytes(factors.scale, 4 * u64::from(terms)) });
+            // SAFETY: as before.
+            let ends: Vec<u32> =
+                unsafe { bytes(ends, 4 * u64::from(terms)) }.chunks_exact(4).map(number).collect();
+            // SAFETY: as before.
+            let one = |at: DeviceAddr| floats(Element::F32, unsafe { bytes(at, 4) })[0];
+            let first = work.scale.map_or(1.0, one);
+            // SAFETY: the elements are valid, and unchanged but by this.
+            let stored = unsafe { bytes(work.from, work.count) }.to_vec();
+            let mut values: Vec<f32> = stored.iter().map(|&raw| load(work.element, &[raw]) * first).collect();
+            // SAFETY: as many bytes as there are floats.
+            let raw = unsafe { slice::from_raw_parts_mut(values.as_mut_ptr().cast(), values.len() * 4) };
+            let add = AddLowRank { at: work.to, first: 0, count: work.count, element: Element::F32, factors };
+            let terms = Terms { through, scale: &scale, ends: &ends, by: by.map(one) };
+            add_each(&add, terms, raw, &up, &down);
+            // SAFETY: the results' place is valid and nobody else's meanwhile, by the contract of this call.
+            let to = unsafe { bytes_mut(work.to, work.count) };
+            for (n, (to, value)) in (0u64..).zip(to.iter_mut().zip(values)) {
+                *to = round_at_random(work.element, value, random_byte(work.seed, work.threads, n));
             }
         }
         Transform::Convert(convert) => {
@@ -102,16 +138,17 @@ fn add_low_rank(add: &AddLowRank, weight: &mut [u8], up: &[f32], down: &[f32], s
     });
 }
 
-/// [`Rounding::Each`]; `up` as before.
-fn add_each(
-    add: &AddLowRank,
+/// What [`Rounding::Each`] says.
+struct Terms<'a> {
     through: Element,
-    weight: &mut [u8],
-    up: &[f32],
-    down: &[f32],
-    scale: &[f32],
-    ends: &[u32],
-) {
+    scale: &'a [f32],
+    ends: &'a [u32],
+    by: Option<f32>,
+}
+
+/// [`Rounding::Each`]; `up` as before.
+fn add_each(add: &AddLowRank, terms: Terms<'_>, weight: &mut [u8], up: &[f32], down: &[f32]) {
+    let Terms { through, scale, ends, by } = terms;
     let (columns, size) = (add.factors.columns as usize, add.element.size().as_usize());
     let (mut sums, mut values) = (vec![0.0; columns], vec![0.0; columns]);
     rows_of(add, weight, up, |up, row, column| {
@@ -129,6 +166,9 @@ fn add_each(
                 *value = rounded(through, *value + rounded(through, scale * sum));
             }
             begin = end;
+        }
+        if let Some(by) = by {
+            values.iter_mut().for_each(|value| *value = rounded(through, *value * by));
         }
         for (element, value) in row.chunks_exact_mut(size).zip(&*values) {
             store(add.element, *value, element);
@@ -188,6 +228,42 @@ fn converted(convert: &Convert, from: &[u8], scales: &[f32], to: &mut [u8]) {
         };
         store(convert.to_element, value, to);
     }
+}
+
+/// The random byte of element `n`: see [`Requantize`](crate::Requantize).
+fn random_byte(seed: u64, threads: u64, n: u64) -> u8 {
+    let (thread, word) = (n % threads, n / threads % 4);
+    let mut counter = [(n / threads / 4) as u32, 0, thread as u32, (thread >> 32) as u32];
+    let mut key = [seed as u32, (seed >> 32) as u32];
+    for _ in 0..10 {
+        let wide = [0xd251_1f53 * u64::from(counter[0]), 0xcd9e_8d57 * u64::from(counter[2])];
+        let [(high0, low0), (high1, low1)] = wide.map(|wide| ((wide >> 32) as u32, wide as u32));
+        counter = [high1 ^ counter[1] ^ key[0], low1, high0 ^ counter[3] ^ key[1], low0];
+        key = [key[0].wrapping_add(0x9e37_79b9), key[1].wrapping_add(0xbb67_ae85)];
+    }
+    counter[word as usize] as u8
+}
+
+/// Rounds a value to eight bits, away from zero where its distance from the nearer neighbour says so together with the byte.
+fn round_at_random(element: Element, value: f32, random: u8) -> u8 {
+    let (mantissa, least, largest) = if element == Element::F8E4m3 { (3, -6, 0x7e) } else { (2, -14, 0x7b) };
+    let (bits, sign) = (value.to_bits() & 0x7fff_ffff, (value.to_bits() >> 24) as u8 & 0x80);
+    if value.is_nan() {
+        return largest | 0x80;
+    }
+    if bits == 0 {
+        return 0;
+    }
+    if bits >= 0x4780_0000 {
+        // 65536 and more, which none has.
+        return sign | largest;
+    }
+    let exponent = ((bits >> 23) as i32 - 127).max(least);
+    let in_units = f32::from_bits(bits) * f32::from_bits(((127 + mantissa - exponent) as u32) << 23);
+    // The exponent's field follows the mantissa's, so what is carried over comes out right.
+    let units = (in_units + f32::from(random) / 256.0) as u32;
+    let code = ((exponent - least) as u32) << mantissa;
+    sign | (code + units).min(largest.into()) as u8
 }
 
 fn floats(element: Element, bytes: &[u8]) -> Vec<f32> {

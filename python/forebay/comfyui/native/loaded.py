@@ -45,8 +45,13 @@ def engine_for(device: torch.device) -> Engine:
 class Loaded:
     """The weights of one model on one device."""
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, device: torch.device, *, patched: bool = False) -> None:
         """Attaches a model. Its weights stay where they are: in the mapped file, where they came from one.
+
+        Args:
+            model: The model.
+            device: Where to.
+            patched: Whether it is about to be patched.
 
         Raises:
             OutOfMemoryError: Where not even its small weights fit.
@@ -68,7 +73,12 @@ class Loaded:
                 ]
                 dtypes = _model_dtypes(model)
                 size = _size(model, dtypes)
-                self._attachment = attach(model, engine_for(device), dtype=dtypes or None)
+                self._attachment = attach(
+                    model,
+                    engine_for(device),
+                    dtype=dtypes or None,
+                    whole=patched and bool(self._quantized),
+                )
                 for quantized in self._quantized:
                     quantized.stand_in()
         except BaseException:
@@ -115,19 +125,16 @@ class Loaded:
             if id(module) not in self._modules:
                 module.to(self.device)
 
-    def unload(self, keep: bool = False) -> None:
-        """Puts the model's own weights back, which lie on the CPU. Idempotent.
-
-        Args:
-            keep: As for :meth:`forebay.Attachment.detach`.
-        """
+    def unload(self) -> None:
+        """Puts the model's own weights back, which lie on the CPU. Idempotent."""
         if self._model.__dict__.get(_ATTRIBUTE) is self:
             del self._model.__dict__[_ATTRIBUTE]
         if self._patches is not None:
             self._patches.withdraw()
             self._patches = None
         if self._attachment is not None:
-            self._attachment.detach(keep)
+            # What was put in the place of its weights goes with their memory.
+            self._attachment.detach()
             self._attachment = None
         while self._quantized:
             self._quantized.pop().restore()

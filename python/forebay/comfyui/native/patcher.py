@@ -84,7 +84,7 @@ class ForebayModelPatcher(ModelPatcherDynamic):  # type: ignore[misc]
                 self._unload()
                 loaded = None
             if loaded is None:
-                loaded = Loaded(self.model, device)
+                loaded = Loaded(self.model, device, patched=bool(self.patches))
                 _log.info("%s: %s", type(self.model).__name__, loaded.attachment)
             else:
                 loaded.adopt()

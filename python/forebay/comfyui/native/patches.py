@@ -5,11 +5,13 @@ found to multiply matrices as the engine does. Float8 is rounded by numbers that
 adds the products to one weight at a time, and ComfyUI rounds it. For all else ComfyUI's own function is called with one weight
 at a time, on the device: its arithmetic, dtypes and seeded rounding. So results do not depend on what is resident. Where the
 model fits, a weight is computed when its pages are filled and costs nothing afterwards. Where it does not, most pages would be
-computed again in every step; then a layer's weights are computed when it runs, from what is on the device.
+computed again in every step; then a layer's weights are computed when it runs, from what is on the device, and those that stay
+there are replaced by what was computed.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,20 +22,18 @@ import torch
 from comfy.weight_adapter import LoRAAdapter
 from torch import nn
 
-from forebay._forebay import Weight, hold
+from forebay._forebay import Weight
 from forebay.attachment import Attachment
 from forebay.comfyui.native.float8_patch import FLOAT8, Float8Patch
-from forebay.comfyui.native.quantized import ManagedQuantized, quantized_of, unpinned
+from forebay.comfyui.native.patched_layer import Compute, PatchedLayer, PatchedWeight
+from forebay.comfyui.native.quantized import quantized_of, stand_ins_of
 from forebay.comfyui.native.weight_patch import WeightPatch
 from forebay.converting import USED
-from forebay.instance_methods import InstanceMethod
 from forebay.low_rank import LowRank, sums_as_torch
 from forebay.parameter import ForebayTensor
 from forebay.small import small_of
 
 Function = Callable[[torch.Tensor], torch.Tensor]
-Compute = Callable[[Any], Any]
-"""Gives the patched weight, quantized if the stored one is."""
 
 
 @dataclass(eq=False)
@@ -44,11 +44,13 @@ class _Patch:
         patches: ComfyUI's.
         filled: The name of the weight that is computed as it is filled, if it is.
         undo: Takes the rest away.
+        computed: What is computed when its layer runs, if it is.
     """
 
     patches: list[Any]
     filled: str | None
     undo: Callable[[], None] | None
+    computed: PatchedWeight | None = None
 
 
 class Patches:
@@ -72,7 +74,8 @@ class Patches:
         self._attachment = attachment
         self._at_fill = at_fill
         self._of: dict[str, _Patch] = {}
-        self._layers: dict[int, _PatchedLayer] = {}
+        self._layers: dict[int, PatchedLayer] = {}
+        self._places = Counter(id(one) for module in model.modules() for one in stand_ins_of(module))
 
     def set(self, patches: Mapping[str, Sequence[Any]]) -> int:
         """Gives weights these patches in place of those they have. Weights whose patches are the same are left alone.
@@ -91,6 +94,8 @@ class Patches:
                 functions[patch.filled] = None
             if patch.undo is not None:
                 patch.undo()
+            if patch.computed is not None:
+                patch.computed.undo()
         new = [key for key in patches if key not in self._of]
         for key in new:
             self._of[key] = self._patched(key, list(patches[key]), functions)
@@ -137,14 +142,25 @@ class Patches:
                 return _Patch(patches, key, None)
         known = self._layers.get(id(layer))
         if known is None:
-            known = self._layers[id(layer)] = _PatchedLayer(layer)
-        known.add(name, compute, quantized)
+            known = self._layers[id(layer)] = PatchedLayer(layer)
+        computed = PatchedWeight(compute, quantized, self._own_memory(stored))
+        known.add(name, computed)
 
         def undo_on_use() -> None:
             if not known.drop(name):
                 self._layers.pop(id(layer), None)
 
-        return _Patch(patches, None, undo_on_use)
+        return _Patch(patches, None, undo_on_use, computed)
+
+    def _own_memory(self, stored: Any) -> Weight | None:
+        """Where what is computed of a weight may be put: nobody else reads it there, and it is filled with what is stored."""
+        if (
+            not isinstance(stored, ForebayTensor)
+            or self._places[id(stored)] > 1
+            or stored._conversion is not None
+        ):
+            return None
+        return stored._weight
 
     def _products(self, weight: Any, patches: Sequence[Any]) -> LowRank | None:
         """What the engine adds to a weight, where that is what ComfyUI computes."""
@@ -167,39 +183,6 @@ class Patches:
         engine = self._attachment.engine
         is_same = all(sums_as_torch(engine, device, *shape, rank) for rank in sorted(set(products.ranks)))
         return products if is_same else None
-
-
-class _PatchedLayer:
-    """A layer whose forward sees patched weights."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        self._layer = layer
-        self._computes: dict[str, tuple[Compute, ManagedQuantized | None]] = {}
-        self._method = InstanceMethod(layer, "forward", self._run)
-
-    def add(self, name: str, compute: Compute, quantized: ManagedQuantized | None) -> None:
-        self._computes[name] = compute, quantized
-
-    def drop(self, name: str) -> bool:
-        """Whether there are others."""
-        self._computes.pop(name, None)
-        if not self._computes:
-            self._method.remove()
-        return bool(self._computes)
-
-    def _run(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        parameters: dict[str, Any] = self._layer._parameters
-        originals = {name: parameters[name] for name in self._computes}
-        for name, (compute, quantized) in self._computes.items():
-            held: list[Weight] = []
-            stored = unpinned(parameters[name], held) if quantized is None else quantized.unpinned(held)
-            holding = hold(held)
-            parameters[name] = compute(stored)
-            del holding  # behind what computes it
-        try:
-            return original(*args, **kwargs)
-        finally:
-            parameters.update(originals)
 
 
 def _term(patch: Any) -> tuple[torch.Tensor, torch.Tensor, float] | None:

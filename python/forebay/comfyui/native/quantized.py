@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -23,6 +23,16 @@ def quantized_of(module: nn.Module, name: str) -> ManagedQuantized | None:
     known = module.__dict__.get(_ATTRIBUTE)
     found: ManagedQuantized | None = None if known is None else known.get(name)
     return found
+
+
+def stand_ins_of(module: nn.Module) -> Iterator[torch.Tensor]:
+    """What stands in for a module's own weights, and for the parts of its quantized ones."""
+    known: dict[str, ManagedQuantized] = module.__dict__.get(_ATTRIBUTE, {})
+    for name, parameter in module._parameters.items():
+        if name in known:
+            yield from known[name].stand_ins
+        elif parameter is not None:
+            yield parameter
 
 
 class ManagedQuantized:
@@ -61,6 +71,11 @@ class ManagedQuantized:
             self._holder.register_parameter(part, nn.Parameter(tensor, requires_grad=False))
         module._parameters[name] = None
         module._modules[self._holder_name] = self._holder
+
+    @property
+    def stand_ins(self) -> Iterable[torch.Tensor]:
+        """What stands in for its parts."""
+        return self._stand_ins.values()
 
     @property
     def has_one_scale(self) -> bool:

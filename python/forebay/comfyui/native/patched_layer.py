@@ -1,0 +1,169 @@
+"""A layer whose weights are patched when it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from comfy.quant_ops import QuantizedTensor
+from torch import nn
+
+from forebay._forebay import Holding, Weight, hold
+from forebay.comfyui.native.quantized import ManagedQuantized, unpinned
+from forebay.instance_methods import InstanceMethod
+
+Compute = Callable[[Any], Any]
+"""Gives the patched weight, quantized if the stored one is."""
+
+
+class PatchedLayer:
+    """A layer whose forward sees patched weights."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        """None at first."""
+        self._layer = layer
+        self._patched: dict[str, PatchedWeight] = {}
+        self._method = InstanceMethod(layer, "forward", self._run)
+
+    def add(self, name: str, weight: PatchedWeight) -> None:
+        """Has it see one of its weights patched."""
+        self._patched[name] = weight
+
+    def drop(self, name: str) -> bool:
+        """Whether there are others."""
+        self._patched.pop(name, None)
+        if not self._patched:
+            self._method.remove()
+        return bool(self._patched)
+
+    def _run(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        parameters: dict[str, Any] = self._layer._parameters
+        originals = {name: parameters[name] for name in self._patched}
+        held: list[Weight] = []
+        stored = {name: one.stored(originals[name], held) for name, one in self._patched.items()}
+        holding: Holding | None = hold(held)
+        try:
+            is_in_place = False
+            for name, one in self._patched.items():
+                parameters[name] = one.patched(stored[name])
+                is_in_place |= one.is_in_place
+            if not is_in_place:
+                holding = None  # behind what computes them
+            return original(*args, **kwargs)
+        finally:
+            parameters.update(originals)
+            holding = None
+            for one in self._patched.values():
+                one.settle()
+
+
+class PatchedWeight:
+    """One of its weights, computed from what is on the device.
+
+    Where the weight stays there, what was computed is put in its place, and is not computed again: its bytes are looked after
+    by the serials of its pages. A page that was filled since then holds what is stored.
+    """
+
+    def __init__(self, compute: Compute, quantized: ManagedQuantized | None, weight: Weight | None) -> None:
+        """Nothing is computed yet.
+
+        Args:
+            compute: Gives the patched weight from the stored one.
+            quantized: What is known of a quantized weight.
+            weight: What manages its bytes, or its data's. None where nothing may be put there: others read it as it is
+                stored, or it is stored in another dtype.
+        """
+        self.is_in_place = False
+        self._compute = compute
+        self._quantized = quantized
+        self._weight = weight
+        self._put: frozenset[int] = frozenset()  # the serials of pages that were written to
+        self._seen: list[int] = []
+        self._found: Any = None
+        self._stream: Any = None
+        self._is_torn = False
+
+    def stored(self, parameter: Any, held: list[Weight]) -> Any:
+        """The weight on the device, which is there once what is added to the list is held."""
+        if self._quantized is None:
+            return unpinned(parameter, held)
+        return self._quantized.unpinned(held)
+
+    def patched(self, stored: Any) -> Any:
+        """The patched weight. The stored one is held, and longer than the result where that is in its place."""
+        if self._weight is None:
+            return self._compute(stored)
+        self._follow_stream(stored)
+        serials = self._weight.serials
+        if self._put and self._put.issuperset(serials):
+            self.is_in_place = True
+            return self._found
+        is_torn = not self._put.isdisjoint(serials)
+        found = self._compute(self._read(stored) if is_torn else stored)
+        # Who is to stay is known when it was there the last time.
+        stays = self._weight.is_resident and (is_torn or serials == self._seen)
+        self._seen = serials
+        self.is_in_place = stays and _is_alike(found, stored)
+        self._is_torn = is_torn and not self.is_in_place
+        if not self.is_in_place:
+            return found
+        _data(stored).copy_(_data(found))
+        self._put = frozenset(serials)
+        self._found = _with_data(found, _data(stored))
+        return self._found
+
+    def settle(self) -> None:
+        """Behind the layer: of a weight that was put in its place, and of which a part has left, the rest leaves as well."""
+        if self._is_torn:
+            assert self._weight is not None
+            self._weight.discard()
+            self._is_torn = False
+
+    def undo(self) -> None:
+        """Has its place filled with what is stored again."""
+        if self._put:
+            assert self._weight is not None
+            self._put = frozenset()
+            self._weight.refill()
+
+    def _read(self, stored: Any) -> Any:
+        """The stored weight, read from where it is stored."""
+        assert self._weight is not None
+        data = torch.empty_like(_data(stored))
+        stream = 0 if self._stream is None else self._stream.cuda_stream
+        self._weight.read_to_device(data.data_ptr(), data.nbytes, stream)
+        return _with_data(stored, data)
+
+    def _follow_stream(self, stored: Any) -> None:
+        """What is put in its place is read in other streams, and was read in others, in this order."""
+        device = stored.device
+        if device.type != "cuda":
+            return
+        stream = torch.cuda.current_stream(device)
+        if self._stream is not None and stream != self._stream:
+            stream.wait_stream(self._stream)
+            if isinstance(self._found, QuantizedTensor):
+                self._found._params.scale.record_stream(stream)
+        self._stream = stream
+
+
+def _data(weight: Any) -> torch.Tensor:
+    data: torch.Tensor = weight._qdata if isinstance(weight, QuantizedTensor) else weight
+    return data
+
+
+def _with_data(weight: Any, data: torch.Tensor) -> Any:
+    if isinstance(weight, QuantizedTensor):
+        return QuantizedTensor(data, weight._layout_cls, weight._params)
+    return data
+
+
+def _is_alike(found: Any, stored: Any) -> bool:
+    """Whether one can be put in the place of the other."""
+    ours, theirs = _data(found), _data(stored)
+    return (
+        isinstance(found, QuantizedTensor) == isinstance(stored, QuantizedTensor)
+        and (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
+        and theirs.is_contiguous()
+    )

@@ -1,0 +1,246 @@
+"""Weights that are computed when their layer runs: once, where they stay on the device."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+if "COMFYUI_ROOT" not in os.environ:
+    pytest.skip("needs a checkout of ComfyUI: COMFYUI_ROOT", allow_module_level=True)
+
+import checkpoints
+import comfy.float
+import comfy.model_management as management
+import support
+import torch
+from running import load, sample, with_lora
+
+from forebay.comfyui.native import float8_patch
+from forebay.comfyui.native.loaded import loaded_of
+from forebay.comfyui.native.patched_layer import PatchedWeight
+from forebay.comfyui.native.quantized import stand_ins_of
+from forebay.parameter import ForebayTensor
+
+_STEPS = 3
+
+
+@pytest.fixture
+def path(folder: Path) -> Path:
+    """A small Flux of scaled float8."""
+    return checkpoints.write(folder, "flux", "fp8scaled")
+
+
+@pytest.fixture
+def rounded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The seeds of the weights that were computed. Rounding is in a way that takes less time on a CPU."""
+    seeds: list[int] = []
+
+    def stochastic_rounding(value: torch.Tensor, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+        seeds.append(seed)
+        noise = torch.rand(value.shape, generator=torch.Generator().manual_seed(seed & (1 << 40) - 1))
+        return (value.float() * (1 + noise.to(value.device) / 16)).clamp(-448, 448).to(dtype)
+
+    monkeypatch.setattr(comfy.float, "stochastic_rounding", stochastic_rounding)
+    yield seeds
+
+
+def _some_of(path: Path) -> float:
+    """Memory for some of the weights: small pages, of which several weights have a part, and what is streamed take the rest."""
+    return path.stat().st_size * 1.1
+
+
+def _stand_ins(model: Any) -> list[ForebayTensor]:
+    every = [one for module in model.model.modules() for one in stand_ins_of(module)]
+    return [one for one in every if isinstance(one, ForebayTensor)]
+
+
+def _patched(path: Path, seed: int = 7) -> Any:
+    model = load(path)
+    return with_lora(model, checkpoints.lora(model, seed, every=2))
+
+
+def _expected(path: Path, legacy: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """With and without a LoRA."""
+    with legacy():
+        return sample(_patched(path), "flux", _STEPS), sample(load(path), "flux", _STEPS)
+
+
+def test_what_stays_is_computed_once(
+    path: Path, legacy: Any, native: Callable[..., Any], rounded: list[int]
+) -> None:
+    expected, _ = _expected(path, legacy)
+    with native():
+        # Of each kind of weight the first is computed twice.
+        assert support.same(sample(_patched(path), "flux", _STEPS), expected)
+    with native(_some_of(path)) as engine:
+        model = _patched(path)
+        rounded.clear()
+        assert support.same(sample(model, "flux", _STEPS), expected)
+        weights = set(rounded)
+        again = rounded.count
+        assert any(again(seed) < _STEPS for seed in weights), "what is resident is not computed again"
+        rounded.clear()
+        assert support.same(sample(model, "flux", _STEPS), expected)
+        streamed = set(rounded)
+        assert len(streamed) < len(weights), "nor in the next run"
+        assert all(again(seed) <= _STEPS for seed in streamed)
+        for nbytes in (1, path.stat().st_size / 4, 1 << 60):
+            assert engine.make_room(nbytes) > 0
+            assert support.same(sample(model, "flux", _STEPS), expected)
+
+
+def test_a_part_that_left_comes_back_as_it_is_stored(
+    path: Path, legacy: Any, native: Callable[..., Any], rounded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, _ = _expected(path, legacy)
+    torn: list[str] = []
+    read = PatchedWeight._read
+
+    def noted(self: PatchedWeight, stored: Any) -> Any:
+        assert self._weight is not None
+        torn.append(self._weight.name)
+        return read(self, stored)
+
+    monkeypatch.setattr(PatchedWeight, "_read", noted)
+    with native(_some_of(path)):
+        model = _patched(path)
+        assert support.same(sample(model, "flux", _STEPS), expected)
+        assert not torn
+        # Each shares pages with its neighbours.
+        for one in _stand_ins(model)[::3]:
+            one._weight.discard()
+        assert support.same(sample(model, "flux", _STEPS), expected)
+        assert torn
+        torn.clear()
+        assert support.same(sample(model, "flux", _STEPS), expected)
+        assert not torn, "what was torn is whole again, or not put there any more"
+
+
+def test_without_patches_it_is_what_is_stored(
+    path: Path, legacy: Any, native: Callable[..., Any], rounded: list[int]
+) -> None:
+    def is_stored(one: ForebayTensor) -> bool:
+        return torch.equal(one._weight.view().cpu().view(torch.uint8), one._source.view(torch.uint8))
+
+    with native(_some_of(path)):
+        model = _patched(path)
+        sample(model, "flux", _STEPS)
+        loaded = loaded_of(model.model)
+        assert loaded is not None
+        assert not all(map(is_stored, _stand_ins(model))), "what was computed is in its place"
+        loaded.patch({})
+        assert all(map(is_stored, _stand_ins(model)))
+
+
+def test_another_adapter_takes_its_place(
+    path: Path, legacy: Any, native: Callable[..., Any], rounded: list[int]
+) -> None:
+    def run() -> list[torch.Tensor]:
+        model = load(path)
+        results = []
+        for seed in (7, 8, 7):
+            one = with_lora(model, checkpoints.lora(model, seed, every=2))
+            results.append(sample(one, "flux", _STEPS))
+        return [*results, sample(model, "flux", _STEPS)]
+
+    with legacy():
+        expected = run()
+    with native(_some_of(path)):
+        rounded.clear()
+        found = run()
+    assert all(map(support.same, found, expected))
+    assert not support.same(found[0], found[1])
+
+
+def test_a_model_that_is_loaded_again_is_what_is_stored(
+    path: Path, legacy: Any, native: Callable[..., Any], rounded: list[int]
+) -> None:
+    expected, plain = _expected(path, legacy)
+    with native(_some_of(path)):
+        model = _patched(path)
+        assert support.same(sample(model, "flux", _STEPS), expected)
+        management.unload_all_models()
+        assert support.same(sample(load(path), "flux", _STEPS), plain)
+
+
+def _bytes(count: int, threads: int, seed: int) -> Any:
+    """What torch's generator draws on a GPU: Philox4x32-10, four numbers a thread at a time."""
+    n = np.arange(count, dtype=np.uint64)
+    low, turn, thread = np.uint64(0xFFFFFFFF), n // np.uint64(threads), n % np.uint64(threads)
+    zero = np.zeros_like(n)
+    words = [turn // np.uint64(4), zero, thread, zero]
+    for step in range(10):
+        first, second = np.uint64(0xD2511F53) * words[0], np.uint64(0xCD9E8D57) * words[2]
+        keys = [
+            np.uint64(((seed & 0xFFFFFFFF) + 0x9E3779B9 * step) & 0xFFFFFFFF),
+            np.uint64(((seed >> 32) + 0xBB67AE85 * step) & 0xFFFFFFFF),
+        ]
+        words = [
+            second >> np.uint64(32) ^ words[1] ^ keys[0],
+            second & low,
+            first >> np.uint64(32) ^ words[3] ^ keys[1],
+            first & low,
+        ]
+    return (np.choose((turn % np.uint64(4)).astype(np.int64), words) & np.uint64(255)).astype(np.float64)
+
+
+def test_the_engine_rounds_as_a_gpus_generator_says(
+    folder: Path, legacy: Any, native: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = checkpoints.write(folder, "flux", "fp8")
+    known: dict[tuple[object, ...], str] = {}
+    if support.DEVICE == "host":
+        # On a CPU torch draws other numbers.
+        def stochastic_rounding(value: torch.Tensor, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+            threads = float8_patch._generator_threads(value.device, value.numel())
+            random = torch.from_numpy(_bytes(value.numel(), threads, seed)).view(value.shape)
+            exponent = value.double().abs().log2().floor().clamp_min(-6)
+            step = torch.exp2(exponent - 3)
+            units = (value.double().abs() / step + random / 256).floor()
+            return (torch.sign(value) * (units * step).clamp_max(448)).to(dtype)
+
+        monkeypatch.setattr(comfy.float, "stochastic_rounding", stochastic_rounding)
+    monkeypatch.setattr(float8_patch, "_known", known)
+
+    def run() -> torch.Tensor:
+        model = load(path, torch.float8_e4m3fn)
+        one = with_lora(model, checkpoints.lora(model, 7, rank=16, every=7))
+        return sample(with_lora(one, checkpoints.lora(model, 8, rank=5, every=14), -0.3), "flux", _STEPS)
+
+    with legacy():
+        expected = run()
+    with native(path.stat().st_size / 4):
+        assert support.same(run(), expected)
+    assert set(known.values()) == {"requantized"}
+
+
+def test_weights_that_two_layers_share_are_not_replaced(
+    path: Path, legacy: Any, native: Callable[..., Any], rounded: list[int]
+) -> None:
+    name = "diffusion_model.double_blocks.0.img_mlp.0"
+
+    def shared() -> Any:
+        model = load(path)
+        one, other = model.model.diffusion_model.double_blocks[:2]
+        other.img_mlp[0].weight = one.img_mlp[0].weight
+        adapter = {key: value for key, value in checkpoints.lora(model).items() if name in key}
+        # It is the first one's alone.
+        return with_lora(model, adapter)
+
+    with legacy():
+        expected = sample(shared(), "flux", _STEPS)
+    with native(_some_of(path)):
+        model = shared()
+        assert support.same(sample(model, "flux", _STEPS), expected)
+        weights = Counter(one._weight.address for one in _stand_ins(model))
+        assert max(weights.values()) == 2
+        loaded = loaded_of(model.model)
+        assert loaded is not None and loaded._patches is not None
+        (patch,) = loaded._patches._of.values()
+        assert patch.computed is not None and patch.computed._weight is None
