@@ -9,7 +9,7 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 from torch import nn
 
-from forebay._forebay import Holding, Weight, hold
+from forebay._forebay import Weight, hold
 from forebay.comfyui.native.quantized import ManagedQuantized, unpinned
 from forebay.instance_methods import InstanceMethod
 
@@ -38,24 +38,28 @@ class PatchedLayer:
         return bool(self._patched)
 
     def _run(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self._run_patched(original, *args, **kwargs)
+        finally:
+            for one in self._patched.values():
+                one.settle()
+
+    def _run_patched(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         parameters: dict[str, Any] = self._layer._parameters
         originals = {name: parameters[name] for name in self._patched}
         held: list[Weight] = []
         stored = {name: one.stored(originals[name], held) for name, one in self._patched.items()}
-        holding: Holding | None = hold(held)
+        holding = [hold(held)]
         try:
             is_in_place = False
             for name, one in self._patched.items():
                 parameters[name] = one.patched(stored[name])
                 is_in_place |= one.is_in_place
             if not is_in_place:
-                holding = None  # behind what computes them
+                holding.clear()  # behind what computes them
             return original(*args, **kwargs)
         finally:
             parameters.update(originals)
-            holding = None
-            for one in self._patched.values():
-                one.settle()
 
 
 class PatchedWeight:
