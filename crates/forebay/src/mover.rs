@@ -2,7 +2,7 @@
 //!
 //! It executes the policy's commands strictly in their order. A page is unmapped once the events of its last uses have
 //! completed; nothing else is waited for. While an event is pending the mover looks again every 500 us, or every 50 us where
-//! somebody waits for a page behind it.
+//! somebody waits for a page behind it, or for memory.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -25,7 +25,7 @@ use crate::state::{Shared, State};
 use crate::timeline::Activity;
 use crate::vbar::Vbar;
 
-/// How often a pending event is looked at while somebody waits for a page behind it, and while nobody does: a look takes the
+/// How often a pending event is looked at while somebody waits for what is behind it, and while nobody does: a look takes the
 /// locks of whoever launches work.
 const URGENT_POLL: Duration = Duration::from_micros(50);
 const EVENT_POLL: Duration = Duration::from_micros(500);
@@ -116,7 +116,7 @@ impl Mover {
                 Next::EventPending => {
                     let is_demanded =
                         |command: &Command| matches!(command, Command::Map { demanded: true, .. });
-                    let is_urgent = state.queue.iter().any(is_demanded);
+                    let is_urgent = state.waiting > 0 || state.queue.iter().any(is_demanded);
                     shared.mover_looks.store(true, Ordering::Release);
                     shared.work.wait_for(&mut state, if is_urgent { URGENT_POLL } else { EVENT_POLL });
                     shared.mover_looks.store(false, Ordering::Release);
