@@ -122,6 +122,25 @@ def test_a_part_that_left_comes_back_as_it_is_stored(
         assert not torn, "what was torn is whole again, or not put there any more"
 
 
+def test_a_model_that_no_longer_fits_is_computed_when_its_layers_run(
+    path: Path, legacy: Any, native: Callable[..., Any], rounded: list[int]
+) -> None:
+    expected, _ = _expected(path, legacy)
+    with native() as engine:
+        model = _patched(path)
+        assert support.same(sample(model, "flux", _STEPS), expected)
+        loaded = loaded_of(model.model)
+        assert loaded is not None and loaded._patches is not None
+        assert all(one.computed is None for one in loaded._patches._of.values())
+        engine.set_budget(budget=_some_of(path))
+        assert support.same(sample(model, "flux", _STEPS), expected)
+        assert all(one.computed is not None for one in loaded._patches._of.values())
+        # It stays so: to change costs each weight's pages.
+        engine.set_budget(budget=1 << 32)
+        assert support.same(sample(model, "flux", _STEPS), expected)
+        assert all(one.computed is not None for one in loaded._patches._of.values())
+
+
 def test_without_patches_it_is_what_is_stored(
     path: Path, legacy: Any, native: Callable[..., Any], rounded: list[int]
 ) -> None:

@@ -72,7 +72,7 @@ class Loaded:
                     if isinstance(parameter, QuantizedTensor)
                 ]
                 dtypes = _model_dtypes(model)
-                size = _size(model, dtypes)
+                self._size = _size(model, dtypes)
                 self._attachment = attach(
                     model,
                     engine_for(device),
@@ -84,7 +84,7 @@ class Loaded:
         except BaseException:
             self.unload()
             raise
-        self._patches = Patches(model, self._attachment, at_fill=_fits(size, device))
+        self._patches = Patches(model, self._attachment, at_fill=_fits(self._size, device))
         self._modules = {id(module) for module in model.modules()}
         model.__dict__[_ATTRIBUTE] = self
 
@@ -104,7 +104,7 @@ class Loaded:
     def patch(self, patches: Mapping[str, Sequence[Any]]) -> int:
         """Gives the weights these patches in place of those they have. How many changed."""
         assert self._patches is not None
-        return self._patches.set(patches)
+        return self._patches.set(patches, fits=_fits(self._size, self.device))
 
     def stored(self, key: str, weight: Any) -> Any:
         """A weight as it is without patches, on the CPU, valid also when the model is unloaded."""

@@ -43,6 +43,7 @@ class _Patch:
     Attributes:
         patches: ComfyUI's.
         filled: The name of the weight that is computed as it is filled, if it is.
+        at_fill: Whether that is so because the model fits.
         undo: Takes the rest away.
         computed: What is computed when its layer runs, if it is.
     """
@@ -51,6 +52,7 @@ class _Patch:
     filled: str | None
     undo: Callable[[], None] | None
     computed: PatchedWeight | None = None
+    at_fill: bool = False
 
 
 class Patches:
@@ -77,16 +79,22 @@ class Patches:
         self._layers: dict[int, PatchedLayer] = {}
         self._places = Counter(id(one) for module in model.modules() for one in stand_ins_of(module))
 
-    def set(self, patches: Mapping[str, Sequence[Any]]) -> int:
+    def set(self, patches: Mapping[str, Sequence[Any]], *, fits: bool = True) -> int:
         """Gives weights these patches in place of those they have. Weights whose patches are the same are left alone.
 
         Args:
             patches: ComfyUI's, by the weights' names in the model.
+            fits: Whether the model still fits. Once it does not, its weights are no longer computed when they are filled.
 
         Returns:
             How many weights changed.
         """
-        gone = [key for key, has in self._of.items() if not _same(has.patches, patches.get(key))]
+        self._at_fill = self._at_fill and fits
+        gone = [
+            key
+            for key, has in self._of.items()
+            if not _same(has.patches, patches.get(key)) or (has.at_fill and not self._at_fill)
+        ]
         functions: dict[str, Function | None] = {}
         for key in gone:
             patch = self._of.pop(key)
@@ -136,10 +144,10 @@ class Patches:
         if keeps_shape and (self._at_fill or not asks):
             if quantized is not None and quantized.has_one_scale:
                 functions[quantized.data_name], undo = quantized.patched(compute)
-                return _Patch(patches, quantized.data_name, undo)
+                return _Patch(patches, quantized.data_name, undo, at_fill=asks)
             if quantized is None and _is_managed(weight):
                 functions[key] = compute
-                return _Patch(patches, key, None)
+                return _Patch(patches, key, None, at_fill=asks)
         known = self._layers.get(id(layer))
         if known is None:
             known = self._layers[id(layer)] = PatchedLayer(layer)
