@@ -57,6 +57,24 @@ def test_parameters_that_share_memory_come_back_each(engine) -> None:
     assert standing(model) == before
 
 
+def test_weights_that_are_to_be_whole_give_the_same(engine) -> None:
+    module = randomize(linears(8, 1500)).to(torch.bfloat16)
+    plain = reference(module)
+    x = move(torch.randn(2, 1500, dtype=torch.bfloat16))
+    device = engine(30)
+    with forebay.attach(module, device, page_size=2 * MIB, whole=True):
+        for _ in range(3):
+            assert same(module(x), plain(x))
+        weights = [layer.weight._weight for layer in module]
+        assert any(weight.is_resident for weight in weights)
+        assert not all(weight.is_resident for weight in weights)
+        for weight in weights:
+            serials = weight.serials
+            weight.refill()
+            assert same(module(x), plain(x))
+            assert set(weight.serials).isdisjoint(serials)
+
+
 def test_the_context_manager_detaches(module, engine) -> None:
     before = standing(module)
     with pytest.raises(KeyError), forebay.attach(module, engine(16)) as attachment:
