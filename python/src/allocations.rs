@@ -259,16 +259,18 @@ thread_local! {
 /// calls that wait for whoever else is in the driver, and torch allocates some thousand times a step: it is not looked at again
 /// before what was there is used up. Where it has less by then, because others took it, the allocation fails and is repeated.
 fn unused_in_pool(size: usize) -> Bytes {
-    let read = || -> Option<u64> {
+    let size = size as u64;
+    let look = |looked: &Cell<(u32, u64)>| -> Option<u64> {
         let ordinal = current_device()?;
-        let (of, left) = LOOKED_AT.try_with(Cell::get).ok()?;
-        let unused = if of == ordinal && left >= size as u64 { left } else { unused_now(ordinal)? };
-        LOOKED_AT.try_with(|looked| looked.set((ordinal, unused.saturating_sub(size as u64)))).ok()?;
+        let (of, left) = looked.get();
+        let unused = if of == ordinal && left >= size { left } else { unused_now(ordinal)? };
+        looked.set((ordinal, unused.saturating_sub(size)));
         Some(unused)
     };
-    Bytes::new(read().unwrap_or(0))
+    Bytes::new(LOOKED_AT.try_with(look).ok().flatten().unwrap_or(0))
 }
 
+/// What a device's pool has unused at this moment.
 fn unused_now(ordinal: u32) -> Option<u64> {
     // SAFETY: the runtime's function of this name.
     let default_pool: DefaultPool = unsafe { transmute(DEFAULT_POOL.get()?) };

@@ -228,6 +228,63 @@ fn with_large_ones(rng: &mut Rng, element: Element, count: u64) -> Vec<u8> {
     bytes
 }
 
+/// Factors whose products are added one after another, each rounded.
+struct Terms {
+    through: Element,
+    factor: Element,
+    rank: u64,
+    columns: u64,
+    up: Vec<u8>,
+    down: Vec<u8>,
+    scale: Vec<u8>,
+    ends: Vec<u32>,
+    by: Option<f32>,
+}
+
+impl Terms {
+    /// The same on a device.
+    fn placed(&self, places: &mut Places<'_>, row_base: u64) -> Factors {
+        let ends: Vec<u8> = self.ends.iter().flat_map(|end| end.to_le_bytes()).collect();
+        Factors {
+            up: places.put(&self.up, 16),
+            down: places.put(&self.down, 16),
+            scale: places.put(&self.scale, 16),
+            element: self.factor,
+            rank: self.rank as u32,
+            columns: self.columns as u32,
+            row_base: row_base as u32,
+            rounding: Rounding::Each {
+                through: self.through,
+                terms: self.ends.len() as u32,
+                ends: places.put(&ends, 16),
+                by: self.by.map(|by| places.put(&by.to_le_bytes(), 16)),
+            },
+        }
+    }
+
+    /// What an element at a row of `up` and a column becomes.
+    fn added(&self) -> impl Fn(f32, usize, usize) -> f32 {
+        let (up, down) = (floats(self.factor, &self.up), floats(self.factor, &self.down));
+        let scale = floats(Element::F32, &self.scale);
+        let (rank, columns) = (self.rank as usize, self.columns as usize);
+        move |value, row, column| {
+            let mut value = nearest(self.through, value);
+            let mut begin = 0;
+            for (&end, &scale) in self.ends.iter().zip(&scale) {
+                let sum = (begin..end as usize)
+                    .fold(0.0_f32, |sum, k| up[row * rank + k].mul_add(down[k * columns + column], sum));
+                value = nearest(self.through, value + nearest(self.through, scale * sum));
+                begin = end as usize;
+            }
+            self.by.map_or(value, |by| nearest(self.through, value * by))
+        }
+    }
+}
+
+fn floats(element: Element, bytes: &[u8]) -> Vec<f32> {
+    values(element, bytes).into_iter().map(|value| value as f32).collect()
+}
+
 #[test]
 fn terms_are_added_one_after_another_each_rounded() {
     let mut rng = Rng::from_environment();
@@ -253,7 +310,7 @@ fn terms_are_added_one_after_another_each_rounded() {
                     scale[..4].copy_from_slice(&factor.to_le_bytes());
                 }
                 let by = [None, Some(0.37_f32), Some(f32::INFINITY), Some(1e-6)][number / 2 % 4];
-                let raw_ends: Vec<u8> = ends.iter().flat_map(|end| end.to_le_bytes()).collect();
+                let terms = Terms { through, factor, rank, columns, up, down, scale, ends, by };
                 let mut results = Vec::new();
                 with_room(Bytes::mib(2), |device, places| {
                     let guard = [0x5a; 16];
@@ -262,50 +319,25 @@ fn terms_are_added_one_after_another_each_rounded() {
                     places.put(&vec![0x5a; (16 + first * size % 16) as usize], 16);
                     let at = places.put(&weight, 1);
                     let after = places.put(&guard, 1);
-                    let factors = Factors {
-                        up: places.put(&up, 16),
-                        down: places.put(&down, 16),
-                        scale: places.put(&scale, 16),
-                        element: factor,
-                        rank: rank as u32,
-                        columns: columns as u32,
-                        row_base: row_base as u32,
-                        rounding: Rounding::Each {
-                            through,
-                            terms: ends.len() as u32,
-                            ends: places.put(&raw_ends, 16),
-                            by: by.map(|by| places.put(&by.to_le_bytes(), 16)),
-                        },
-                    };
+                    let factors = terms.placed(places, row_base);
                     let add = AddLowRank { at, first, count, element, factors };
                     transform(device, Transform::AddLowRank(add)).unwrap();
                     assert!(read(device, after, Bytes::new(16)) == guard, "wrote behind its elements");
                     results.push(read(device, at, Bytes::new(count * size)));
                 });
-                let what =
-                    format!("{element:?} {through:?} {factor:?} {first} {count} {columns} {ends:?} {by:?}");
+                let what = format!(
+                    "{element:?} {through:?} {factor:?} {first} {count} {columns} {:?} {by:?}",
+                    terms.ends
+                );
                 assert!(results.iter().all(|result| *result == results[0]), "devices differ: {what}");
-                let floats = |element, bytes: &[u8]| -> Vec<f32> {
-                    values(element, bytes).into_iter().map(|value| value as f32).collect()
-                };
-                let (up, down, scale) =
-                    (floats(factor, &up), floats(factor, &down), floats(Element::F32, &scale));
+                let added = terms.added();
                 let (old, new) = (floats(element, &weight), floats(element, &results[0]));
                 for n in 0..count as usize {
                     let (row, column) = (
                         ((first + n as u64) / columns - row_base) as usize,
                         ((first + n as u64) % columns) as usize,
                     );
-                    let mut value = nearest(through, old[n]);
-                    let mut begin = 0;
-                    for (&end, &scale) in ends.iter().zip(&scale) {
-                        let sum = (begin..end as usize).fold(0.0_f32, |sum, k| {
-                            up[row * rank as usize + k].mul_add(down[k * columns as usize + column], sum)
-                        });
-                        value = nearest(through, value + nearest(through, scale * sum));
-                        begin = end as usize;
-                    }
-                    let expected = nearest(element, by.map_or(value, |by| nearest(through, value * by)));
+                    let expected = nearest(element, added(old[n], row, column));
                     let is_same = match expected.is_nan() {
                         true => new[n].is_nan(),
                         false => new[n].to_bits() == expected.to_bits(),
@@ -449,31 +481,16 @@ fn eight_bits_are_rounded_up_or_down_by_random_bytes() {
                 let first = [None, Some(0.013_f32), Some(1.7), None][number];
                 let by = [Some(77.0_f32), Some(40.0), None, Some(f32::INFINITY)][number];
                 let seed = rng.below(u64::MAX);
-                let raw_ends: Vec<u8> = ends.iter().flat_map(|end| end.to_le_bytes()).collect();
+                let terms = Terms { through, factor, rank, columns, up, down, scale, ends, by };
                 let mut results = Vec::new();
                 with_room(Bytes::mib(2), |device, places| {
                     let guard = [0x5a; 16];
-                    let mut number = |value: f32| places.put(&value.to_le_bytes(), 16);
-                    let (first, by) = (first.map(&mut number), by.map(&mut number));
-                    let factors = Factors {
-                        up: places.put(&up, 16),
-                        down: places.put(&down, 16),
-                        scale: places.put(&scale, 16),
-                        element: factor,
-                        rank: rank as u32,
-                        columns: columns as u32,
-                        row_base: 0,
-                        rounding: Rounding::Each {
-                            through,
-                            terms: ends.len() as u32,
-                            ends: places.put(&raw_ends, 16),
-                            by,
-                        },
-                    };
+                    let scale = first.map(|first| places.put(&first.to_le_bytes(), 16));
+                    let factors = terms.placed(places, 0);
                     let from = places.put(&stored, 16);
                     let to = places.put(&vec![0x5a; count as usize], 16);
                     let after = places.put(&guard, 1);
-                    let work = Requantize { to, from, element, count, scale: first, factors, seed, threads };
+                    let work = Requantize { to, from, element, count, scale, factors, seed, threads };
                     transform(device, Transform::Requantize(work)).unwrap();
                     assert!(read(device, after, Bytes::new(16)) == guard, "wrote behind its elements");
                     assert!(read(device, from, Bytes::new(count)) == stored, "wrote to what is stored");
@@ -483,24 +500,11 @@ fn eight_bits_are_rounded_up_or_down_by_random_bytes() {
                     "{element:?} {through:?} {factor:?} {rows} x {columns}, {rank}, {first:?} {by:?}"
                 );
                 assert!(results.iter().all(|result| *result == results[0]), "devices differ: {what}");
-                let floats = |element, bytes: &[u8]| -> Vec<f32> {
-                    values(element, bytes).into_iter().map(|value| value as f32).collect()
-                };
-                let (up, down, scale) =
-                    (floats(factor, &up), floats(factor, &down), floats(Element::F32, &scale));
+                let added = terms.added();
                 let old = floats(element, &stored);
                 for n in 0..count as usize {
                     let (row, column) = (n / columns as usize, n % columns as usize);
-                    let mut value = nearest(through, old[n] * first.unwrap_or(1.0));
-                    let mut begin = 0;
-                    for (&end, &scale) in ends.iter().zip(&scale) {
-                        let sum = (begin..end as usize).fold(0.0_f32, |sum, k| {
-                            up[row * rank as usize + k].mul_add(down[k * columns as usize + column], sum)
-                        });
-                        value = nearest(through, value + nearest(through, scale * sum));
-                        begin = end as usize;
-                    }
-                    let value = by.map_or(value, |by| nearest(through, value * by));
+                    let value = added(old[n] * first.unwrap_or(1.0), row, column);
                     let (turn, thread) = (n as u64 / threads, n as u64 % threads);
                     let random =
                         philox([(turn / 4) as u32, 0, thread as u32, 0], seed)[(turn % 4) as usize] as u8;

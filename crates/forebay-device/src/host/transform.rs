@@ -5,7 +5,7 @@ use std::slice;
 use forebay_core::Bytes;
 
 use super::vm;
-use crate::{AddLowRank, Convert, DeviceAddr, Element, Rounding, Scale, Transform};
+use crate::{AddLowRank, Convert, DeviceAddr, Element, Factors, Rounding, Scale, Transform};
 
 /// Does the work now.
 ///
@@ -28,54 +28,39 @@ pub(super) unsafe fn run(transform: Transform) {
             let up = unsafe { bytes(up, rows * rank_bytes) };
             // SAFETY: as before.
             let down = unsafe { bytes(add.factors.down, rank_bytes * columns) };
-            let (scales, ends) = match add.factors.rounding {
-                Rounding::Once => (rank as u64, Vec::new()),
-                Rounding::Each { terms, ends, .. } => {
-                    // SAFETY: as before.
-                    let ends = unsafe { bytes(ends, 4 * u64::from(terms)) };
-                    (terms.into(), ends.chunks_exact(4).map(number).collect())
-                }
-            };
-            // SAFETY: as before.
-            let scale = floats(Element::F32, unsafe { bytes(add.factors.scale, 4 * scales) });
             let (up, down) = (floats(add.factors.element, up), floats(add.factors.element, down));
-            match add.factors.rounding {
-                Rounding::Once => add_low_rank(&add, weight, &up, &down, &scale),
-                Rounding::Each { through, by, .. } => {
+            // SAFETY: as before.
+            match unsafe { terms_of(&add.factors) } {
+                None => {
                     // SAFETY: as before.
-                    let by = by.map(|at| floats(Element::F32, unsafe { bytes(at, 4) })[0]);
-                    add_each(&add, Terms { through, scale: &scale, ends: &ends, by }, weight, &up, &down);
+                    let scale = floats(Element::F32, unsafe { bytes(add.factors.scale, 4 * rank as u64) });
+                    add_low_rank(&add, weight, &up, &down, &scale);
                 }
+                Some(terms) => add_each(&add, &terms, weight, &up, &down),
             }
         }
         Transform::Requantize(work) => {
             let factors = work.factors;
-            let Rounding::Each { through, terms, ends, by } = factors.rounding else {
+            // SAFETY: the factors are valid and unchanged, by the contract of this call.
+            let Some(terms) = (unsafe { terms_of(&factors) }) else {
                 unreachable!("the device checks that there are terms")
             };
             let (size, rank) = (factors.element.size().get(), u64::from(factors.rank));
             let rows = work.count / u64::from(factors.columns);
-            // SAFETY: the factors are valid and unchanged, by the contract of this call.
+            // SAFETY: as before.
             let up = floats(factors.element, unsafe { bytes(factors.up, rows * rank * size) });
             // SAFETY: as before.
             let down = unsafe { bytes(factors.down, rank * u64::from(factors.columns) * size) };
             let down = floats(factors.element, down);
             // SAFETY: as before.
-            let scale = floats(Element::F32, unsafe { bytes(factors.scale, 4 * u64::from(terms)) });
-            // SAFETY: as before.
-            let ends: Vec<u32> =
-                unsafe { bytes(ends, 4 * u64::from(terms)) }.chunks_exact(4).map(number).collect();
-            // SAFETY: as before.
-            let one = |at: DeviceAddr| floats(Element::F32, unsafe { bytes(at, 4) })[0];
-            let first = work.scale.map_or(1.0, one);
+            let first = work.scale.map_or(1.0, |at| unsafe { one(at) });
             // SAFETY: the elements are valid, and unchanged but by this.
-            let stored = unsafe { bytes(work.from, work.count) }.to_vec();
+            let stored = unsafe { bytes(work.from, work.count) };
             let mut values: Vec<f32> = stored.iter().map(|&raw| load(work.element, &[raw]) * first).collect();
             // SAFETY: as many bytes as there are floats.
             let raw = unsafe { slice::from_raw_parts_mut(values.as_mut_ptr().cast(), values.len() * 4) };
             let add = AddLowRank { at: work.to, first: 0, count: work.count, element: Element::F32, factors };
-            let terms = Terms { through, scale: &scale, ends: &ends, by: by.map(one) };
-            add_each(&add, terms, raw, &up, &down);
+            add_each(&add, &terms, raw, &up, &down);
             // SAFETY: the results' place is valid and nobody else's meanwhile, by the contract of this call.
             let to = unsafe { bytes_mut(work.to, work.count) };
             for (n, (to, value)) in (0u64..).zip(to.iter_mut().zip(values)) {
@@ -122,6 +107,28 @@ unsafe fn bytes_mut<'a>(at: DeviceAddr, len: u64) -> &'a mut [u8] {
     unsafe { slice::from_raw_parts_mut(vm::pointer(at), Bytes::new(len).as_usize()) }
 }
 
+/// # Safety
+/// There is a readable float32, unchanged meanwhile.
+unsafe fn one(at: DeviceAddr) -> f32 {
+    // SAFETY: the caller's promise.
+    floats(Element::F32, unsafe { bytes(at, 4) })[0]
+}
+
+/// What is rounded after each term, if it is.
+///
+/// # Safety
+/// The factors are readable and unchanged meanwhile.
+unsafe fn terms_of(factors: &Factors) -> Option<Terms> {
+    let Rounding::Each { through, terms, ends, by } = factors.rounding else { return None };
+    let len = 4 * u64::from(terms);
+    // SAFETY: the caller's promise.
+    let scale = floats(Element::F32, unsafe { bytes(factors.scale, len) });
+    // SAFETY: as before.
+    let ends = unsafe { bytes(ends, len) }.chunks_exact(4).map(number).collect();
+    // SAFETY: as before.
+    Some(Terms { through, scale, ends, by: by.map(|at| unsafe { one(at) }) })
+}
+
 /// `up` begins with the row of the first element.
 fn add_low_rank(add: &AddLowRank, weight: &mut [u8], up: &[f32], down: &[f32], scale: &[f32]) {
     let columns = add.factors.columns as usize;
@@ -139,16 +146,16 @@ fn add_low_rank(add: &AddLowRank, weight: &mut [u8], up: &[f32], down: &[f32], s
 }
 
 /// What [`Rounding::Each`] says.
-struct Terms<'a> {
+struct Terms {
     through: Element,
-    scale: &'a [f32],
-    ends: &'a [u32],
+    scale: Vec<f32>,
+    ends: Vec<usize>,
     by: Option<f32>,
 }
 
 /// [`Rounding::Each`]; `up` as before.
-fn add_each(add: &AddLowRank, terms: Terms<'_>, weight: &mut [u8], up: &[f32], down: &[f32]) {
-    let Terms { through, scale, ends, by } = terms;
+fn add_each(add: &AddLowRank, terms: &Terms, weight: &mut [u8], up: &[f32], down: &[f32]) {
+    let &Terms { through, ref scale, ref ends, by } = terms;
     let (columns, size) = (add.factors.columns as usize, add.element.size().as_usize());
     let (mut sums, mut values) = (vec![0.0; columns], vec![0.0; columns]);
     rows_of(add, weight, up, |up, row, column| {
@@ -157,7 +164,7 @@ fn add_each(add: &AddLowRank, terms: Terms<'_>, weight: &mut [u8], up: &[f32], d
             *value = rounded(through, load(add.element, element));
         }
         let mut begin = 0;
-        for (scale, end) in scale.iter().zip(ends.iter().map(|&end| end as usize)) {
+        for (scale, end) in scale.iter().zip(ends.iter().copied()) {
             sums.fill(0.0);
             for k in begin..end {
                 multiply_add(up[k], &down[k * columns + column..][..sums.len()], sums);
@@ -270,8 +277,8 @@ fn floats(element: Element, bytes: &[u8]) -> Vec<f32> {
     bytes.chunks_exact(element.size().as_usize()).map(|raw| load(element, raw)).collect()
 }
 
-fn number(raw: &[u8]) -> u32 {
-    u32::from_ne_bytes([raw[0], raw[1], raw[2], raw[3]])
+fn number(raw: &[u8]) -> usize {
+    u32::from_ne_bytes([raw[0], raw[1], raw[2], raw[3]]) as usize
 }
 
 /// The nearest half where `through` is one. Without branches, for many at once.

@@ -19,6 +19,7 @@ from comfy.quant_ops import QuantizedTensor
 from torch import nn
 
 from forebay.attachment import Attachment
+from forebay.comfyui.native.quantized import data_of
 from forebay.comfyui.native.weight_patch import WeightPatch
 from forebay.converting import dtype_name
 from forebay.low_rank import LowRank, multiplied
@@ -80,7 +81,7 @@ class Float8Patch:
             # The rounded factor that ComfyUI multiplies with, as the engine takes it.
             self._to_scale = (1.0 / self._params.scale).to(self._through).to(torch.float32)
             self._product = multiplied(self._product, self._to_scale.data_ptr())
-        data, tried = _data(found), _data(stored)
+        data, tried = data_of(found), data_of(stored)
         factors = self._product[5]
         key = (str(self._device), type(stored), tried.dtype, tried.shape, self._ranks, self._through, factors)
         ways = {"requantized": self._requantized, "rounded": self._rounded}
@@ -94,7 +95,7 @@ class Float8Patch:
 
     def _requantized(self, stored: Any) -> Any:
         """In one pass of the engine's. None where it has none for such a weight."""
-        data = _data(stored)
+        data = data_of(stored)
         scale = stored._params.scale if isinstance(stored, QuantizedTensor) else None
         if self._columns % _AT_ONCE or not data.is_contiguous():
             return None
@@ -125,7 +126,9 @@ class Float8Patch:
         self._engine.add_product(
             value.data_ptr(), dtype_name(self._through), self._columns, self._product, stream
         )
-        return self._made_of(comfy.float.stochastic_rounding(value, _data(stored).dtype, self._seed), stored)
+        return self._made_of(
+            comfy.float.stochastic_rounding(value, data_of(stored).dtype, self._seed), stored
+        )
 
     def _enter_stream(self) -> int:
         """The handle of the current stream. What is read in it is not given to others before it was."""
@@ -156,9 +159,4 @@ def _most_blocks(device: torch.device) -> int:
 
 
 def _is_same(found: Any, expected: torch.Tensor) -> bool:
-    return found is not None and torch.equal(_data(found).view(torch.uint8), expected.view(torch.uint8))
-
-
-def _data(weight: Any) -> torch.Tensor:
-    data: torch.Tensor = weight._qdata if isinstance(weight, QuantizedTensor) else weight
-    return data
+    return found is not None and torch.equal(data_of(found).view(torch.uint8), expected.view(torch.uint8))

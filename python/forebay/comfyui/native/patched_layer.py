@@ -10,7 +10,7 @@ from comfy.quant_ops import QuantizedTensor
 from torch import nn
 
 from forebay._forebay import Weight, hold
-from forebay.comfyui.native.quantized import ManagedQuantized, unpinned
+from forebay.comfyui.native.quantized import ManagedQuantized, data_of, unpinned, with_data
 from forebay.instance_methods import InstanceMethod
 
 Compute = Callable[[Any], Any]
@@ -112,9 +112,9 @@ class PatchedWeight:
         self._is_torn = is_torn and not self.is_in_place
         if not self.is_in_place:
             return found
-        _data(stored).copy_(_data(found))
+        data_of(stored).copy_(data_of(found))
         self._put = frozenset(serials)
-        self._found = _with_data(found, _data(stored))
+        self._found = with_data(found, data_of(stored))
         return self._found
 
     def settle(self) -> None:
@@ -134,10 +134,10 @@ class PatchedWeight:
     def _read(self, stored: Any) -> Any:
         """The stored weight, read from where it is stored."""
         assert self._weight is not None
-        data = torch.empty_like(_data(stored))
+        data = torch.empty_like(data_of(stored))
         stream = 0 if self._stream is None else self._stream.cuda_stream
         self._weight.read_to_device(data.data_ptr(), data.nbytes, stream)
-        return _with_data(stored, data)
+        return with_data(stored, data)
 
     def _follow_stream(self, stored: Any) -> None:
         """What is put in its place is read in other streams, and was read in others, in this order."""
@@ -152,20 +152,9 @@ class PatchedWeight:
         self._stream = stream
 
 
-def _data(weight: Any) -> torch.Tensor:
-    data: torch.Tensor = weight._qdata if isinstance(weight, QuantizedTensor) else weight
-    return data
-
-
-def _with_data(weight: Any, data: torch.Tensor) -> Any:
-    if isinstance(weight, QuantizedTensor):
-        return QuantizedTensor(data, weight._layout_cls, weight._params)
-    return data
-
-
 def _is_alike(found: Any, stored: Any) -> bool:
     """Whether one can be put in the place of the other."""
-    ours, theirs = _data(found), _data(stored)
+    ours, theirs = data_of(found), data_of(stored)
     return (
         isinstance(found, QuantizedTensor) == isinstance(stored, QuantizedTensor)
         and (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)

@@ -173,6 +173,19 @@ class ManagedQuantized:
         )
 
 
+def data_of(weight: Any) -> torch.Tensor:
+    """The data of a quantized weight; of another one itself."""
+    data: torch.Tensor = weight._qdata if isinstance(weight, QuantizedTensor) else weight
+    return data
+
+
+def with_data(weight: Any, data: torch.Tensor) -> Any:
+    """The weight with other data."""
+    if isinstance(weight, QuantizedTensor):
+        return QuantizedTensor(data, weight._layout_cls, weight._params)
+    return data
+
+
 def unpinned(weight: torch.Tensor, held: list[Weight]) -> torch.Tensor:
     """A plain tensor, that is there while what is added to the list is held."""
     if not isinstance(weight, ForebayTensor):
