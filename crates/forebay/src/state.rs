@@ -361,6 +361,15 @@ impl State {
         self.is_settled() && shared.operations.load(Ordering::Acquire) == 0
     }
 
+    /// Whether the model in use has been used less than one pass takes.
+    pub(crate) fn is_first_pass(&self) -> bool {
+        let book = self.policy.in_use().and_then(|id| self.books.vbars.get(&id));
+        book.is_some_and(|book| {
+            let scheduled = book.vbar.layout.as_ref().map_or(0, |layout| layout.scheduled.len());
+            book.trace_tail < scheduled as u64
+        })
+    }
+
     /// Whether a VBAR is neither closed, nor parked, nor gone.
     pub(crate) fn is_open(&self, id: VbarId) -> bool {
         self.books.vbars.get(&id).is_some_and(VbarBook::is_open)

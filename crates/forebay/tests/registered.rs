@@ -164,6 +164,18 @@ fn a_moment_in_which_nothing_is_used_is_not_taken_for_quiet() {
 }
 
 #[test]
+fn nothing_is_registered_before_a_first_pass_is_over() {
+    let Setting { weights, device, engine, model } = Setting::new(None);
+    let mut consumer = Consumer::new(&device);
+    (0..SIZES.len() - 1).for_each(|weight| consumer.use_weight(&model, &weights, weight).unwrap());
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!(engine.stats().registered, Bytes::ZERO, "loading of kernels takes longer than a quiet moment");
+    consumer.use_weight(&model, &weights, SIZES.len() - 1).unwrap();
+    consumer.check();
+    passes_until(&engine, &model, &weights, &device, |registered| registered >= Bytes::mib(6));
+}
+
+#[test]
 fn where_nothing_is_ever_quiet_pages_are_registered_all_the_same() {
     let Setting { weights, device, engine, model } = Setting::new(None);
     let running = engine.operation();

@@ -31,8 +31,10 @@ const LEFT: Bytes = Bytes::gib(2);
 const PRESSURE: f64 = 10.0;
 /// How long memory that is to be given back may wait for a moment in which nothing is in use.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// How long nothing has gone on when it is quiet: longer than between two steps of a sampler (10 ms).
+/// How long nothing has gone on when it is quiet: longer than between two steps of a sampler (10 ms), and in a first pass longer
+/// than the driver's loading of kernels, which waits for each piece.
 const QUIET: Duration = Duration::from_millis(50);
+const QUIET_IN_FIRST_PASS: Duration = Duration::from_secs(1);
 /// How many times as long as registering a piece took nothing is registered. Without a rest a pass took 1.65 times as long while
 /// its pages were registered (16 GiB of 25 GB; 2026-11-28-h100-third), and between two steps of ComfyUI's, where nothing is used
 /// and the driver is called some seventy times, 45 ms went by instead of 7. Fifteen later steps of Flux in 12 GiB took 4.35 s, of
@@ -136,6 +138,9 @@ impl Keeper {
     /// Registers a page that goes through the ring again and again, if it is time. Whether there was one.
     fn register_next(&mut self, state: &mut MutexGuard<'_, State>) -> bool {
         let is_quiet = self.is_quiet_for_long(state);
+        if !is_quiet && state.is_first_pass() {
+            return false;
+        }
         let Some((rank, page)) = state.registering.take_wanted(is_quiet) else { return false };
         if !state.is_still_wanted(page) {
             return true;
@@ -151,14 +156,17 @@ impl Keeper {
         true
     }
 
-    /// Whether nothing has gone on for [`QUIET`], as far as this thread looked.
+    /// Whether nothing has gone on for long enough, as far as this thread looked.
     fn is_quiet_for_long(&mut self, state: &State) -> bool {
         if !state.is_quiet(&self.shared) {
             self.quiet = None;
             return false;
         }
         match self.quiet {
-            Some((since, decided)) if decided == state.decided() => since.elapsed() >= QUIET,
+            Some((since, decided)) if decided == state.decided() => {
+                let long = if state.is_first_pass() { QUIET_IN_FIRST_PASS } else { QUIET };
+                since.elapsed() >= long
+            }
             _ => {
                 self.quiet = Some((Instant::now(), state.decided()));
                 false
