@@ -50,6 +50,7 @@ def attach(
     page_size: int | None = None,
     small: int | None = None,
     whole: bool = False,
+    prefetch: bool = False,
     lend: Sequence[type[nn.Module]] = (),
     dtype: Dtypes | None = None,
     scales: Mapping[str, torch.Tensor] | None = None,
@@ -74,6 +75,8 @@ def attach(
         small: Weights below this many bytes (default 64 KiB) stay on the device as ordinary tensors.
         whole: Whether a weight is to be resident with all of its pages or with none, where that can be: for who makes something
             of weights that lasts as long as they are there. Otherwise single pages are spread, which evens out better.
+        prefetch: Whether a forward comes at once: weights are read from the moment on at which their places are known. See
+            :meth:`Attachment.prefetch`.
         lend: Module classes whose weights are to be lent as plain tensors for the length of their ``forward``, as
             ``nn.MultiheadAttention``'s are: for kernels that take raw pointers.
         dtype: The dtype to use weights in: float32, float16 or bfloat16. Those stored in another one of these, or in
@@ -106,7 +109,7 @@ def attach(
         with torch.inference_mode(False), _without_collections():
             for label, root in modules:
                 weights = Weights(label, root, attachment._stand_ins, dtype, scales)
-                attachment._add(label, root, weights, page_size, small, whole, tuple(lend), rerun)
+                attachment._add(label, root, weights, page_size, small, whole, prefetch, tuple(lend), rerun)
     except BaseException:
         attachment.detach()
         raise
@@ -308,6 +311,7 @@ class Attachment:
         page_size: int | None,
         small: int | None,
         whole: bool,
+        prefetch: bool,
         lend: tuple[type[nn.Module], ...],
         rerun: Rerun,
     ) -> None:
@@ -322,6 +326,8 @@ class Attachment:
         )
         self._models.append(model)
         streams.follow_current(model, self.device)
+        if prefetch:
+            self.prefetch()
         for index, weight in enumerate(weights.managed):
             always_there = self._replace(model.weight(index), weight)
             target = Target(label, weight.names, model, index, weight.source, weight.conversion, always_there)
@@ -373,8 +379,9 @@ class Attachment:
             place.put(stand_in)
 
     def _install_methods(self, root: nn.Module, holders: set[int], lend: tuple[type[nn.Module], ...]) -> None:
+        above: dict[int, bool] = {}
         for module in root.modules():
-            if module is root or any(id(child) in holders for child in module.modules()):
+            if module is root or _is_above(module, holders, above):
                 self._install(module, "_apply", refusing_conversions)
                 # A bound method: the module keeps its attachment.
                 self._install(module, "load_state_dict", self._refuse_load)
@@ -465,6 +472,15 @@ def _save_sources(
         managed = parameter if isinstance(parameter, ForebayTensor) else small_of(parameter)
         if managed is not None and prefix + name in destination:
             destination[prefix + name] = managed._source
+
+
+def _is_above(module: nn.Module, holders: set[int], known: dict[int, bool]) -> bool:
+    """Whether a module is one of these, or has one below it. Each is looked at once."""
+    found = known.get(id(module))
+    if found is None:
+        below = [_is_above(child, holders, known) for child in module._modules.values() if child is not None]
+        found = known[id(module)] = id(module) in holders or any(below)
+    return found
 
 
 def _leave_as_is(original: Callable[..., Any]) -> None:

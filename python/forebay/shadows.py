@@ -156,12 +156,13 @@ def _owners(root: nn.Module, lend: tuple[type[nn.Module], ...]) -> Iterator[nn.M
     Not those that are lent to in another way, which must see plain tensors for the whole of their forward, nor recurrent
     ones, which keep lists of their parameters.
     """
-    seen: set[int] = set()
     for module in _outside_loans(root, lend):
         is_plain = type(module.__dict__.get("_parameters")) in (dict, OrderedDict)
-        has_managed = any(_weight_of(parameter) for parameter in module._parameters.values())
-        if id(module) not in seen and is_plain and has_managed and not isinstance(module, nn.RNNBase):
-            seen.add(id(module))
+        if (
+            is_plain
+            and not isinstance(module, nn.RNNBase)
+            and any(map(_weight_of, module._parameters.values()))
+        ):
             yield module
 
 
@@ -173,12 +174,17 @@ def _weight_of(parameter: torch.Tensor | None) -> Weight | None:
     return None if small is None else small._weight
 
 
-def _outside_loans(module: nn.Module, lend: tuple[type[nn.Module], ...]) -> Iterator[nn.Module]:
-    if takes_loans(module, lend):
-        return
-    yield module
-    for child in module.children():
-        yield from _outside_loans(child, lend)
+def _outside_loans(root: nn.Module, lend: tuple[type[nn.Module], ...]) -> Iterator[nn.Module]:
+    """A module and those below it, each once, but for what is lent to and all below that."""
+    seen: set[int] = set()
+    rest: list[nn.Module | None] = [root]
+    while rest:
+        module = rest.pop()
+        if module is None or id(module) in seen or takes_loans(module, lend):
+            continue
+        seen.add(id(module))
+        yield module
+        rest.extend(reversed(module._modules.values()))
 
 
 def entries(root: nn.Module, lend: tuple[type[nn.Module], ...]) -> Iterable[nn.Module]:

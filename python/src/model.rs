@@ -194,9 +194,12 @@ impl Weight {
 #[pymethods]
 impl Weight {
     /// Sets the callable that makes this weight's tensor from a capsule, once. The plain tensor is made now: a first use
-    /// may come inside a transform or trace, which would make its own kind of tensor.
+    /// may come inside a transform or trace, which would make its own kind of tensor. A small weight has one of its own.
     fn set_viewer(&self, py: Python<'_>, viewer: Py<PyAny>) -> PyResult<()> {
         self.viewer.set(viewer).map_err(|_| PyRuntimeError::new_err("the weight has a viewer already"))?;
+        if self.is_small()? {
+            return Ok(());
+        }
         self.plain(py).map(drop)
     }
 

@@ -216,14 +216,16 @@ def test_a_model_that_is_dropped_gives_its_memory_up(engine) -> None:
     assert held.stats()["models"] == []
 
 
+@pytest.mark.parametrize("at_once", [False, True], ids=["later", "at-once"])
 @pytest.mark.parametrize("budget", [16, 64])
-def test_weights_are_read_before_their_first_use_when_asked(budget, engine) -> None:
+def test_weights_are_read_before_their_first_use_when_asked(budget, at_once, engine) -> None:
     model, x = randomize(linears(10)), move(torch.randn(4, 1024))
     expected = reference(model)(x)
     held = engine(budget)
-    with forebay.attach(model, held, page_size=2 * MIB) as attachment:
-        assert attachment.stats()[0]["filled_pages"] <= 1, "small weights alone"
-        attachment.prefetch()
+    with forebay.attach(model, held, page_size=2 * MIB, prefetch=at_once) as attachment:
+        if not at_once:
+            assert attachment.stats()[0]["filled_pages"] <= 1, "small weights alone"
+            attachment.prefetch()
         wanted, end = min(budget - 4, 40) * MIB, time.monotonic() + 20
         while attachment.stats()[0]["filled"] < wanted and time.monotonic() < end:
             time.sleep(0.002)

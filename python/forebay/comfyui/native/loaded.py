@@ -78,6 +78,8 @@ class Loaded:
                     engine_for(device),
                     dtype=dtypes or None,
                     whole=patched and bool(self._quantized),
+                    # What is patched as it is filled would be filled twice.
+                    prefetch=not patched,
                 )
                 for quantized in self._quantized:
                     quantized.stand_in()

@@ -9,6 +9,7 @@ import torch
 from comfy import model_management
 from comfy.model_patcher import CallbacksMP, ModelPatcher, ModelPatcherDynamic, wipe_lowvram_weight
 
+from forebay.comfyui.native import collector
 from forebay.comfyui.native.loaded import Loaded, engine_for, loaded_of
 
 _log = logging.getLogger("forebay")
@@ -31,6 +32,8 @@ class ForebayModelPatcher(ModelPatcherDynamic):  # type: ignore[misc]
         """Where there is a card, models that ComfyUI runs on the CPU are plain ones: their weights are where they are used."""
         if load_device is not None and load_device.type == "cpu" and not model_management.cpu_mode():
             return ModelPatcher(model, load_device, offload_device, size, weight_inplace_update)
+        if load_device is not None and load_device.type != "cpu":
+            engine_for(load_device)  # its threads and pinned memory are there before the model is to run
         return object.__new__(cls)
 
     def __del__(self) -> None:
@@ -84,6 +87,7 @@ class ForebayModelPatcher(ModelPatcherDynamic):  # type: ignore[misc]
                 self._unload()
                 loaded = None
             if loaded is None:
+                collector.postpone()
                 loaded = Loaded(self.model, device, patched=bool(self.patches))
                 _log.info("%s: %s", type(self.model).__name__, loaded.attachment)
             else:
