@@ -92,6 +92,16 @@ class Engine:
         threads: int,
         stream: int,
     ) -> None: ...
+    def largest(
+        self,
+        address: int,
+        source: int,
+        element: str,
+        columns: int,
+        product: _Product,
+        scale: int,
+        stream: int,
+    ) -> None: ...
     def add_product(
         self, address: int, element: str, columns: int, product: _Product, stream: int
     ) -> None: ...

@@ -177,22 +177,34 @@ impl Engine {
         threads: u64,
         stream: u64,
     ) -> PyResult<()> {
-        let product = crate::patches::product(product, columns)?;
-        let rows = u64::from(product.rows.end.saturating_sub(product.rows.start));
-        let work = Requantize {
-            to: DeviceAddr::new(address),
-            from: DeviceAddr::new(source),
-            element: crate::patches::element(element)?,
-            count: rows * u64::from(columns),
-            scale: (scale != 0).then(|| DeviceAddr::new(scale)),
-            factors: product.factors,
-            seed,
-            threads,
-        };
+        let sum = crate::patches::eight_bit_sum(source, element, columns, product, scale)?;
+        let work = Requantize { sum, to: DeviceAddr::new(address), seed, threads };
         // SAFETY: the package passes a stream of torch's on this device.
         let stream = unsafe { StreamHandle::from_raw(stream) };
         // SAFETY: likewise memory.
         py.detach(|| unsafe { self.inner.requantize(&work, stream) }).map_err(raised)
+    }
+
+    /// Raises the float32 at an address to the largest magnitude of what :meth:`requantize` rounds, before that is multiplied
+    /// with the product's last number.
+    #[allow(clippy::too_many_arguments, reason = "all of it is one piece of work")]
+    fn largest(
+        &self,
+        py: Python<'_>,
+        address: u64,
+        source: u64,
+        element: &str,
+        columns: u32,
+        product: PyProduct,
+        scale: u64,
+        stream: u64,
+    ) -> PyResult<()> {
+        let sum = crate::patches::eight_bit_sum(source, element, columns, product, scale)?;
+        let at = DeviceAddr::new(address);
+        // SAFETY: the package passes a stream of torch's on this device.
+        let stream = unsafe { StreamHandle::from_raw(stream) };
+        // SAFETY: likewise memory.
+        py.detach(|| unsafe { self.inner.largest(&sum, at, stream) }).map_err(raised)
     }
 
     /// Sets how many bytes of the page cache may be registered with the device; ``None``: what is free.

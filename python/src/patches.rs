@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use forebay::device::{DeviceAddr, Element, Factors, Rounding, StreamHandle};
+use forebay::device::{DeviceAddr, EightBitSum, Element, Factors, Rounding, StreamHandle};
 use forebay::{Compute, Computed, Conversion, Patch, Product, StoredScale};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -74,6 +74,25 @@ pub(crate) fn product(given: PyProduct, columns: u32) -> PyResult<Product> {
     let factors =
         Factors { up, down, scale, element: element(&of)?, rank, columns, row_base: first, rounding };
     Ok(Product { rows: first..last, factors })
+}
+
+/// A weight of eight-bit elements at an address, times the float32 at another one if that is not 0, and a product.
+pub(crate) fn eight_bit_sum(
+    from: u64,
+    name: &str,
+    columns: u32,
+    given: PyProduct,
+    scale: u64,
+) -> PyResult<EightBitSum> {
+    let product = product(given, columns)?;
+    let rows = u64::from(product.rows.end.saturating_sub(product.rows.start));
+    Ok(EightBitSum {
+        from: DeviceAddr::new(from),
+        element: element(name)?,
+        count: rows * u64::from(columns),
+        scale: (scale != 0).then(|| DeviceAddr::new(scale)),
+        factors: product.factors,
+    })
 }
 
 fn patch((name, columns, products, keep, compute): PyPatch) -> PyResult<Patch> {

@@ -21,7 +21,9 @@ pub mod host;
 pub use error::{DeviceError, Result};
 pub use id::{DeviceId, ParseDeviceError};
 pub use owned::{Event, Frame, PinnedBuffer, Registration, Reservation, Stream};
-pub use transform::{AddLowRank, Convert, Element, Factors, Requantize, Rounding, Scale, Transform};
+pub use transform::{
+    AddLowRank, Convert, EightBitSum, Element, Factors, Requantize, Rounding, Scale, Transform,
+};
 
 use std::fmt;
 use std::sync::Arc;

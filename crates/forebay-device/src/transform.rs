@@ -57,6 +57,13 @@ pub enum Transform {
     Convert(Convert),
     /// See [`Requantize`].
     Requantize(Requantize),
+    /// Finds the largest magnitude of a sum before it is multiplied with its last number. A NaN is larger than all.
+    Largest {
+        /// The sum.
+        sum: EightBitSum,
+        /// A float32 of at least 0, which becomes the largest magnitude where that is larger.
+        at: DeviceAddr,
+    },
     /// Copies bytes on the device.
     Copy {
         /// Where to.
@@ -90,17 +97,15 @@ impl Transform {
                     return invalid();
                 }
             }
-            Transform::Requantize(work) => {
-                let Requantize { element, to, from, count, factors, threads, .. } = work;
-                let is_in_terms = matches!(factors.rounding, Rounding::Each { .. });
-                let can =
-                    element.is_float8() && factors.element.is_target() && factors.rounding.is_possible();
-                let in_packs =
-                    [factors.columns.into(), *threads, to.get(), from.get(), factors.down.get() / 2];
-                let in_packs = in_packs.iter().all(|number| number.is_multiple_of(Requantize::AT_ONCE));
-                let is_whole = factors.columns > 0 && count.is_multiple_of(factors.columns.into());
-                let shape = is_whole && in_packs && *threads > 0 && factors.rank > 0 && factors.row_base == 0;
-                if !is_in_terms || !can || !shape {
+            Transform::Requantize(Requantize { sum, to, threads, .. }) => {
+                let in_packs = [to.get(), *threads];
+                let is_in_packs = in_packs.iter().all(|number| number.is_multiple_of(EightBitSum::AT_ONCE));
+                if !sum.is_possible() || !is_in_packs || *threads == 0 {
+                    return invalid();
+                }
+            }
+            Transform::Largest { sum, at } => {
+                if !sum.is_possible() || !at.get().is_multiple_of(4) {
                     return invalid();
                 }
             }
@@ -109,7 +114,7 @@ impl Transform {
         Ok(match self {
             Transform::AddLowRank(add) => add.count > 0,
             Transform::Convert(convert) => convert.count > 0,
-            Transform::Requantize(work) => work.count > 0,
+            Transform::Requantize(Requantize { sum, .. }) | Transform::Largest { sum, .. } => sum.count > 0,
             Transform::Copy { len, .. } => *len > Bytes::ZERO,
         })
     }
@@ -185,40 +190,56 @@ impl Rounding {
     }
 }
 
-/// Computes a whole weight of eight-bit elements anew: what it stands for, the terms of [`Rounding::Each`] added, rounded up or
-/// down at random.
+/// What a whole weight of eight-bit elements stands for, with the terms of [`Rounding::Each`] added: an element begins as
+/// `through(from[n] * scale)`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EightBitSum {
+    /// Where the elements are; a multiple of [`EightBitSum::AT_ONCE`].
+    pub from: DeviceAddr,
+    /// What they are; [`Element::is_float8`].
+    pub element: Element,
+    /// How many: whole rows.
+    pub count: u64,
+    /// A float32 that the elements are multiplied with at first.
+    pub scale: Option<DeviceAddr>,
+    /// Of [`Rounding::Each`]; a row's elements are a multiple of [`EightBitSum::AT_ONCE`], and the first is row 0.
+    pub factors: Factors,
+}
+
+impl EightBitSum {
+    /// Elements that are worked on at once.
+    pub const AT_ONCE: u64 = 8;
+
+    fn is_possible(&self) -> bool {
+        let factors = &self.factors;
+        let is_in_terms = matches!(factors.rounding, Rounding::Each { .. }) && factors.rounding.is_possible();
+        let is_whole = factors.columns > 0 && self.count.is_multiple_of(factors.columns.into());
+        let in_packs = [factors.columns.into(), self.from.get()];
+        let is_in_packs = in_packs.iter().all(|number| number.is_multiple_of(EightBitSum::AT_ONCE));
+        let can = self.element.is_float8() && factors.element.is_target();
+        can && is_in_terms && is_whole && is_in_packs && factors.rank > 0 && factors.row_base == 0
+    }
+}
+
+/// Rounds a sum to the elements that it began with, up or down at random.
 ///
-/// An element begins as `through(from[n] * scale)`. What comes of it lies between two neighbours of its type, and becomes the one
-/// that is farther from zero where its distance from the other, in 256ths of theirs, and the random byte `r(n)` are 256 or more
-/// together; the largest finite ones where it is beyond them, and the negative one of them for a NaN.
+/// What is rounded lies between two neighbours of its type, and becomes the one that is farther from zero where its distance from
+/// the other, in 256ths of theirs, and the random byte `r(n)` are 256 or more together; the largest finite ones where it is beyond
+/// them, and the negative one of them for a NaN.
 ///
 /// `r(n)` is as torch's generator on a GPU draws bytes: the low one of a word of Philox4x32-10 (J. K. Salmon et al., "Parallel
 /// random numbers: as easy as 1, 2, 3", 2011) with the seed as its key. Words go to `threads` threads in turn, of which each has
 /// a counter of its own: with `n = (4 * i + word) * threads + thread` the counter is `(i, 0, thread, 0)`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Requantize {
-    /// Where the results go; a multiple of [`Requantize::AT_ONCE`].
+    /// The sum.
+    pub sum: EightBitSum,
+    /// Where the results go; a multiple of [`EightBitSum::AT_ONCE`]. Does not overlap what the sum is made of.
     pub to: DeviceAddr,
-    /// Where the elements are, likewise; the same, or the two do not overlap.
-    pub from: DeviceAddr,
-    /// What they are, and become; [`Element::is_float8`].
-    pub element: Element,
-    /// How many: whole rows.
-    pub count: u64,
-    /// A float32 that the elements are multiplied with at first.
-    pub scale: Option<DeviceAddr>,
-    /// Of [`Rounding::Each`]; a row's elements are a multiple of [`Requantize::AT_ONCE`], the first is row 0, and `down` is at a
-    /// multiple of 16.
-    pub factors: Factors,
     /// Of the random bytes.
     pub seed: u64,
-    /// Likewise; a multiple of [`Requantize::AT_ONCE`].
+    /// Likewise; a multiple of [`EightBitSum::AT_ONCE`].
     pub threads: u64,
-}
-
-impl Requantize {
-    /// Elements that are worked on at once.
-    pub const AT_ONCE: u64 = 8;
 }
 
 /// Converts elements: `to[n] = from[n] * scale`.

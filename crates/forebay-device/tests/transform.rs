@@ -9,8 +9,8 @@ use std::sync::Arc;
 use common::{Page, Rng, fill, frame_of, on_every_device, read};
 use forebay_core::Bytes;
 use forebay_device::{
-    AddLowRank, Convert, Device, DeviceAddr, DeviceError, Element, Event, Factors, Requantize, Reservation,
-    Rounding, Scale, Stream, Transform,
+    AddLowRank, Convert, Device, DeviceAddr, DeviceError, EightBitSum, Element, Event, Factors, Requantize,
+    Reservation, Rounding, Scale, Stream, Transform,
 };
 
 const TARGETS: [Element; 3] = [Element::F32, Element::F16, Element::Bf16];
@@ -229,6 +229,7 @@ fn with_large_ones(rng: &mut Rng, element: Element, count: u64) -> Vec<u8> {
 }
 
 /// Factors whose products are added one after another, each rounded.
+#[derive(Clone)]
 struct Terms {
     through: Element,
     factor: Element,
@@ -490,25 +491,41 @@ fn eight_bits_are_rounded_up_or_down_by_random_bytes() {
                     let from = places.put(&stored, 16);
                     let to = places.put(&vec![0x5a; count as usize], 16);
                     let after = places.put(&guard, 1);
-                    let work = Requantize { to, from, element, count, scale, factors, seed, threads };
+                    let sum = EightBitSum { from, element, count, scale, factors };
+                    let work = Requantize { sum, to, seed, threads };
                     transform(device, Transform::Requantize(work)).unwrap();
+                    let at = places.put(&0.0_f32.to_le_bytes(), 4);
+                    transform(device, Transform::Largest { sum, at }).unwrap();
                     assert!(read(device, after, Bytes::new(16)) == guard, "wrote behind its elements");
                     assert!(read(device, from, Bytes::new(count)) == stored, "wrote to what is stored");
-                    results.push(read(device, to, Bytes::new(count)));
+                    let found = read(device, to, Bytes::new(count));
+                    results.push((found, read(device, at, Bytes::new(4))));
                 });
                 let what = format!(
                     "{element:?} {through:?} {factor:?} {rows} x {columns}, {rank}, {first:?} {by:?}"
                 );
                 assert!(results.iter().all(|result| *result == results[0]), "devices differ: {what}");
+                let (rounded, largest) = &results[0];
                 let added = terms.added();
-                let old = floats(element, &stored);
+                let unmultiplied = Terms { by: None, ..terms.clone() };
+                let unmultiplied = unmultiplied.added();
+                let old = floats(element, &stored).into_iter().map(|old| old * first.unwrap_or(1.0));
+                let old: Vec<f32> = old.collect();
+                let place = |n: usize| (n / columns as usize, n % columns as usize);
+                let magnitudes = old.iter().enumerate().map(|(n, &old)| {
+                    let (row, column) = place(n);
+                    unmultiplied(old, row, column).abs()
+                });
+                let expected = magnitudes.fold(0.0, |a: f32, b| if a.is_nan() || b <= a { a } else { b });
+                let largest = floats(Element::F32, largest)[0];
+                assert!(largest == expected || (largest.is_nan() && expected.is_nan()), "{what}: {largest}");
                 for n in 0..count as usize {
-                    let (row, column) = (n / columns as usize, n % columns as usize);
-                    let value = added(old[n] * first.unwrap_or(1.0), row, column);
+                    let (row, column) = place(n);
+                    let value = added(old[n], row, column);
                     let (turn, thread) = (n as u64 / threads, n as u64 % threads);
                     let random =
                         philox([(turn / 4) as u32, 0, thread as u32, 0], seed)[(turn % 4) as usize] as u8;
-                    let found = results[0][n];
+                    let found = rounded[n];
                     let expected = round_by(element, value, random);
                     assert_eq!(found, expected, "{what}: element {n}, {value}, {random}");
                 }
@@ -556,31 +573,33 @@ fn what_cannot_be_requantized_is_refused() {
         row_base: 0,
         rounding,
     };
-    let good = Requantize {
-        to: at,
-        from: at,
-        element: Element::F8E4m3,
-        count: 32,
-        scale: None,
-        factors,
-        seed: 1,
-        threads: 256,
-    };
-    let refused = [
-        Requantize { element: Element::F16, ..good },
-        Requantize { count: 33, ..good },
+    let sum = EightBitSum { from: at, element: Element::F8E4m3, count: 32, scale: None, factors };
+    let good = Requantize { sum, to: at, seed: 1, threads: 256 };
+    for work in [
         Requantize { threads: 0, ..good },
         Requantize { threads: 12, ..good },
         Requantize { to: DeviceAddr::new(4097), ..good },
-        Requantize { factors: Factors { columns: 12, ..factors }, count: 24, ..good },
-        Requantize { factors: Factors { rank: 0, ..factors }, ..good },
-        Requantize { factors: Factors { row_base: 1, ..factors }, ..good },
-        Requantize { factors: Factors { down: DeviceAddr::new(4104), ..factors }, ..good },
-        Requantize { factors: Factors { element: Element::F8E4m3, ..factors }, ..good },
-        Requantize { factors: Factors { rounding: Rounding::Once, ..factors }, ..good },
-    ];
-    for work in refused {
+    ] {
         let error = transform(&device, Transform::Requantize(work)).unwrap_err();
         assert!(matches!(error, DeviceError::Driver { code: 1, .. }), "{work:?}: {error}");
     }
+    let of_factors = |factors| EightBitSum { factors, ..sum };
+    let refused = [
+        EightBitSum { element: Element::F16, ..sum },
+        EightBitSum { count: 33, ..sum },
+        EightBitSum { from: DeviceAddr::new(4097), ..sum },
+        EightBitSum { count: 24, ..of_factors(Factors { columns: 12, ..factors }) },
+        of_factors(Factors { rank: 0, ..factors }),
+        of_factors(Factors { row_base: 1, ..factors }),
+        of_factors(Factors { element: Element::F8E4m3, ..factors }),
+        of_factors(Factors { rounding: Rounding::Once, ..factors }),
+    ];
+    for sum in refused {
+        for work in [Transform::Requantize(Requantize { sum, ..good }), Transform::Largest { sum, at }] {
+            let error = transform(&device, work).unwrap_err();
+            assert!(matches!(error, DeviceError::Driver { code: 1, .. }), "{work:?}: {error}");
+        }
+    }
+    let error = transform(&device, Transform::Largest { sum, at: DeviceAddr::new(4098) }).unwrap_err();
+    assert!(matches!(error, DeviceError::Driver { code: 1, .. }), "{error}");
 }

@@ -12,8 +12,8 @@ use std::sync::Arc;
 
 use forebay_core::{Bytes, PageRef};
 use forebay_device::{
-    AddLowRank, Convert, DeviceAddr, Element, Event, Factors, Requantize, Scale, Stream, StreamHandle,
-    Transform,
+    AddLowRank, Convert, DeviceAddr, EightBitSum, Element, Event, Factors, Requantize, Scale, Stream,
+    StreamHandle, Transform,
 };
 use parking_lot::Mutex;
 
@@ -84,6 +84,21 @@ impl Engine {
         self.shared().state.lock().check()?;
         // SAFETY: the caller's promise.
         unsafe { self.shared().device.transform(&Transform::Requantize(*work), stream) }.map_err(Into::into)
+    }
+
+    /// Has the largest magnitude of a weight found that is to be computed anew, behind what is in the stream: see
+    /// [`Transform::Largest`].
+    ///
+    /// # Errors
+    /// As of [`requantize`](Engine::requantize).
+    ///
+    /// # Safety
+    /// Likewise.
+    pub unsafe fn largest(&self, sum: &EightBitSum, at: DeviceAddr, stream: StreamHandle) -> Result<()> {
+        self.shared().state.lock().check()?;
+        let work = Transform::Largest { sum: *sum, at };
+        // SAFETY: the caller's promise.
+        unsafe { self.shared().device.transform(&work, stream) }.map_err(Into::into)
     }
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ if "COMFYUI_ROOT" not in os.environ:
 import checkpoints
 import comfy.float
 import comfy.model_management as management
+import comfy.quant_ops
 import support
 import torch
 from running import load, sample, with_lora
@@ -25,6 +27,7 @@ from forebay.comfyui.native import float8_patch
 from forebay.comfyui.native.loaded import loaded_of
 from forebay.comfyui.native.patched_layer import PatchedWeight
 from forebay.comfyui.native.quantized import stand_ins_of
+from forebay.comfyui.native.weight_patch import WeightPatch
 from forebay.parameter import ForebayTensor
 
 _STEPS = 3
@@ -42,7 +45,8 @@ def rounded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     seeds: list[int] = []
 
     def stochastic_rounding(value: torch.Tensor, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-        seeds.append(seed)
+        if value.numel() > 1:  # alone is the largest element, of which a scale is made
+            seeds.append(seed)
         noise = torch.rand(value.shape, generator=torch.Generator().manual_seed(seed & (1 << 40) - 1))
         return (value.float() * (1 + noise.to(value.device) / 16)).clamp(-448, 448).to(dtype)
 
@@ -209,34 +213,101 @@ def _bytes(count: int, threads: int, seed: int) -> Any:
     return (np.choose((turn % np.uint64(4)).astype(np.int64), words) & np.uint64(255)).astype(np.float64)
 
 
-def test_the_engine_rounds_as_a_gpus_generator_says(
-    folder: Path, legacy: Any, native: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = checkpoints.write(folder, "flux", "fp8")
-    known: dict[tuple[object, ...], str] = {}
-    if support.DEVICE == "host":
-        # On a CPU torch draws other numbers.
-        def stochastic_rounding(value: torch.Tensor, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-            threads = float8_patch._generator_threads(value.device, value.numel())
-            random = torch.from_numpy(_bytes(value.numel(), threads, seed)).view(value.shape)
-            exponent = value.double().abs().log2().floor().clamp_min(-6)
-            step = torch.exp2(exponent - 3)
-            units = (value.double().abs() / step + random / 256).floor()
-            return (torch.sign(value) * (units * step).clamp_max(448)).to(dtype)
+@pytest.fixture
+def gpus_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU torch draws other numbers, and comfy_kitchen rounds scales before it multiplies with them."""
+    if support.DEVICE != "host":
+        return
 
-        monkeypatch.setattr(comfy.float, "stochastic_rounding", stochastic_rounding)
+    def stochastic_rounding(value: torch.Tensor, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+        threads = float8_patch._generator_threads(value.device, value.numel())
+        random = torch.from_numpy(_bytes(value.numel(), threads, seed)).view(value.shape)
+        exponent = value.double().abs().log2().floor().clamp_min(-6)
+        step = torch.exp2(exponent - 3)
+        units = (value.double().abs() / step + random / 256).floor()
+        return (torch.sign(value) * (units * step).clamp_max(448)).to(dtype)
+
+    def dequantize(cls: type, data: torch.Tensor, params: Any) -> torch.Tensor:
+        return (data.float() * params.scale).to(params.orig_dtype)
+
+    monkeypatch.setattr(comfy.float, "stochastic_rounding", stochastic_rounding)
+    monkeypatch.setattr(comfy.quant_ops.TensorCoreFP8E4M3Layout, "dequantize", classmethod(dequantize))
+
+
+@pytest.fixture
+def known(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[object, ...], Any]:
+    """What is found out."""
+    known: dict[tuple[object, ...], Any] = {}
     monkeypatch.setattr(float8_patch, "_known", known)
+    return known
 
-    def run() -> torch.Tensor:
-        model = load(path, torch.float8_e4m3fn)
-        one = with_lora(model, checkpoints.lora(model, 7, rank=16, every=7))
-        return sample(with_lora(one, checkpoints.lora(model, 8, rank=5, every=14), -0.3), "flux", _STEPS)
 
+@pytest.fixture
+def own(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Has an entry for each time that ComfyUI's own function computes a weight."""
+    own: list[int] = []
+    compute = WeightPatch.__call__
+
+    def noted(self: WeightPatch, stored: torch.Tensor) -> Any:
+        own.append(stored.numel())
+        return compute(self, stored)
+
+    monkeypatch.setattr(WeightPatch, "__call__", noted)
+    return own
+
+
+def _two_adapters(path: Path, dtype: torch.dtype) -> torch.Tensor:
+    model = load(path, dtype)
+    one = with_lora(model, checkpoints.lora(model, 7, rank=16, every=3))
+    return sample(with_lora(one, checkpoints.lora(model, 8, rank=5, every=6), -0.3), "flux", _STEPS)
+
+
+@pytest.mark.usefixtures("gpus_arithmetic")
+@pytest.mark.parametrize("stored", ["fp8", "fp8scaled"])
+def test_the_engine_rounds_as_a_gpus_generator_says(
+    stored: str,
+    folder: Path,
+    legacy: Any,
+    native: Callable[..., Any],
+    known: dict[tuple[object, ...], Any],
+    own: list[int],
+) -> None:
+    path = checkpoints.write(folder, "flux", stored)
+    dtype = torch.float8_e4m3fn if stored == "fp8" else torch.bfloat16
     with legacy():
-        expected = run()
-    with native(path.stat().st_size / 4):
-        assert support.same(run(), expected)
-    assert set(known.values()) == {"requantized"}
+        expected = _two_adapters(path, dtype)
+    own.clear()
+    with native(path.stat().st_size / 2):
+        assert support.same(_two_adapters(path, dtype), expected)
+    assert {one.way for one in known.values()} == {"requantized"}
+    assert all(one.scaled == (stored == "fp8scaled") for one in known.values())
+    assert len(own) == len(known), "the first of each kind tells"
+
+
+@pytest.mark.usefixtures("gpus_arithmetic")
+def test_a_scale_that_is_not_comfyuis_is_asked_for_each_weight(
+    folder: Path,
+    legacy: Any,
+    native: Callable[..., Any],
+    known: dict[tuple[object, ...], Any],
+    own: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    new_params = float8_patch.Float8Patch._new_params
+
+    def doubled(self: float8_patch.Float8Patch, stored: Any) -> Any:
+        params = new_params(self, stored)
+        return dataclasses.replace(params, scale=params.scale * 2)
+
+    monkeypatch.setattr(float8_patch.Float8Patch, "_new_params", doubled)
+    path = checkpoints.write(folder, "flux", "fp8scaled")
+    with legacy():
+        expected = _two_adapters(path, torch.bfloat16)
+    own.clear()
+    with native(path.stat().st_size / 2):
+        assert support.same(_two_adapters(path, torch.bfloat16), expected)
+    assert not any(one.scaled for one in known.values())
+    assert len(own) > len(known)
 
 
 def test_weights_that_two_layers_share_are_not_replaced(

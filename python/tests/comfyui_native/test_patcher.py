@@ -283,7 +283,8 @@ def test_float8_weights_are_computed_by_comfyui_once(
     with legacy():
         expected = run()
     times.clear()
-    monkeypatch.setattr(float8_patch, "_known", {})
+    known: dict[tuple[object, ...], Any] = {}
+    monkeypatch.setattr(float8_patch, "_known", known)
     if differs:
         monkeypatch.setattr(float8_patch, "_is_same", lambda *_: False)
     with native(12 * _MIB):
@@ -292,6 +293,8 @@ def test_float8_weights_are_computed_by_comfyui_once(
     if support.DEVICE == "host":
         assert set(large.values()) == ({steps} if differs else {1})
     assert len(large) > 3
+    if differs:
+        assert {one.way for one in known.values()} == {"own"}
 
 
 def test_adapters_do_not_depend_on_what_is_resident(path: Path, native: Callable[..., Any]) -> None:

@@ -59,12 +59,40 @@ __device__ __forceinline__ float factor(const void* factors, u64 index, u32 kind
   return kind == 1 ? load(F16(), raw) : load(Bf16(), raw);
 }
 
+// ---- elements of eight bits: see Requantize in transform.rs
+
+template <typename E> struct Eight;
+template <> struct Eight<F8E4m3> { static constexpr int MANTISSA = 3, LEAST = -6; static constexpr u32 LARGEST = 0x7e; };
+template <> struct Eight<F8E5m2> { static constexpr int MANTISSA = 2, LEAST = -14; static constexpr u32 LARGEST = 0x7b; };
+
+// Away from zero where the distance from the nearer neighbour says so together with the random byte.
+template <typename E>
+__device__ __forceinline__ u32 round_at_random(float value, u32 random) {
+  constexpr int MANTISSA = Eight<E>::MANTISSA, LEAST = Eight<E>::LEAST;
+  u32 bits = __float_as_uint(value) & 0x7fffffffu, sign = __float_as_uint(value) >> 24 & 0x80u;
+  int exponent = max((int)(bits >> 23) - 127, LEAST);
+  float in_units = __fmul_rn(__uint_as_float(bits), __uint_as_float((u32)(127 + MANTISSA - exponent) << 23));
+  u32 units = (u32)__fadd_rn(in_units, __fmul_rn((float)random, 0x1p-8f));
+  // The exponent's field follows the mantissa's, so what is carried over comes out right.
+  u32 code = sign | min(((u32)(exponent - LEAST) << MANTISSA) + units, Eight<E>::LARGEST);
+  if (bits >= 0x47800000u) code = sign | Eight<E>::LARGEST;  // 65536 and more, which none has
+  if (bits > 0x7f800000u) code = 0x80u | Eight<E>::LARGEST;
+  return bits == 0 ? 0 : code;
+}
+
 // A tile of ROWS x COLUMNS elements at a time. A thread holds EACH rows of V neighbouring elements. Factors pass through shared
 // memory, DEPTH ranks at a time; where there are no more, `down` stays there for all tiles of a block.
 constexpr u32 THREADS = 256, EACH = 4, ROWS = THREADS / 32 * EACH, DEPTH = 32;
 
 template <int V>
 struct alignas(V * 4) Floats { float of[V]; };
+
+// What else there is for elements of eight bits.
+struct Eights {
+  const u8* from;
+  const float* times;
+  u32* largest;
+};
 
 // V neighbouring elements as they are loaded and stored. Elements of 16 bits stay in 32-bit words, for each alone would
 // take a register.
@@ -83,16 +111,34 @@ struct alignas(16) Pack<E, 8> {
     words[v / 2] = v % 2 ? (words[v / 2] & 0xffffu) | raw << 16 : (words[v / 2] & 0xffff0000u) | raw;
   }
 };
+template <typename E>
+struct alignas(8) EightBits {
+  u32 words[2];
+  __device__ __forceinline__ float get(int v) const { return load(E(), (u8)(words[v / 4] >> v % 4 * 8)); }
+  __device__ __forceinline__ void round_at_random(const float (&values)[8], const EightBits& random) {
+    u32 codes[2] = {0, 0};
+#pragma unroll
+    for (int v = 0; v < 8; v++)
+      codes[v / 4] |= ::round_at_random<E>(values[v], random.words[v / 4] >> v % 4 * 8 & 0xffu) << v % 4 * 8;
+    words[0] = codes[0], words[1] = codes[1];
+  }
+};
+template <> struct Pack<F8E4m3, 8> : EightBits<F8E4m3> {};
+template <> struct Pack<F8E5m2, 8> : EightBits<F8E5m2> {};
 
 // weight[i, j] = round(weight[i, j] + sum_k (scale[k] * up[i, k]) * down[k, j]) for the elements [first, first + count) of
 // the row-major weight; `page` is the address of element `first`. Row 0 of `up` belongs to row `row_base` of the weight.
 //
 // With IN_TERMS the ranks up to ends[0], ends[1], ... are terms: weight[i, j] is rounded to a half if `halfs` says so, and each
 // term does w = half(w + half(scale[term] * sum_k up[i, k] * down[k, j])), and at last w = half(w * by[0]) if there is one.
+//
+// Elements of eight bits are read from `eights.from`, times a number, and rounded by the random bytes that are in their place;
+// or none is written, and the largest magnitude is found.
 template <typename E, int V, bool IN_TERMS>
 __device__ __forceinline__ void add_low_rank(
     typename E::Raw* page, u64 first, u64 count, u32 columns, const void* up, const void* down, const float* scale,
-    u32 rank, u32 row_base, u32 kind, const u32* ends, u32 terms, u32 halfs, const float* by) {
+    u32 rank, u32 row_base, u32 kind, const u32* ends, u32 terms, u32 halfs, const float* by, Eights eights) {
+  constexpr bool EIGHT = sizeof(typename E::Raw) == 1;
   // What a thread takes from shared memory at once: 16 bytes, beside those of its neighbours.
   constexpr int W = V < 4 ? V : 4;
   constexpr u32 COLUMNS = 32 * V;
@@ -103,6 +149,8 @@ __device__ __forceinline__ void add_low_rank(
   u32 tile_column = blockIdx.y * COLUMNS;
   u32 column = tile_column + lane * V;
   bool stays = rank <= DEPTH;
+  float times_first = EIGHT && eights.times ? *eights.times : 1.0f;
+  u32 largest = 0;
 #pragma unroll 1
   for (u64 tile_row = first_row + (u64)blockIdx.x * ROWS; tile_row <= last_row; tile_row += (u64)gridDim.x * ROWS) {
     bool is_first = tile_row == first_row + (u64)blockIdx.x * ROWS;
@@ -110,11 +158,12 @@ __device__ __forceinline__ void add_low_rank(
     long long at = (long long)((tile_row + warp * EACH) * columns + column) - (long long)first;
     Pack<E, V> raw[EACH];
     bool mine[EACH];
+    const typename E::Raw* from = EIGHT ? (const typename E::Raw*)eights.from : page;
 #pragma unroll
     for (u32 r = 0; r < EACH; r++) {
       long long begin = at + (long long)r * columns;
       mine[r] = column < columns && begin >= 0 && begin < (long long)count;
-      if (mine[r]) raw[r] = *(const Pack<E, V>*)(page + begin);
+      if (mine[r]) raw[r] = *(const Pack<E, V>*)(from + begin);
     }
     // The elements between two terms.
     float between[EACH][V];
@@ -122,7 +171,12 @@ __device__ __forceinline__ void add_low_rank(
 #pragma unroll
       for (u32 r = 0; r < EACH; r++)
 #pragma unroll
-        for (int v = 0; v < V; v++) between[r][v] = mine[r] ? rounded(raw[r].get(v), halfs) : 0.0f;
+        for (int v = 0; v < V; v++) {
+          if constexpr (EIGHT)
+            between[r][v] = mine[r] ? rounded(__fmul_rn(raw[r].get(v), times_first), halfs) : 0.0f;
+          else
+            between[r][v] = mine[r] ? rounded(raw[r].get(v), halfs) : 0.0f;
+        }
     }
     float sum[EACH][V];
     // Of `down` and of `up` the ranks from `loaded` on are in shared memory.
@@ -186,6 +240,16 @@ __device__ __forceinline__ void add_low_rank(
       }
       begin = end;
     }
+    if constexpr (EIGHT) {
+      if (eights.largest) {
+#pragma unroll
+        for (u32 r = 0; r < EACH; r++)
+#pragma unroll
+          for (int v = 0; v < V; v++)
+            if (mine[r]) largest = max(largest, __float_as_uint(between[r][v]) & 0x7fffffffu);
+        continue;
+      }
+    }
     if (IN_TERMS && by) {
       float last = *by;
 #pragma unroll
@@ -196,10 +260,22 @@ __device__ __forceinline__ void add_low_rank(
 #pragma unroll
     for (u32 r = 0; r < EACH; r++) {
       if (!mine[r]) continue;
+      Pack<E, V>* place = (Pack<E, V>*)(page + at + (long long)r * columns);
+      if constexpr (EIGHT) {
+        raw[r].round_at_random(between[r], *place);
+      } else {
 #pragma unroll
-      for (int v = 0; v < V; v++) raw[r].set(v, IN_TERMS ? between[r][v] : __fadd_rn(raw[r].get(v), sum[r][v]));
-      *(Pack<E, V>*)(page + at + (long long)r * columns) = raw[r];
+        for (int v = 0; v < V; v++) raw[r].set(v, IN_TERMS ? between[r][v] : __fadd_rn(raw[r].get(v), sum[r][v]));
+      }
+      *place = raw[r];
     }
+  }
+  if constexpr (EIGHT) {
+    if (!eights.largest) return;
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) largest = max(largest, __shfl_xor_sync(~0u, largest, step));
+    // A NaN is the one quiet one.
+    if (lane == 0) atomicMax(eights.largest, largest > 0x7f800000u ? 0x7fc00000u : largest);
   }
 }
 
@@ -208,13 +284,13 @@ __device__ __forceinline__ void add_low_rank(
       E::Raw* page, u64 first, u64 count, u32 columns, const void* up, const void* down, const float* scale, u32 rank, \
       u32 row_base, u32 kind) {                                                                                        \
     add_low_rank<E, V, false>(                                                                                         \
-        page, first, count, columns, up, down, scale, rank, row_base, kind, nullptr, 0, 0, nullptr);                   \
+        page, first, count, columns, up, down, scale, rank, row_base, kind, nullptr, 0, 0, nullptr, Eights());         \
   }                                                                                                                    \
   extern "C" __global__ void __launch_bounds__(THREADS, 2) add_terms_##name(                                           \
       E::Raw* page, u64 first, u64 count, u32 columns, const void* up, const void* down, const float* scale, u32 rank, \
       u32 row_base, u32 kind, const u32* ends, u32 terms, u32 halfs, const float* by) {                              \
     add_low_rank<E, V, true>(                                                                                          \
-        page, first, count, columns, up, down, scale, rank, row_base, kind, ends, terms, halfs, by);                 \
+        page, first, count, columns, up, down, scale, rank, row_base, kind, ends, terms, halfs, by, Eights());       \
   }
 
 // One for rows of whole 16-byte packs, one for others.
@@ -224,6 +300,19 @@ ADD_LOW_RANK(f16_x8, F16, 8)
 ADD_LOW_RANK(f16_x1, F16, 1)
 ADD_LOW_RANK(bf16_x8, Bf16, 8)
 ADD_LOW_RANK(bf16_x1, Bf16, 1)
+
+// Of whole rows of whole packs. Without `largest` there are random bytes at `to`.
+#define REQUANTIZE(name, E)                                                                                            \
+  extern "C" __global__ void __launch_bounds__(THREADS, 2) requantize_##name(                                          \
+      u8* to, const u8* from, u64 count, const float* times, u32* largest, u32 columns, const void* up,                \
+      const void* down, const float* scale, u32 rank, u32 kind, const u32* ends, u32 terms, u32 halfs,                 \
+      const float* by) {                                                                                               \
+    add_low_rank<E, 8, true>(                                                                                          \
+        to, 0, count, columns, up, down, scale, rank, 0, kind, ends, terms, halfs, by, Eights{from, times, largest});  \
+  }
+
+REQUANTIZE(f8e4m3, F8E4m3)
+REQUANTIZE(f8e5m2, F8E5m2)
 
 // to[n] = round(from[n] * scale) for n < count. `scaled`: 0 without, 1 with scale[0], 2 with scale[row], where the first
 // element is number `first` of a row-major tensor of `columns` columns. `from` may be pinned memory of the host, so a thread
@@ -278,26 +367,7 @@ CONVERT_FROM(bf16, Bf16)
 CONVERT_FROM(f8e4m3, F8E4m3)
 CONVERT_FROM(f8e5m2, F8E5m2)
 
-// ---- requantize: see Requantize in transform.rs
-
-template <typename E> struct Eight;
-template <> struct Eight<F8E4m3> { static constexpr int MANTISSA = 3, LEAST = -6; static constexpr u32 LARGEST = 0x7e; };
-template <> struct Eight<F8E5m2> { static constexpr int MANTISSA = 2, LEAST = -14; static constexpr u32 LARGEST = 0x7b; };
-
-// Away from zero where the distance from the nearer neighbour says so together with the random byte.
-template <typename E>
-__device__ __forceinline__ u32 round_at_random(float value, u32 random) {
-  constexpr int MANTISSA = Eight<E>::MANTISSA, LEAST = Eight<E>::LEAST;
-  u32 bits = __float_as_uint(value) & 0x7fffffffu, sign = __float_as_uint(value) >> 24 & 0x80u;
-  int exponent = max((int)(bits >> 23) - 127, LEAST);
-  float in_units = __fmul_rn(__uint_as_float(bits), __uint_as_float((u32)(127 + MANTISSA - exponent) << 23));
-  u32 units = (u32)__fadd_rn(in_units, __fmul_rn((float)random, 0x1p-8f));
-  // The exponent's field follows the mantissa's, so what is carried over comes out right.
-  u32 code = sign | min(((u32)(exponent - LEAST) << MANTISSA) + units, Eight<E>::LARGEST);
-  if (bits >= 0x47800000u) code = sign | Eight<E>::LARGEST;  // 65536 and more, which none has
-  if (bits > 0x7f800000u) code = 0x80u | Eight<E>::LARGEST;
-  return bits == 0 ? 0 : code;
-}
+// ---- random bytes
 
 // Philox4x32-10.
 __device__ __forceinline__ void random_words(u32 words[4], u64 seed) {
@@ -311,103 +381,23 @@ __device__ __forceinline__ void random_words(u32 words[4], u64 seed) {
   }
 }
 
-// Eight neighbouring elements of a factor, in one word where they take as much.
-template <typename F> struct FactorEight {
-  uint4 words;
-  __device__ __forceinline__ void load_from(const void* factors, u64 index) {
-    words = *(const uint4*)((const u16*)factors + index);
-  }
-  __device__ __forceinline__ float get(int v) const {
-    u32 word = v < 2 ? words.x : v < 4 ? words.y : v < 6 ? words.z : words.w;
-    return load(F(), (u16)(word >> v % 2 * 16));
-  }
-};
-template <> struct FactorEight<F32> {
-  float4 words[2];
-  __device__ __forceinline__ void load_from(const void* factors, u64 index) {
-    words[0] = ((const float4*)((const float*)factors + index))[0];
-    words[1] = ((const float4*)((const float*)factors + index))[1];
-  }
-  __device__ __forceinline__ float get(int v) const {
-    float4 four = words[v / 4];
-    return v % 4 == 0 ? four.x : v % 4 == 1 ? four.y : v % 4 == 2 ? four.z : four.w;
-  }
-};
-
-// A thread draws for eight neighbouring threads of the generator, and has the four times eight elements of their words.
-template <typename E, typename F>
-__device__ __forceinline__ void requantize(
-    u8* to, const u8* from, u64 count, const float* scale, u32 columns, const void* up, const void* down,
-    const float* scales, u32 rank, const u32* ends, u32 terms, u32 halfs, const float* by, u64 seed, u64 threads) {
+// The bytes r(n) of Requantize in transform.rs. A thread draws for eight neighbouring threads of the generator, and has the four
+// times eight bytes of their words.
+extern "C" __global__ void __launch_bounds__(THREADS) random_bytes(u8* to, u64 count, u64 seed, u64 threads) {
   u64 thread = ((u64)blockIdx.x * THREADS + threadIdx.x) * 8;
   if (thread >= threads) return;
   u64 base = (u64)blockIdx.y * 4 * threads + thread;
-  if (base >= count) return;
-  u32 bytes[8];
+  u64 bytes[4] = {0, 0, 0, 0};
 #pragma unroll
   for (int v = 0; v < 8; v++) {
     u32 words[4] = {blockIdx.y, 0, (u32)(thread + v), (u32)((thread + v) >> 32)};
     random_words(words, seed);
-    bytes[v] = (words[0] & 0xffu) | (words[1] & 0xffu) << 8 | (words[2] & 0xffu) << 16 | words[3] << 24;
+#pragma unroll
+    for (int word = 0; word < 4; word++) bytes[word] |= (u64)(words[word] & 0xffu) << 8 * v;
   }
-  float first = scale ? *scale : 1.0f;
-  // The words of a row's factors.
-  const typename F::Raw* ups = (const typename F::Raw*)up;
-  u64 line = (u64)columns * sizeof(typename F::Raw);
-#pragma unroll 1
+#pragma unroll
   for (int word = 0; word < 4; word++) {
     u64 n = base + word * threads;
-    if (n >= count) return;
-    // Of 32 bits where it is: a division of 64 takes as long as all else.
-    u64 row = n >> 32 ? n / columns : (u32)n / columns;
-    u32 column = (u32)(n - row * columns);
-    u64 stored = *(const u64*)(from + n);
-    float value[8];
-#pragma unroll
-    for (int v = 0; v < 8; v++)
-      value[v] = rounded(__fmul_rn(load(E(), (u8)(stored >> 8 * v)), first), halfs);
-    const typename F::Raw* of_row = ups + row * rank;
-    const char* of_rank = (const char*)down;
-    u32 k = 0;
-#pragma unroll 1
-    for (u32 term = 0; term < terms; term++) {
-      float sum[8] = {0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll 4
-      for (u32 end = ends[term]; k < end; k++) {
-        FactorEight<F> d;
-        d.load_from(of_rank, column);
-        of_rank += line;
-        float u = load(F(), of_row[k]);
-#pragma unroll
-        for (int v = 0; v < 8; v++) sum[v] = __fmaf_rn(u, d.get(v), sum[v]);
-      }
-      float times = scales[term];
-#pragma unroll
-      for (int v = 0; v < 8; v++)
-        value[v] = rounded(__fadd_rn(value[v], rounded(__fmul_rn(times, sum[v]), halfs)), halfs);
-    }
-    u64 result = 0;
-    float last = by ? *by : 1.0f;
-#pragma unroll
-    for (int v = 0; v < 8; v++) {
-      float product = by ? rounded(__fmul_rn(value[v], last), halfs) : value[v];
-      result |= (u64)round_at_random<E>(product, bytes[v] >> 8 * word & 0xffu) << 8 * v;
-    }
-    *(u64*)(to + n) = result;
+    if (n < count) *(u64*)(to + n) = bytes[word];
   }
 }
-
-#define REQUANTIZE(name, E, F)                                                                                         \
-  extern "C" __global__ void __launch_bounds__(THREADS) requantize_##name(                                             \
-      u8* to, const u8* from, u64 count, const float* scale, u32 columns, const void* up, const void* down,            \
-      const float* scales, u32 rank, const u32* ends, u32 terms, u32 halfs, const float* by, u64 seed, u64 threads) {  \
-    requantize<E, F>(to, from, count, scale, columns, up, down, scales, rank, ends, terms, halfs, by, seed, threads);  \
-  }
-
-#define REQUANTIZE_BY(name, E)             \
-  REQUANTIZE(name##_f32, E, F32)           \
-  REQUANTIZE(name##_f16, E, F16)           \
-  REQUANTIZE(name##_bf16, E, Bf16)
-
-REQUANTIZE_BY(f8e4m3, F8E4m3)
-REQUANTIZE_BY(f8e5m2, F8E5m2)

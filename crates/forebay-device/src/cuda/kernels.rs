@@ -10,8 +10,8 @@ use parking_lot::Mutex;
 use super::driver::Driver;
 use super::types::{Code, Handle};
 use crate::{
-    AddLowRank, Convert, DeviceAddr, DeviceError, Element, Requantize, Result, Rounding, Scale, StreamHandle,
-    Transform,
+    AddLowRank, Convert, DeviceAddr, DeviceError, EightBitSum, Element, Requantize, Result, Rounding, Scale,
+    StreamHandle, Transform,
 };
 
 /// Made of kernels.cu by `make kernels`.
@@ -50,8 +50,10 @@ enum Kernel {
     AddTerms { to: Element, whole: bool },
     /// From any element to a target.
     Convert { from: Element, to: Element },
-    /// Of eight-bit elements, by factors of a target.
-    Requantize { of: Element, by: Element },
+    /// Of eight-bit elements, of which it also finds the largest.
+    Requantize { of: Element },
+    /// What they are rounded by.
+    RandomBytes,
 }
 
 impl Kernel {
@@ -62,7 +64,8 @@ impl Kernel {
             Kernel::AddLowRank { to, whole } => format!("add_low_rank_{}_x{}", name_of(to), pack(to, whole)),
             Kernel::AddTerms { to, whole } => format!("add_terms_{}_x{}", name_of(to), pack(to, whole)),
             Kernel::Convert { from, to } => format!("convert_{}_{}", name_of(from), name_of(to)),
-            Kernel::Requantize { of, by } => format!("requantize_{}_{}", name_of(of), name_of(by)),
+            Kernel::Requantize { of } => format!("requantize_{}", name_of(of)),
+            Kernel::RandomBytes => "random_bytes".to_owned(),
         }
     }
 
@@ -107,6 +110,8 @@ impl Kernels {
             Transform::Convert(convert) => unsafe { self.convert(driver, convert, stream) },
             // SAFETY: the caller's promise.
             Transform::Requantize(work) => unsafe { self.requantize(driver, work, stream) },
+            // SAFETY: the caller's promise.
+            Transform::Largest { sum, at } => unsafe { self.sum(driver, sum, 0, at.get(), stream) },
             Transform::Copy { .. } => Err(DeviceError::invalid("cuLaunchKernel", "a copy".to_owned())),
         }
     }
@@ -123,9 +128,7 @@ impl Kernels {
         let pack = if whole { pack } else { 1 };
         let columns = u64::from(factors.columns);
         let rows = (add.first + add.count).div_ceil(columns) - add.first / columns;
-        let across = factors.columns.div_ceil(TILE_PACKS * pack);
-        let down = rows.div_ceil(TILE_ROWS).min(MOST_ADDING.div_ceil(across.into()));
-        let grid = (down, across);
+        let grid = tiles(rows, factors.columns, pack);
         let (mut at, mut first, mut count) = (add.at.get(), add.first, add.count);
         let (mut up, mut down, mut scale) = (factors.up.get(), factors.down.get(), factors.scale.get());
         let (mut columns, mut rank, mut row_base) = (factors.columns, factors.rank, factors.row_base);
@@ -189,42 +192,73 @@ impl Kernels {
     }
 
     unsafe fn requantize(&self, driver: &Driver, work: &Requantize, stream: StreamHandle) -> Result<()> {
-        let factors = work.factors;
+        let (mut to, mut count) = (work.to.get(), work.sum.count);
+        let (mut seed, mut threads) = (work.seed, work.threads);
+        let mut parameters =
+            [pointer(&mut to), pointer(&mut count), pointer(&mut seed), pointer(&mut threads)];
+        let rounds = count.div_ceil(4 * threads);
+        let too_many = || DeviceError::invalid("cuLaunchKernel", format!("{rounds} rounds"));
+        let across = (threads / EightBitSum::AT_ONCE).div_ceil(THREADS.into());
+        let grid = (across, u32::try_from(rounds).map_err(|_| too_many())?);
+        let kernel = self.get(driver, Kernel::RandomBytes)?;
+        // SAFETY: the parameters are the kernel's, and the memory is the caller's promise.
+        unsafe { launch(driver, kernel, grid, &mut parameters, stream) }?;
+        // SAFETY: the caller's promise.
+        unsafe { self.sum(driver, &work.sum, work.to.get(), 0, stream) }
+    }
+
+    /// Has a sum rounded by the random bytes that are where it goes to, or its largest element found.
+    ///
+    /// # Safety
+    /// As [`Device::transform`](crate::Device::transform).
+    unsafe fn sum(
+        &self,
+        driver: &Driver,
+        sum: &EightBitSum,
+        mut to: u64,
+        mut largest: u64,
+        stream: StreamHandle,
+    ) -> Result<()> {
+        let factors = sum.factors;
         let Rounding::Each { through, mut terms, ends, by } = factors.rounding else {
-            return Err(DeviceError::invalid("cuLaunchKernel", format!("no terms: {work:?}")));
+            return Err(DeviceError::invalid("cuLaunchKernel", format!("no terms: {sum:?}")));
         };
         let or_none = |at: Option<DeviceAddr>| at.map_or(0, DeviceAddr::get);
-        let (mut to, mut from, mut count) = (work.to.get(), work.from.get(), work.count);
-        let (mut scale, mut by, mut ends) = (or_none(work.scale), or_none(by), ends.get());
-        let (mut up, mut down, mut scales) = (factors.up.get(), factors.down.get(), factors.scale.get());
+        let (mut from, mut count, mut times) = (sum.from.get(), sum.count, or_none(sum.scale));
+        let (mut up, mut down, mut scale) = (factors.up.get(), factors.down.get(), factors.scale.get());
         let (mut columns, mut rank) = (factors.columns, factors.rank);
+        let mut kind = target(factors.element) as u32;
+        let (mut ends, mut by) = (ends.get(), or_none(by));
         let mut halfs = u32::from(through == Element::F16);
-        let (mut seed, mut threads) = (work.seed, work.threads);
         let mut parameters = [
             pointer(&mut to),
             pointer(&mut from),
             pointer(&mut count),
-            pointer(&mut scale),
+            pointer(&mut times),
+            pointer(&mut largest),
             pointer(&mut columns),
             pointer(&mut up),
             pointer(&mut down),
-            pointer(&mut scales),
+            pointer(&mut scale),
             pointer(&mut rank),
+            pointer(&mut kind),
             pointer(&mut ends),
             pointer(&mut terms),
             pointer(&mut halfs),
             pointer(&mut by),
-            pointer(&mut seed),
-            pointer(&mut threads),
         ];
-        let rounds = work.count.div_ceil(4 * work.threads);
-        let too_many = || DeviceError::invalid("cuLaunchKernel", format!("{rounds} rounds"));
-        let across = (work.threads / Requantize::AT_ONCE).div_ceil(THREADS.into());
-        let grid = (across, u32::try_from(rounds).map_err(|_| too_many())?);
-        let kernel = self.get(driver, Kernel::Requantize { of: work.element, by: factors.element })?;
+        let pack = EightBitSum::AT_ONCE as u32;
+        let grid = tiles(count / u64::from(columns), columns, pack);
+        let kernel = self.get(driver, Kernel::Requantize { of: sum.element })?;
         // SAFETY: the parameters are the kernel's, and the memory is the caller's promise.
         unsafe { launch(driver, kernel, grid, &mut parameters, stream) }
     }
+}
+
+/// Blocks down and across, for rows of such packs.
+fn tiles(rows: u64, columns: u32, pack: u32) -> (u64, u32) {
+    let across = columns.div_ceil(TILE_PACKS * pack);
+    (rows.div_ceil(TILE_ROWS).min(MOST_ADDING.div_ceil(across.into())), across)
 }
 
 /// Has the driver translate a kernel for the current context's GPU.
@@ -338,9 +372,9 @@ mod tests {
         };
         let (targets, eights): (Vec<_>, Vec<_>) =
             Element::ALL.into_iter().partition(|element| element.is_target());
-        let by_target = |of| targets.clone().into_iter().map(move |by| Kernel::Requantize { of, by });
-        let requantizing: Vec<Kernel> = eights.into_iter().flat_map(by_target).collect();
-        targets.into_iter().flat_map(of_target).chain(requantizing).collect()
+        let requantizing = eights.into_iter().map(|of| Kernel::Requantize { of });
+        let all = targets.into_iter().flat_map(of_target).chain(requantizing);
+        all.chain([Kernel::RandomBytes]).collect()
     }
 
     #[test]

@@ -5,7 +5,9 @@ use std::slice;
 use forebay_core::Bytes;
 
 use super::vm;
-use crate::{AddLowRank, Convert, DeviceAddr, Element, Factors, Rounding, Scale, Transform};
+use crate::{
+    AddLowRank, Convert, DeviceAddr, EightBitSum, Element, Factors, Requantize, Rounding, Scale, Transform,
+};
 
 /// Does the work now.
 ///
@@ -39,33 +41,27 @@ pub(super) unsafe fn run(transform: Transform) {
                 Some(terms) => add_each(&add, &terms, weight, &up, &down),
             }
         }
-        Transform::Requantize(work) => {
-            let factors = work.factors;
-            // SAFETY: the factors are valid and unchanged, by the contract of this call.
-            let Some(terms) = (unsafe { terms_of(&factors) }) else {
-                unreachable!("the device checks that there are terms")
-            };
-            let (size, rank) = (factors.element.size().get(), u64::from(factors.rank));
-            let rows = work.count / u64::from(factors.columns);
-            // SAFETY: as before.
-            let up = floats(factors.element, unsafe { bytes(factors.up, rows * rank * size) });
-            // SAFETY: as before.
-            let down = unsafe { bytes(factors.down, rank * u64::from(factors.columns) * size) };
-            let down = floats(factors.element, down);
-            // SAFETY: as before.
-            let first = work.scale.map_or(1.0, |at| unsafe { one(at) });
-            // SAFETY: the elements are valid, and unchanged but by this.
-            let stored = unsafe { bytes(work.from, work.count) };
-            let mut values: Vec<f32> = stored.iter().map(|&raw| load(work.element, &[raw]) * first).collect();
-            // SAFETY: as many bytes as there are floats.
-            let raw = unsafe { slice::from_raw_parts_mut(values.as_mut_ptr().cast(), values.len() * 4) };
-            let add = AddLowRank { at: work.to, first: 0, count: work.count, element: Element::F32, factors };
-            add_each(&add, &terms, raw, &up, &down);
+        Transform::Requantize(Requantize { sum, to, seed, threads }) => {
+            // SAFETY: the caller's promise.
+            let values = unsafe { sum_of(&sum) };
             // SAFETY: the results' place is valid and nobody else's meanwhile, by the contract of this call.
-            let to = unsafe { bytes_mut(work.to, work.count) };
+            let to = unsafe { bytes_mut(to, sum.count) };
             for (n, (to, value)) in (0u64..).zip(to.iter_mut().zip(values)) {
-                *to = round_at_random(work.element, value, random_byte(work.seed, work.threads, n));
+                *to = round_at_random(sum.element, value, random_byte(seed, threads, n));
             }
+        }
+        Transform::Largest { mut sum, at } => {
+            if let Rounding::Each { by, .. } = &mut sum.factors.rounding {
+                *by = None;
+            }
+            // SAFETY: the caller's promise.
+            let values = unsafe { sum_of(&sum) };
+            // SAFETY: the number is valid and nobody else's meanwhile, by the contract of this call.
+            let number = unsafe { bytes_mut(at, 4) };
+            // Of numbers without a sign the larger has the larger bits.
+            let magnitudes = values.iter().map(|value| value.abs().to_bits());
+            let largest = magnitudes.fold(load(Element::F32, number).to_bits(), u32::max);
+            store(Element::F32, f32::from_bits(largest), number);
         }
         Transform::Convert(convert) => {
             // SAFETY: the results' place is valid and nobody else's meanwhile, by the contract of this call.
@@ -91,6 +87,35 @@ pub(super) unsafe fn run(transform: Transform) {
             to.copy_from_slice(unsafe { bytes(from, len.get()) });
         }
     }
+}
+
+/// The elements of a sum.
+///
+/// # Safety
+/// All that it is made of is readable and unchanged meanwhile.
+unsafe fn sum_of(sum: &EightBitSum) -> Vec<f32> {
+    let factors = sum.factors;
+    // SAFETY: the caller's promise.
+    let Some(terms) = (unsafe { terms_of(&factors) }) else {
+        unreachable!("the device checks that there are terms")
+    };
+    let (size, rank) = (factors.element.size().get(), u64::from(factors.rank));
+    let rows = sum.count / u64::from(factors.columns);
+    // SAFETY: as before.
+    let up = floats(factors.element, unsafe { bytes(factors.up, rows * rank * size) });
+    // SAFETY: as before.
+    let down = unsafe { bytes(factors.down, rank * u64::from(factors.columns) * size) };
+    let down = floats(factors.element, down);
+    // SAFETY: as before.
+    let first = sum.scale.map_or(1.0, |at| unsafe { one(at) });
+    // SAFETY: as before.
+    let stored = unsafe { bytes(sum.from, sum.count) };
+    let mut values: Vec<f32> = stored.iter().map(|&raw| load(sum.element, &[raw]) * first).collect();
+    // SAFETY: as many bytes as there are floats.
+    let raw = unsafe { slice::from_raw_parts_mut(values.as_mut_ptr().cast(), values.len() * 4) };
+    let add = AddLowRank { at: sum.from, first: 0, count: sum.count, element: Element::F32, factors };
+    add_each(&add, &terms, raw, &up, &down);
+    values
 }
 
 /// # Safety

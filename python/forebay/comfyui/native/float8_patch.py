@@ -1,8 +1,9 @@
 """A patched float8 weight, with fewer passes over it than ComfyUI's own function takes.
 
 ComfyUI adds products of low rank to what a float8 weight stands for, finds the largest element for a new scale, and rounds by
-random numbers that are drawn for the whole weight. The scale is remembered. On a GPU the engine does all of the rest in one
-pass; where that does not give ComfyUI's bits it adds the products in one, and ComfyUI's function rounds.
+random numbers that are drawn for the whole weight. On a GPU the engine does all of that in one pass for the largest element, whose
+scale is remembered, and one for the rest; where that does not give ComfyUI's bits it adds the products, and ComfyUI's function
+rounds.
 """
 
 from __future__ import annotations
@@ -31,15 +32,29 @@ _BLOCK = 256
 _AT_ONCE = 8
 """Elements that the engine works on at once: a row is a multiple of them."""
 
-_known: dict[tuple[object, ...], str] = {}
-"""The way that gives ComfyUI's bits, by all that they may depend on but the numbers."""
+
+@dataclasses.dataclass(frozen=True)
+class _Known:
+    """What gives ComfyUI's bits.
+
+    Attributes:
+        way: How a weight is computed.
+        scaled: Whether the engine finds the largest element, of which ComfyUI's function makes the scale.
+    """
+
+    way: str
+    scaled: bool
+
+
+_known: dict[tuple[object, ...], _Known] = {}
+"""By all that it may depend on but the numbers."""
 
 
 class Float8Patch:
     """Computes a patched weight from the stored one, which is float8, or quantized as float8 with one scale.
 
-    The first time ComfyUI's own function does, which gives the scale, and for each shape tells which of the other ways does the
-    same. Where none does, ComfyUI's function does it every time.
+    ComfyUI's own function computes the first one of each shape, which tells what does the same. Where nothing does, it computes all
+    of them every time.
     """
 
     def __init__(
@@ -61,6 +76,7 @@ class Float8Patch:
         self._ranks = tuple(products.ranks)
         self._memory, self._product = products.place(self._device)
         self._seed = comfy.utils.string_to_seed(key)
+        self._layer = layer
         self._own: WeightPatch | None = None
         self._own_arguments = layer, key, patches, self._device
         self._way: Callable[[Any], Any] | None = None
@@ -73,46 +89,82 @@ class Float8Patch:
             return self._first(stored) if self._way is None else self._way(stored)
 
     def _first(self, stored: Any) -> Any:
+        data = data_of(stored)
+        kind = (str(self._device), type(stored), data.dtype, data.shape, data.is_contiguous())
+        key = (*kind, self._ranks, self._through, self._product[5])
+        ways = {"requantized": self._requantized, "rounded": self._rounded}
+        known = _known.get(key)
+        if known is None:
+            found = self._own_result(stored)
+            is_quantized = isinstance(stored, QuantizedTensor)
+            params = self._new_params(stored) if is_quantized else None
+            if is_quantized:
+                self._round_to(found._params)
+            same = (name for name, way in ways.items() if _is_same(way(stored), data_of(found)))
+            way = next(same, "own")
+            # One element tells little. All of them tell that the engine begins with the numbers that ComfyUI begins with.
+            scaled = way == "requantized" and is_quantized and _are_alike(params, found._params)
+            known = _known[key] = _Known(way, scaled)
+        elif not isinstance(stored, QuantizedTensor):
+            found = None
+        elif known.scaled:
+            self._round_to(self._new_params(stored))
+            found = None
+        else:
+            found = self._own_result(stored)
+            self._round_to(found._params)
+        self._way = ways.get(known.way, self._own_result)
+        if known.way != "own":
+            self._own = None
+        return self._way(stored) if found is None else found
+
+    def _own_result(self, stored: Any) -> Any:
+        """ComfyUI's own."""
         if self._own is None:
             self._own = WeightPatch(*self._own_arguments)
-        found = self._own(stored)
-        if isinstance(stored, QuantizedTensor):
-            self._params = found._params
-            # The rounded factor that ComfyUI multiplies with, as the engine takes it.
-            self._to_scale = (1.0 / self._params.scale).to(self._through).to(torch.float32)
-            self._product = multiplied(self._product, self._to_scale.data_ptr())
-        data, tried = data_of(found), data_of(stored)
-        factors = self._product[5]
-        key = (str(self._device), type(stored), tried.dtype, tried.shape, self._ranks, self._through, factors)
-        ways = {"requantized": self._requantized, "rounded": self._rounded}
-        if key not in _known:
-            same = (name for name, way in ways.items() if _is_same(way(stored), data))
-            _known[key] = next(same, "own")
-        self._way = ways.get(_known[key])
-        if self._way is not None:
-            self._own = None
-        return found
+        return self._own(stored)
 
-    def _requantized(self, stored: Any) -> Any:
-        """In one pass of the engine's. None where it has none for such a weight."""
+    def _round_to(self, params: Any) -> None:
+        """From now on a quantized weight gets this scale."""
+        if self._to_scale is None:
+            self._params = params
+            # The rounded factor that ComfyUI multiplies with, as the engine takes it.
+            self._to_scale = (1.0 / params.scale).to(self._through).to(torch.float32)
+            self._product = multiplied(self._product, self._to_scale.data_ptr())
+
+    def _new_params(self, stored: Any) -> Any:
+        """What ComfyUI makes of the largest element, for the whole weight. None where the engine does not find it."""
+        sums, set_weight = self._sums(stored), getattr(self._layer, "set_weight", None)
+        if sums is None or not callable(set_weight):
+            return None
+        largest = torch.zeros((), dtype=torch.float32, device=self._device)
+        self._engine.largest(largest.data_ptr(), *sums, self._enter_stream())
+        alone = largest.to(self._through).reshape(1, 1)
+        found = set_weight(alone, inplace_update=False, seed=self._seed, return_weight=True)
+        if not isinstance(found, QuantizedTensor):
+            return None
+        return dataclasses.replace(found._params, orig_shape=tuple(stored.shape))
+
+    def _sums(self, stored: Any) -> tuple[int, str, int, Any, int] | None:
+        """What the engine rounds. None where it cannot."""
         data = data_of(stored)
         scale = stored._params.scale if isinstance(stored, QuantizedTensor) else None
         if self._columns % _AT_ONCE or not data.is_contiguous():
             return None
         if scale is not None and (scale.dtype != torch.float32 or scale.numel() != 1):
             return None
+        at = 0 if scale is None else scale.data_ptr()
+        return data.data_ptr(), dtype_name(data.dtype), self._columns, self._product, at
+
+    def _requantized(self, stored: Any) -> Any:
+        """In one pass of the engine's. None where it has none for such a weight."""
+        sums = self._sums(stored)
+        if sums is None:
+            return None
+        data = data_of(stored)
         found = torch.empty_like(data)
-        self._engine.requantize(
-            found.data_ptr(),
-            data.data_ptr(),
-            dtype_name(data.dtype),
-            self._columns,
-            self._product,
-            0 if scale is None else scale.data_ptr(),
-            self._seed,
-            _generator_threads(self._device, data.numel()),
-            self._enter_stream(),
-        )
+        threads = _generator_threads(self._device, data.numel())
+        self._engine.requantize(found.data_ptr(), *sums, self._seed, threads, self._enter_stream())
         return self._made_of(found, stored)
 
     def _rounded(self, stored: Any) -> Any:
@@ -160,3 +212,14 @@ def _most_blocks(device: torch.device) -> int:
 
 def _is_same(found: Any, expected: torch.Tensor) -> bool:
     return found is not None and torch.equal(data_of(found).view(torch.uint8), expected.view(torch.uint8))
+
+
+def _are_alike(found: Any, expected: Any) -> bool:
+    """Whether quantized weights have the same numbers beside their elements."""
+    if type(found) is not type(expected):
+        return False
+    names = [field.name for field in dataclasses.fields(expected)]
+    pairs = [(getattr(found, name), getattr(expected, name)) for name in names]
+    return all(
+        torch.equal(one, other) if isinstance(other, torch.Tensor) else one == other for one, other in pairs
+    )
