@@ -10,12 +10,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use forebay_core::{Bytes, PageRef};
-use forebay_device::Event;
+use forebay_device::{Event, PinnedBuffer};
 use forebay_store::{ReaderPool, Urgency};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use crate::cache::registered::RegisteredPage;
 use crate::filler;
+use crate::giving_way::GivesWay;
 use crate::state::Shared;
 use crate::vbar::Vbar;
 use crate::{EngineError, Result};
@@ -23,6 +24,8 @@ use crate::{EngineError, Result};
 /// While more than this is left in the copy stream, nothing is added that nobody waits for: 0.6 ms of the link, in which
 /// the thread has to notice that a page was copied and add the next.
 const ENOUGH: Bytes = Bytes::mib(32);
+/// What a device pins at least.
+const BACK_SIZE: Bytes = Bytes::kib(4);
 /// How often it looks.
 const POLL: Duration = Duration::from_micros(100);
 
@@ -68,11 +71,19 @@ pub(crate) struct Brought(Arc<Shared>);
 struct UnderWay {
     copies: VecDeque<(Event, Bytes)>,
     spare: Vec<Event>,
+    gives_way: GivesWay,
+    /// Where a few bytes of each page are copied back to. Without it nobody is let in.
+    back: Option<PinnedBuffer>,
 }
 
 impl Copier {
     pub(crate) fn new(shared: Arc<Shared>) -> Result<Self> {
-        let thread = ReaderPool::new("forebay-copy", 1, |_| UnderWay::default());
+        let device = Arc::clone(&shared.device);
+        let thread = ReaderPool::new("forebay-copy", 1, move |_| {
+            let mut under_way = UnderWay::default();
+            under_way.back = PinnedBuffer::new(Arc::clone(&device), BACK_SIZE).ok();
+            under_way
+        });
         Ok(Copier { shared, thread: thread.map_err(EngineError::Readers)? })
     }
 
@@ -129,20 +140,25 @@ impl Waiting {
 impl UnderWay {
     fn copy_next(&mut self, shared: &Arc<Shared>) {
         let room = self.wait_for_room(&shared.copies);
-        let Some(PageCopy { vbar, page, registered, filled }) = shared.copies.waiting.lock().pop() else {
-            return;
-        };
+        let Some(copy) = shared.copies.waiting.lock().pop() else { return };
         let copied = room.and_then(|()| match self.spare.pop() {
             Some(event) => Ok(event),
             None => Ok(Event::new(Arc::clone(&shared.device))?),
         });
         match copied {
             Ok(copied) => {
-                filler::fill_directly(shared, &vbar, page, &registered, &filled, &copied);
+                let (bytes, at) = (copy.registered.bytes(), copy.vbar.page_addr(copy.page));
+                filler::fill_directly(shared, &copy, &copied, |stream| {
+                    let (device, give_way) = (&*shared.device, &mut self.gives_way);
+                    let Some(back) = &self.back else { return };
+                    // SAFETY: the page is mapped until its fill event, recorded behind this, has completed. Nobody else
+                    // uses the few bytes, and this stream writes them in turn.
+                    unsafe { give_way.behind(device, bytes, at, back.as_ptr(), stream) };
+                });
                 // One that was not recorded, because the copy failed, is complete.
-                self.copies.push_back((copied, registered.bytes()));
+                self.copies.push_back((copied, bytes));
             }
-            Err(error) => filler::finished(shared, &vbar, page, Err(Some(error))),
+            Err(error) => filler::finished(shared, &copy.vbar, copy.page, Err(Some(error))),
         }
     }
 
@@ -178,6 +194,16 @@ impl UnderWay {
 
     fn bytes(&self) -> Bytes {
         self.copies.iter().map(|(_, bytes)| *bytes).sum()
+    }
+}
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        let ended = self.copies.iter().try_for_each(|(copied, _)| copied.synchronize());
+        if ended.is_err() {
+            // Nobody can know whether it is still written to.
+            std::mem::forget(self.back.take());
+        }
     }
 }
 

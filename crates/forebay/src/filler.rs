@@ -6,15 +6,14 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Instant;
 
 use forebay_core::{Bytes, PageRef};
-use forebay_device::Event;
+use forebay_device::{Event, StreamHandle};
 use forebay_store::{
     DirectBuffer, ReaderPool, Segment, Source, StoreError, Urgency, read_segments, read_segments_past_cache,
 };
 use parking_lot::Mutex;
 
-use crate::cache::registered::RegisteredPage;
 use crate::converting::ConvertedPart;
-use crate::copier::Brought;
+use crate::copier::{Brought, PageCopy};
 use crate::patches::{Completed, Incomplete, PatchSet, computes, mark_filled};
 use crate::reader::Reader;
 use crate::state::Shared;
@@ -124,6 +123,8 @@ impl Fill {
         // SAFETY: the slot is not touched before its event has completed; the page is mapped and stays so until its
         // fill event, recorded after this copy, has completed.
         unsafe { self.shared.device.copy_to_device(to, bytes.as_ptr(), len, stream.handle()) }?;
+        // SAFETY: as before; the slot gets back what it holds.
+        unsafe { slots.gives_way.behind(&*self.shared.device, len, to, bytes.as_mut_ptr(), stream.handle()) };
         // SAFETY: the copy stream lives as long as `shared`.
         let recorded = unsafe { slots.copied[copied].record(stream.handle()) };
         drop(stream);
@@ -251,15 +252,16 @@ fn jobs_of(vbar: &Vbar, page: u32, patches: &PatchSet, chunk: Bytes) -> Vec<Job>
     chunks.chain(pieces.map(Job::Converted)).collect()
 }
 
-/// Has the copy engine read a page's bytes from the registered page cache, and records `copied` behind the copies.
+/// Has the copy engine read a page's bytes from the registered page cache, and records `copied` behind the copies. `behind` is
+/// called between the two, with the copy stream.
 pub(crate) fn fill_directly(
     shared: &Arc<Shared>,
-    vbar: &Arc<Vbar>,
-    page: u32,
-    registered: &RegisteredPage,
-    filled: &Arc<Event>,
+    copy: &PageCopy,
     copied: &Event,
+    behind: impl FnOnce(StreamHandle),
 ) {
+    let PageCopy { vbar, page, registered, filled } = copy;
+    let page = *page;
     let began = shared.timeline.begin();
     let result = verify_sources(vbar, page).and_then(|()| {
         let stream = shared.copy.lock();
@@ -267,6 +269,7 @@ pub(crate) fn fill_directly(
         // registered page is dropped by the keeper alone, once nobody else has it, behind all copies.
         let enqueued = unsafe { registered.copy_to(&*shared.device, vbar.page_addr(page), stream.handle()) };
         let enqueued = enqueued.and_then(|()| {
+            behind(stream.handle());
             // SAFETY: the copy stream lives as long as `shared`.
             unsafe { copied.record(stream.handle()) }.map_err(Into::into)
         });
@@ -344,8 +347,14 @@ pub(crate) fn finished(
     page: u32,
     result: std::result::Result<(), Option<EngineError>>,
 ) {
-    if let Err(Some(error)) = &result {
-        tracing::warn!(model = %vbar.name, page, %error, "a page could not be filled");
+    match &result {
+        Err(Some(error)) if vbar.closed.load(Ordering::Acquire) => {
+            tracing::debug!(model = %vbar.name, page, %error, "a page of a model that goes could not be filled");
+        }
+        Err(Some(error)) => {
+            tracing::warn!(model = %vbar.name, page, %error, "a page could not be filled");
+        }
+        _ => {}
     }
     let at: PageRef = vbar.page_ref(page);
     let mut state = shared.state.lock();

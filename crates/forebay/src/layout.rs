@@ -74,6 +74,11 @@ pub(crate) enum Class {
     Table,
 }
 
+/// Pages that weights behind one another have at least, which stay or leave together where they are to be whole. A part of a
+/// weight is left at either end: of Flux in float8, 56% of its pages resident, 51% of the weights are whole, 34% where each is a run
+/// of its own, 53% with 16 pages. Half of the read-ahead is streamed in one go then.
+const RUN: u32 = 8;
+
 /// The layout of one VBAR: small weights, whole weights in the order given, tables by size.
 #[derive(Debug)]
 pub(crate) struct Layout {
@@ -217,8 +222,15 @@ impl Layout {
         if !self.whole {
             return RankOrder::Spread { first, last };
         }
-        let pages = |number| self.scheduled_pages(number).into_inner();
-        RankOrder::SpreadRuns { first, last, runs: (0..self.scheduled.len() as u32).map(pages).collect() }
+        let mut runs: Vec<(u32, u32)> = Vec::new();
+        for number in 0..self.scheduled.len() as u32 {
+            let (begin, end) = self.scheduled_pages(number).into_inner();
+            match runs.last_mut().filter(|run| run.1 - run.0 + 1 < RUN) {
+                Some(run) => run.1 = end,
+                None => runs.push((begin, end)),
+            }
+        }
+        RankOrder::SpreadRuns { first, last, runs: runs.into() }
     }
 
     /// The pages of the weight with this number in the schedule.

@@ -52,6 +52,7 @@ mod engine;
 mod error;
 mod explicit;
 mod filler;
+mod giving_way;
 mod host_buffer;
 mod layout;
 mod lease;

@@ -10,6 +10,7 @@ use forebay_core::Bytes;
 use forebay_device::{DeviceAddr, Event, PinnedBuffer, StreamHandle};
 use forebay_store::DirectBuffer;
 
+use crate::giving_way::GivesWay;
 use crate::state::Shared;
 use crate::{EngineError, Result};
 
@@ -27,6 +28,7 @@ pub(crate) struct Slots {
     /// Behind what read each slot last.
     pub(crate) copied: Vec<Event>,
     pub(crate) buffer: PinnedBuffer,
+    pub(crate) gives_way: GivesWay,
     chunk: Bytes,
     next: usize,
 }
@@ -61,6 +63,8 @@ impl Reader {
         read(bytes)?;
         // SAFETY: the slot is not touched before its event has completed; the place is the caller's affair.
         unsafe { shared.device.copy_to_device(addr, bytes.as_ptr(), len, stream) }?;
+        // SAFETY: the slot gets back what it holds, in front of its event.
+        unsafe { slots.gives_way.behind(&*shared.device, len, addr, bytes.as_mut_ptr(), stream) };
         self.copied(copied, stream).map(drop)
     }
 
@@ -117,7 +121,8 @@ impl Reader {
                     (0..ring.slots).map(|_| Event::new(device())).collect::<std::result::Result<_, _>>()?;
                 let buffer = PinnedBuffer::new(device(), ring.chunk * u64::from(ring.slots))?;
                 shared.ring.fetch_add(buffer.size().get(), Ordering::Relaxed);
-                empty.insert(Slots { copied, buffer, chunk: ring.chunk, next: 0 })
+                let gives_way = GivesWay::default();
+                empty.insert(Slots { copied, buffer, gives_way, chunk: ring.chunk, next: 0 })
             }
         };
         Ok((slots, &mut self.through))

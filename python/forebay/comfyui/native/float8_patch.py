@@ -19,6 +19,7 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 from torch import nn
 
+from forebay import streams
 from forebay.attachment import Attachment
 from forebay.comfyui.native.quantized import data_of
 from forebay.comfyui.native.weight_patch import WeightPatch
@@ -82,11 +83,19 @@ class Float8Patch:
         self._way: Callable[[Any], Any] | None = None
         self._params: Any = None
         self._to_scale: torch.Tensor | None = None
+        self._streams: set[int] = set()
+        """Those that its memory is known to be read in."""
+        self._at = 0
+        self._sum: tuple[int, str, int, Any, int] | None = None
+        """Of what is stored at this address."""
 
     def __call__(self, stored: Any) -> Any:
         """Computes it, in new memory, in the current stream."""
+        way = self._first if self._way is None else self._way
+        if not torch.is_grad_enabled():
+            return way(stored)
         with torch.no_grad():
-            return self._first(stored) if self._way is None else self._way(stored)
+            return way(stored)
 
     def _first(self, stored: Any) -> Any:
         data = data_of(stored)
@@ -131,6 +140,7 @@ class Float8Patch:
             # The rounded factor that ComfyUI multiplies with, as the engine takes it.
             self._to_scale = (1.0 / params.scale).to(self._through).to(torch.float32)
             self._product = multiplied(self._product, self._to_scale.data_ptr())
+            self._streams, self._at = set(), 0
 
     def _new_params(self, stored: Any) -> Any:
         """What ComfyUI makes of the largest element, for the whole weight. None where the engine does not find it."""
@@ -148,13 +158,19 @@ class Float8Patch:
     def _sums(self, stored: Any) -> tuple[int, str, int, Any, int] | None:
         """What the engine rounds. None where it cannot."""
         data = data_of(stored)
+        at = data.data_ptr()
+        if at != self._at:
+            self._at, self._sum = at, self._sum_of(stored, data)
+        return self._sum
+
+    def _sum_of(self, stored: Any, data: torch.Tensor) -> tuple[int, str, int, Any, int] | None:
         scale = stored._params.scale if isinstance(stored, QuantizedTensor) else None
         if self._columns % _AT_ONCE or not data.is_contiguous():
             return None
         if scale is not None and (scale.dtype != torch.float32 or scale.numel() != 1):
             return None
-        at = 0 if scale is None else scale.data_ptr()
-        return data.data_ptr(), dtype_name(data.dtype), self._columns, self._product, at
+        scale_at = 0 if scale is None else scale.data_ptr()
+        return data.data_ptr(), dtype_name(data.dtype), self._columns, self._product, scale_at
 
     def _requantized(self, stored: Any) -> Any:
         """In one pass of the engine's. None where it has none for such a weight."""
@@ -186,11 +202,13 @@ class Float8Patch:
         """The handle of the current stream. What is read in it is not given to others before it was."""
         if self._device.type != "cuda":
             return 0
-        stream = torch.cuda.current_stream(self._device)
-        self._memory.record_stream(stream)
-        if self._to_scale is not None:
-            self._to_scale.record_stream(stream)
-        handle: int = stream.cuda_stream
+        handle = streams.current(self._device)
+        if handle not in self._streams:
+            stream = torch.cuda.current_stream(self._device)
+            self._memory.record_stream(stream)
+            if self._to_scale is not None:
+                self._to_scale.record_stream(stream)
+            self._streams.add(handle)
         return handle
 
     def _made_of(self, data: torch.Tensor, stored: Any) -> Any:

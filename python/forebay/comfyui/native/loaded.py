@@ -188,4 +188,7 @@ def _fits(size: int, device: torch.device) -> bool:
     # What the user reserves is no part of the budget.
     least = management.minimum_inference_memory() - management.extra_reserved_memory()
     others = 0 if device.type == "cpu" else least
-    return bool(size + others <= engine_for(device).budget)
+    engine = engine_for(device)
+    # The budget follows what others take, with a delay.
+    free = engine.memory()[0] + engine.stats()["held"] - (engine.headroom or 0)
+    return bool(size + others <= min(engine.budget, free))

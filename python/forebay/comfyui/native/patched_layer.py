@@ -9,6 +9,7 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 from torch import nn
 
+from forebay import streams
 from forebay._forebay import Weight, hold
 from forebay.comfyui.native.quantized import ManagedQuantized, data_of, unpinned, with_data
 from forebay.instance_methods import InstanceMethod
@@ -53,13 +54,19 @@ class PatchedLayer:
         try:
             is_in_place = False
             for name, one in self._patched.items():
-                parameters[name] = one.patched(stored[name])
+                self._put(parameters, name, one.patched(stored[name]))
                 is_in_place |= one.is_in_place
             if not is_in_place:
                 holding.clear()  # behind what computes them
             return original(*args, **kwargs)
         finally:
-            parameters.update(originals)
+            for name, original_weight in originals.items():
+                self._put(parameters, name, original_weight)
+
+    def _put(self, parameters: dict[str, Any], name: str, weight: Any) -> None:
+        """As an item is set, also of a dict that is watched, without what that takes."""
+        dict.__setitem__(parameters, name, weight)
+        self._layer.__dict__.pop(name, None)
 
 
 class PatchedWeight:
@@ -86,6 +93,7 @@ class PatchedWeight:
         self._seen: list[int] = []
         self._found: Any = None
         self._stream: Any = None
+        self._handle = 0
         self._is_torn = False
 
     def stored(self, parameter: Any, held: list[Weight]) -> Any:
@@ -106,7 +114,7 @@ class PatchedWeight:
         is_torn = not self._put.isdisjoint(serials)
         found = self._compute(self._read(stored) if is_torn else stored)
         # Who is to stay is known when it was there the last time.
-        stays = self._weight.is_resident and (is_torn or serials == self._seen)
+        stays = (is_torn or serials == self._seen) and self._weight.is_resident
         self._seen = serials
         self.is_in_place = stays and _is_alike(found, stored)
         self._is_torn = is_torn and not self.is_in_place
@@ -135,8 +143,7 @@ class PatchedWeight:
         """The stored weight, read from where it is stored."""
         assert self._weight is not None
         data = torch.empty_like(data_of(stored))
-        stream = 0 if self._stream is None else self._stream.cuda_stream
-        self._weight.read_to_device(data.data_ptr(), data.nbytes, stream)
+        self._weight.read_to_device(data.data_ptr(), data.nbytes, self._handle)
         return with_data(stored, data)
 
     def _follow_stream(self, stored: Any) -> None:
@@ -144,12 +151,15 @@ class PatchedWeight:
         device = stored.device
         if device.type != "cuda":
             return
+        handle = streams.current(device)
+        if self._stream is not None and handle == self._handle:
+            return
         stream = torch.cuda.current_stream(device)
-        if self._stream is not None and stream != self._stream:
+        if self._stream is not None:
             stream.wait_stream(self._stream)
             if isinstance(self._found, QuantizedTensor):
                 self._found._params.scale.record_stream(stream)
-        self._stream = stream
+        self._stream, self._handle = stream, handle
 
 
 def _is_alike(found: Any, stored: Any) -> bool:
