@@ -10,11 +10,11 @@ that was not run on a card that holds everything. With a LoRA ComfyUI rounds pat
 and in another where they are patched as they are used: comfy-aimdo and what stands in for it are compared with comfy-aimdo,
 and native, which gives the former everywhere, with ComfyUI's own offloading on a card that holds everything.
 
-A first step counts from the call that samples; its limit is the larger of two: all the model's bytes over the link's rate, and
-the first step of a model that was loaded before, in a process of its own (``loaded``, the fastest of several, since the first
-finds libraries on disk), which the driver's loading of kernels makes long; where that was not run, the fastest later step on a
-card that holds everything. Later steps are the median of all others; their limit is the larger of that fastest step, and the
-bytes that were not resident over the link's rate.
+Later steps are the median of all but the first; their limit is the larger of two: the fastest median on a card that holds
+everything, and the bytes that were not resident over the link's rate, for these are streamed while a step computes. A first step
+counts from the call that samples; its limit is that of a later step and the time in which the driver loads kernels, at least all
+the model's bytes over the link's rate. How long kernels take is by how much the first step of a model that was loaded before, in a
+process of its own (``loaded``, the fastest of several, since the first finds libraries on disk), is longer than its later ones.
 
 What runs is a tool that starts ComfyUI without a server (``--tool``), over a checkout (``--comfyui``, a folder or a tar.gz
 of one). ``bench/comfyui_wheels.sh`` gathers both and what ComfyUI imports, for a machine without a network.
@@ -389,8 +389,9 @@ def gathered(machine: Row, rows: list[Row]) -> Row:
             computing[cell.model] = min(computing.get(cell.model, row["later_s"]), row["later_s"])
             if row["system"] == LOADED:
                 # Of several the fastest: the first process of all finds libraries and kernels on disk.
-                known = starting.get(cell.model, row["first_s"])
-                starting[cell.model] = min(known, row["first_s"], key=statistics.mean)
+                kernels = [max(0.0, first - row["later_s"]) for first in row["first_s"]]
+                known = starting.get(cell.model, kernels)
+                starting[cell.model] = min(known, kernels, key=statistics.mean)
     link = machine["link_gb_s"] * 1e9
     compared = []
     for row in rows:
@@ -404,8 +405,8 @@ def gathered(machine: Row, rows: list[Row]) -> Row:
             more["limit_s"] = max(compute, moved / link)
             reading = row["weights_bytes"] / link
             more["again_limit_s"] = max(compute, reading)
-            starts = itertools.zip_longest(row["first_s"], starting.get(cell.model, []), fillvalue=compute)
-            limits = [max(start, reading) for _, start in starts]
+            starts = itertools.zip_longest(row["first_s"], starting.get(cell.model, []), fillvalue=0.0)
+            limits = [max(start + more["limit_s"], reading) for _, start in starts]
             more["first_limit_s"] = statistics.mean(limits[: len(row["first_s"])])
         compared.append({**row, **more})
     command = " ".join(["python", *sys.argv])

@@ -202,15 +202,25 @@ class ForebayModelPatcher(ModelPatcherDynamic):  # type: ignore[misc]
         for name, module in self.model.named_modules():
             if not hasattr(module, "comfy_cast_weights"):
                 continue
-            wipe_lowvram_weight(module)
-            module.comfy_force_cast_weights = self.force_cast_weights
+            wrappers = {
+                kind: self.weight_wrapper_patches.get(f"{name}.{kind}") for kind in ("weight", "bias")
+            }
+            # What a module sets goes through all that torch asks of it, for some hundreds of them.
+            if _was_loaded(module) or any(wrappers.values()):
+                wipe_lowvram_weight(module)
+            module.__dict__["comfy_force_cast_weights"] = self.force_cast_weights
             if self.force_cast_weights:
                 module.prev_comfy_cast_weights = module.comfy_cast_weights
                 module.comfy_cast_weights = True
-            for kind in ("weight", "bias"):
-                wrappers = self.weight_wrapper_patches.get(f"{name}.{kind}")
-                if wrappers:
-                    getattr(module, f"{kind}_function").extend(wrappers)
+            for kind, functions in wrappers.items():
+                if functions:
+                    getattr(module, f"{kind}_function").extend(functions)
+
+
+def _was_loaded(module: torch.nn.Module) -> bool:
+    """Whether a module has something of a load before."""
+    functions = [getattr(module, f"{kind}_function", None) for kind in ("weight", "bias")]
+    return hasattr(module, "prev_comfy_cast_weights") or any(functions)
 
 
 class _NothingPinned(dict[str, Any]):
