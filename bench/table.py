@@ -45,6 +45,7 @@ the pages of the weights that it touches, which may begin and end in other weigh
 streamed blocks that are stored as float8 and used as bf16, all through the ring; the limit is what is stored over the link.
 
 **ComfyUI** (`bench/comfyui.py`) samples random weights of the real shapes under its own offloading, comfy-aimdo and Forebay.
+`bench/starve.cu` has one stream copy without a pause, and times what others copy meanwhile.
 
 **Pressure** (`bench/pressure.py`) runs stacks of up to four times a card in it while activations and another process take its
 memory. **Switches** (`bench/switch.py`) are from one model that does not fit to another, and
