@@ -84,15 +84,19 @@ class LowRank:
         numbers = torch.cat((scales.view(torch.int32), torch.tensor(ends, dtype=torch.int32)))
         sizes = [rows * rank * dtype.itemsize, rank * columns * dtype.itemsize, numbers.nbytes]
         starts = list(itertools.accumulate((-(-size // _ALIGN) * _ALIGN for size in sizes), initial=0))
-        # Some hundred weights change at once: one piece of memory for each, and no waiting between copies.
-        memory = torch.empty(starts[-1], dtype=torch.uint8, device=device)
+        # Some hundred weights change at once: one piece of memory for each, and one copy where all of it comes from the CPU.
+        sources = {factor.device.type for factors in self.terms for factor in factors[:2]}
+        joined_on = torch.device("cpu") if sources == {"cpu"} else device
+        memory = torch.empty(starts[-1], dtype=torch.uint8, device=joined_on)
         parts = [memory[start : start + size] for start, size in zip(starts, sizes, strict=False)]
         ups, downs = parts[0].view(dtype).view(rows, rank), parts[1].view(dtype).view(rank, columns)
         for (up, down, _), begin, end in zip(self.terms, [0, *ends], ends, strict=False):
             ups[:, begin:end].copy_(up.flatten(1), non_blocking=True)
             downs[begin:end].copy_(down.flatten(1), non_blocking=True)
         parts[2].view(torch.int32).copy_(numbers)
-        up_at, down_at, scale_at = (part.data_ptr() for part in parts)
+        # Pageable memory is read before this returns; what is in the stream is not waited for.
+        memory = memory.to(device, non_blocking=True)
+        up_at, down_at, scale_at = (memory.data_ptr() + start for start in starts[:3])
         each = (dtype_name(self.through), count, scale_at + 4 * count, 0)
         return memory, (0, rows, up_at, down_at, scale_at, dtype_name(dtype), rank, each)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import Any, NoReturn
 
@@ -9,6 +10,7 @@ import torch
 from comfy import model_management
 from comfy.model_patcher import CallbacksMP, ModelPatcher, ModelPatcherDynamic, wipe_lowvram_weight
 
+from forebay._forebay import DeviceError
 from forebay.comfyui.native import collector
 from forebay.comfyui.native.loaded import Loaded, engine_for, loaded_of
 
@@ -33,7 +35,9 @@ class ForebayModelPatcher(ModelPatcherDynamic):  # type: ignore[misc]
         if load_device is not None and load_device.type == "cpu" and not model_management.cpu_mode():
             return ModelPatcher(model, load_device, offload_device, size, weight_inplace_update)
         if load_device is not None and load_device.type != "cpu":
-            engine_for(load_device)  # its threads and pinned memory are there before the model is to run
+            # Its threads and pinned memory are there before the model is to run. What is missing is told when it is loaded.
+            with contextlib.suppress(DeviceError):
+                engine_for(load_device)
         return object.__new__(cls)
 
     def __del__(self) -> None:
