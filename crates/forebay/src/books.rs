@@ -48,6 +48,8 @@ pub(crate) struct VbarBook {
     pub(crate) cached: Option<Range<u32>>,
     pub(crate) schedule: Schedule,
     pub(crate) trace_tail: u64,
+    /// Uses that were taken in, those while it was lent included.
+    pub(crate) uses: u64,
     /// Used at least once: read-ahead makes sense.
     pub(crate) started: bool,
     /// Whom to ask for the pages while they are lent as a whole.
@@ -300,6 +302,7 @@ mod tests {
             cached: None,
             schedule: Schedule::new(0),
             trace_tail: 0,
+            uses: 0,
             started: false,
             lent: None,
         };

@@ -480,6 +480,7 @@ impl Engine {
             cached: None,
             schedule: Schedule::new(scheduled as u32),
             trace_tail: 0,
+            uses: 0,
             started: false,
             lent: None,
         };

@@ -274,6 +274,7 @@ impl State {
             });
             let passes_as_lent = book.vbar.passes_as_lent.swap(0, Ordering::AcqRel);
             let uses = *tail - before + u64::from(passes_as_lent) * layout.scheduled.len() as u64;
+            book.uses += uses;
             if (uses > 0 || passes_as_lent > 0) && book.is_open() {
                 book.started = true;
                 used.push((*id, u32::try_from(uses).unwrap_or(u32::MAX)));
@@ -366,7 +367,7 @@ impl State {
         let book = self.policy.in_use().and_then(|id| self.books.vbars.get(&id));
         book.is_some_and(|book| {
             let scheduled = book.vbar.layout.as_ref().map_or(0, |layout| layout.scheduled.len());
-            book.trace_tail < scheduled as u64
+            book.uses < scheduled as u64
         })
     }
 
@@ -497,6 +498,32 @@ mod tests {
         assert_eq!(offered(Bytes::mib(26), Bytes::mib(24)), Bytes::mib(24));
         assert_eq!(offered(Bytes::mib(22), Bytes::mib(21)), Bytes::mib(20), "less than a frame");
         assert_eq!(offered(Bytes::mib(10), Bytes::mib(24)), Bytes::mib(20), "from before the budget rose");
+        Ok(())
+    }
+
+    #[test]
+    fn a_first_pass_is_over_with_as_many_uses_also_while_lent()
+    -> std::result::Result<(), Box<dyn std::error::Error>> {
+        let page = Bytes::mib(2);
+        let device = HostDevice::new(HostConfig::default())?;
+        let config = EngineConfig { budget: Budget::Fixed(page * 8), ..EngineConfig::default() };
+        let engine = Engine::new(Arc::new(device), config)?;
+        let [one, other] = [attach_pages(&engine, page, 3)?, attach_pages(&engine, page, 3)?];
+        let is_first_pass = || {
+            let mut state = engine.shared().state.lock();
+            state.take_in_uses();
+            state.is_first_pass()
+        };
+        for weight in 0..3 {
+            one.acquire(weight, Use::on(StreamHandle::DEFAULT)).map(drop)?;
+            assert_eq!(is_first_pass(), weight < 2, "{weight}");
+        }
+        one.acquire(0, Use::on(StreamHandle::DEFAULT)).map(drop)?;
+        assert!(!is_first_pass());
+        other.acquire(0, Use::on(StreamHandle::DEFAULT)).map(drop)?;
+        assert!(is_first_pass(), "the other's");
+        other.vbar().passes_as_lent.store(1, Ordering::Release);
+        assert!(!is_first_pass());
         Ok(())
     }
 
