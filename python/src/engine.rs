@@ -1,6 +1,8 @@
 //! `Engine`: the engine of one device.
 
 use std::sync::{Arc, Weak};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use forebay::device::host::{HostConfig, HostDevice};
 use forebay::device::{Device, DeviceAddr, DeviceId, Requantize, StreamHandle};
@@ -39,13 +41,22 @@ impl Engine {
 /// The engines of this process, to be shut down at its end.
 static ENGINES: Mutex<Vec<Weak<forebay::Engine>>> = Mutex::new(Vec::new());
 
+/// How long the end of a process waits for operations of other threads.
+const PATIENCE: Duration = Duration::from_millis(500);
+
 /// Ends the threads of all engines: at the end of a process, while interpreter and driver are still there. Later uses of
-/// weights are errors.
+/// weights are errors. Operations that have begun are waited for, shortly: a thread that comes back to an interpreter that is
+/// gone ends in the middle of torch's code, which aborts the process.
 #[pyfunction]
 pub(crate) fn shut_down_engines(py: Python<'_>) {
     py.detach(|| {
         let engines = std::mem::take(&mut *ENGINES.lock());
-        engines.iter().filter_map(Weak::upgrade).for_each(|engine| engine.shut_down());
+        let engines: Vec<_> = engines.iter().filter_map(Weak::upgrade).collect();
+        engines.iter().for_each(|engine| engine.shut_down());
+        let began = Instant::now();
+        while began.elapsed() < PATIENCE && engines.iter().any(|engine| engine.stats().operations > 0) {
+            thread::sleep(Duration::from_millis(1));
+        }
     });
 }
 
