@@ -85,9 +85,8 @@ class Float8Patch:
         self._to_scale: torch.Tensor | None = None
         self._streams: set[int] = set()
         """Those that its memory is known to be read in."""
-        self._at = 0
         self._sum: tuple[int, str, int, Any, int] | None = None
-        """Of what is stored at this address."""
+        """Of the latest weight, whose address comes first."""
 
     def __call__(self, stored: Any) -> Any:
         """Computes it, in new memory, in the current stream."""
@@ -102,10 +101,10 @@ class Float8Patch:
         kind = (str(self._device), type(stored), data.dtype, data.shape, data.is_contiguous())
         key = (*kind, self._ranks, self._through, self._product[5])
         ways = {"requantized": self._requantized, "rounded": self._rounded}
-        known = _known.get(key)
+        is_quantized = isinstance(stored, QuantizedTensor)
+        known, found = _known.get(key), None
         if known is None:
             found = self._own_result(stored)
-            is_quantized = isinstance(stored, QuantizedTensor)
             params = self._new_params(stored) if is_quantized else None
             if is_quantized:
                 self._round_to(found._params)
@@ -114,12 +113,9 @@ class Float8Patch:
             # One element tells little. All of them tell that the engine begins with the numbers that ComfyUI begins with.
             scaled = way == "requantized" and is_quantized and _are_alike(params, found._params)
             known = _known[key] = _Known(way, scaled)
-        elif not isinstance(stored, QuantizedTensor):
-            found = None
-        elif known.scaled:
+        elif is_quantized and known.scaled:
             self._round_to(self._new_params(stored))
-            found = None
-        else:
+        elif is_quantized:
             found = self._own_result(stored)
             self._round_to(found._params)
         self._way = ways.get(known.way, self._own_result)
@@ -140,7 +136,7 @@ class Float8Patch:
             # The rounded factor that ComfyUI multiplies with, as the engine takes it.
             self._to_scale = (1.0 / params.scale).to(self._through).to(torch.float32)
             self._product = multiplied(self._product, self._to_scale.data_ptr())
-            self._streams, self._at = set(), 0
+            self._streams, self._sum = set(), None
 
     def _new_params(self, stored: Any) -> Any:
         """What ComfyUI makes of the largest element, for the whole weight. None where the engine does not find it."""
@@ -158,9 +154,8 @@ class Float8Patch:
     def _sums(self, stored: Any) -> tuple[int, str, int, Any, int] | None:
         """What the engine rounds. None where it cannot."""
         data = data_of(stored)
-        at = data.data_ptr()
-        if at != self._at:
-            self._at, self._sum = at, self._sum_of(stored, data)
+        if self._sum is None or self._sum[0] != data.data_ptr():
+            self._sum = self._sum_of(stored, data)
         return self._sum
 
     def _sum_of(self, stored: Any, data: torch.Tensor) -> tuple[int, str, int, Any, int] | None:
