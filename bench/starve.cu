@@ -1,6 +1,6 @@
 // How long a copy of another stream's waits while one stream copies to the GPU without a pause, and what lets it in.
 //
-//     nvcc -O2 -std=c++17 -arch=sm_90 -o /tmp/starve bench/starve.cu -lcuda && /tmp/starve
+//     nvcc -O2 -std=c++17 -arch=sm_90 -o /tmp/starve bench/starve.cu -lcuda && /tmp/starve [PART OF A NAME]
 //
 // A thread keeps so many copies of such a size in its stream, for 0.4 s. Meanwhile another thread copies 1 MiB from pageable and
 // from pinned memory, and 16 KiB, one after the other, and rests 5 ms: ten times, if it gets so far. A line is a way: the rate of the
@@ -63,7 +63,12 @@ static const Way WAYS[] = {
     {"kernel /128M", KERNEL, CHUNK, 24, 128 * MIB},
     {"drain /128M", DRAIN, CHUNK, 24, 128 * MIB},
     {"drain /512M", DRAIN, CHUNK, 24, 512 * MIB},
+    {"4 B back /4M", BACK, CHUNK, 24, 4 * MIB},
+    {"4 B back /8M", BACK, CHUNK, 24, 8 * MIB},
+    {"4 B back /16M", BACK, CHUNK, 24, 16 * MIB},
     {"4 B back /32M", BACK, CHUNK, 24, 32 * MIB},
+    {"4 B back /128M", BACK, CHUNK, 24, 128 * MIB},
+    {"4 B back /384M", BACK, CHUNK, 24, 384 * MIB},
     {"plain 32M x2", PLAIN, 32 * MIB, 2, 0},
     {"ping-pong 32M x2 /32M", PING_PONG, 32 * MIB, 2, 32 * MIB},
     {"memset 32M x2 /32M", MEMSET, 32 * MIB, 2, 32 * MIB},
@@ -72,7 +77,7 @@ static const Way WAYS[] = {
     {"plain 2.5M x4", PLAIN, CHUNK, 4, 0},
 };
 
-int main() {
+int main(int arguments, char** argument) {
   cudaFree(0);
   CUcontext context;
   CHECK(cuCtxGetCurrent(&context));
@@ -100,6 +105,7 @@ int main() {
 
   for (int busy = 0; busy < 3; busy++) {
     for (const Way& way : WAYS) {
+      if (arguments > 1 && !strstr(way.name, argument[1])) continue;
       std::atomic<bool> stop{false}, done{false};
       std::atomic<size_t> bytes{0};
       CUstream stream = way.kind == LOW_PRIORITY ? low : copies;

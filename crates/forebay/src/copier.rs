@@ -16,7 +16,6 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use crate::cache::registered::RegisteredPage;
 use crate::filler;
-use crate::giving_way::GivesWay;
 use crate::state::Shared;
 use crate::vbar::Vbar;
 use crate::{EngineError, Result};
@@ -71,7 +70,6 @@ pub(crate) struct Brought(Arc<Shared>);
 struct UnderWay {
     copies: VecDeque<(Event, Bytes)>,
     spare: Vec<Event>,
-    gives_way: GivesWay,
     /// Where a few bytes of each page are copied back to. Without it nobody is let in.
     back: Option<PinnedBuffer>,
 }
@@ -149,11 +147,10 @@ impl UnderWay {
             Ok(copied) => {
                 let (bytes, at) = (copy.registered.bytes(), copy.vbar.page_addr(copy.page));
                 filler::fill_directly(shared, &copy, &copied, |stream| {
-                    let (device, give_way) = (&*shared.device, &mut self.gives_way);
                     let Some(back) = &self.back else { return };
                     // SAFETY: the page is mapped until its fill event, recorded behind this, has completed. Nobody else
                     // uses the few bytes, and this stream writes them in turn.
-                    unsafe { give_way.behind(device, bytes, at, back.as_ptr(), stream) };
+                    unsafe { shared.gives_way.behind(&*shared.device, bytes, at, back.as_ptr(), stream) };
                 });
                 // One that was not recorded, because the copy failed, is complete.
                 self.copies.push_back((copied, bytes));

@@ -15,7 +15,7 @@ use parking_lot::Mutex;
 use crate::converting::ConvertedPart;
 use crate::copier::{Brought, PageCopy};
 use crate::patches::{Completed, Incomplete, PatchSet, computes, mark_filled};
-use crate::reader::Reader;
+use crate::reader::{Reader, copy_in_turn};
 use crate::state::Shared;
 use crate::timeline::Activity;
 use crate::vbar::Vbar;
@@ -122,9 +122,7 @@ impl Fill {
         let stream = self.shared.copy.lock();
         // SAFETY: the slot is not touched before its event has completed; the page is mapped and stays so until its
         // fill event, recorded after this copy, has completed.
-        unsafe { self.shared.device.copy_to_device(to, bytes.as_ptr(), len, stream.handle()) }?;
-        // SAFETY: as before; the slot gets back what it holds.
-        unsafe { slots.gives_way.behind(&*self.shared.device, len, to, bytes.as_mut_ptr(), stream.handle()) };
+        unsafe { copy_in_turn(&self.shared, bytes, to, stream.handle()) }?;
         // SAFETY: the copy stream lives as long as `shared`.
         let recorded = unsafe { slots.copied[copied].record(stream.handle()) };
         drop(stream);

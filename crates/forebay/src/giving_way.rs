@@ -4,6 +4,8 @@
 //! another one waited until streaming ended: 405 ms of 405 (2026-11-29-h200-first-steps, `starve.txt`). A few bytes in the other
 //! direction are another engine's work, for which the stream changes engines and back: others waited 0.4 ms then, at the same rate.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use forebay_core::Bytes;
 use forebay_device::{Device, DeviceAddr, StreamHandle};
 
@@ -12,10 +14,11 @@ const IN_A_ROW: Bytes = Bytes::mib(32);
 /// What is copied back.
 pub(crate) const BACK: Bytes = Bytes::new(4);
 
-/// Counts what one thread copies to the device.
+/// Counts what all threads of an engine copy to the device: a count for each would let nobody in for as long as it takes all of
+/// them to fill theirs.
 #[derive(Debug, Default)]
 pub(crate) struct GivesWay {
-    in_a_row: Bytes,
+    copied: AtomicU64,
 }
 
 impl GivesWay {
@@ -25,16 +28,16 @@ impl GivesWay {
     /// # Safety
     /// As of [`Device::copy_to_host`].
     pub(crate) unsafe fn behind(
-        &mut self,
+        &self,
         device: &dyn Device,
         len: Bytes,
         copied: DeviceAddr,
         back: *mut u8,
         stream: StreamHandle,
     ) {
-        self.in_a_row += len;
-        if self.in_a_row >= IN_A_ROW && len >= BACK {
-            self.in_a_row = Bytes::ZERO;
+        let before = self.copied.fetch_add(len.get(), Ordering::Relaxed);
+        let turn = |copied: u64| copied / IN_A_ROW.get();
+        if turn(before) < turn(before + len.get()) && len >= BACK {
             // SAFETY: the caller's promise.
             unsafe { device.copy_to_host(back, copied, BACK, stream) }.ok();
         }
@@ -58,7 +61,7 @@ mod tests {
             (PinnedBuffer::new(Arc::clone(&device), BACK)?, PinnedBuffer::new(Arc::clone(&device), BACK)?);
         // On this device memory is the process's own.
         let copied = DeviceAddr::new(from.as_ptr() as u64);
-        let mut gives_way = GivesWay::default();
+        let gives_way = GivesWay::default();
         let mut times = 0;
         for number in 1..=64_u8 {
             // SAFETY: nothing is under way in the stream.
@@ -71,7 +74,7 @@ mod tests {
             // SAFETY: as before.
             times += u32::from(unsafe { back.slice(Bytes::ZERO, BACK) } == [number; 4]);
         }
-        assert_eq!(times, 64 / 11, "of 3 MiB each the eleventh makes 32");
+        assert_eq!(times, 64 * 3 / 32, "of 64 copies of 3 MiB those that end a turn of 32");
         Ok(())
     }
 }

@@ -37,7 +37,7 @@ const LEAST_LEFT: Bytes = Bytes::gib(2);
 /// What a range without a limit has reserved before it grows, at most.
 const NOTHING: Bytes = Bytes::mib(2);
 /// Memory that one reader takes at once.
-const PIECE: u64 = 32 << 20;
+const PIECE: u64 = 4 << 20;
 
 /// How a buffer is to be.
 #[derive(Clone, Copy, Debug, Default)]

@@ -10,7 +10,6 @@ use forebay_core::Bytes;
 use forebay_device::{DeviceAddr, Event, PinnedBuffer, StreamHandle};
 use forebay_store::DirectBuffer;
 
-use crate::giving_way::GivesWay;
 use crate::state::Shared;
 use crate::{EngineError, Result};
 
@@ -28,7 +27,6 @@ pub(crate) struct Slots {
     /// Behind what read each slot last.
     pub(crate) copied: Vec<Event>,
     pub(crate) buffer: PinnedBuffer,
-    pub(crate) gives_way: GivesWay,
     chunk: Bytes,
     next: usize,
 }
@@ -62,9 +60,7 @@ impl Reader {
         let bytes = unsafe { slots.buffer.slice_mut(slot, len) };
         read(bytes)?;
         // SAFETY: the slot is not touched before its event has completed; the place is the caller's affair.
-        unsafe { shared.device.copy_to_device(addr, bytes.as_ptr(), len, stream) }?;
-        // SAFETY: the slot gets back what it holds, in front of its event.
-        unsafe { slots.gives_way.behind(&*shared.device, len, addr, bytes.as_mut_ptr(), stream) };
+        unsafe { copy_in_turn(shared, bytes, addr, stream) }?;
         self.copied(copied, stream).map(drop)
     }
 
@@ -121,12 +117,30 @@ impl Reader {
                     (0..ring.slots).map(|_| Event::new(device())).collect::<std::result::Result<_, _>>()?;
                 let buffer = PinnedBuffer::new(device(), ring.chunk * u64::from(ring.slots))?;
                 shared.ring.fetch_add(buffer.size().get(), Ordering::Relaxed);
-                let gives_way = GivesWay::default();
-                empty.insert(Slots { copied, buffer, gives_way, chunk: ring.chunk, next: 0 })
+                empty.insert(Slots { copied, buffer, chunk: ring.chunk, next: 0 })
             }
         };
         Ok((slots, &mut self.through))
     }
+}
+
+/// Enqueues the copy of a slot's bytes, and behind it lets others in, if it is time.
+///
+/// # Safety
+/// Nobody touches the slot until what is in the stream has completed; the place and the stream are as for
+/// [`Device::copy_to_device`](forebay_device::Device::copy_to_device).
+pub(crate) unsafe fn copy_in_turn(
+    shared: &Shared,
+    slot: &mut [u8],
+    to: DeviceAddr,
+    stream: StreamHandle,
+) -> Result<()> {
+    let len = Bytes::new(slot.len() as u64);
+    // SAFETY: the caller's promise.
+    unsafe { shared.device.copy_to_device(to, slot.as_ptr(), len, stream) }?;
+    // SAFETY: as before; the slot gets back what it holds.
+    unsafe { shared.gives_way.behind(&*shared.device, len, to, slot.as_mut_ptr(), stream) };
+    Ok(())
 }
 
 impl Slots {

@@ -21,6 +21,7 @@ use crate::cache::registering::Registering;
 use crate::computed::Computing;
 use crate::config::{EngineConfig, RingConfig};
 use crate::copier::Copies;
+use crate::giving_way::GivesWay;
 use crate::room::Squeezed;
 use crate::timeline::Timeline;
 use crate::vbar::Vbar;
@@ -72,6 +73,7 @@ pub(crate) struct Shared {
     pub(crate) is_squeezed: AtomicBool,
     pub(crate) ring: AtomicU64,
     pub(crate) ring_config: RingConfig,
+    pub(crate) gives_way: GivesWay,
     /// The most that the page cache may hold of the weights, as set by the application.
     pub(crate) page_cache: Option<Bytes>,
     pub(crate) timeline: Timeline,
@@ -163,6 +165,7 @@ impl Shared {
             is_squeezed: AtomicBool::new(false),
             ring: AtomicU64::new(0),
             ring_config: config.ring,
+            gives_way: GivesWay::default(),
             page_cache: config.page_cache,
             timeline: Timeline::new(),
         })
