@@ -36,6 +36,9 @@ SYSTEMS = {
         "Forebay in its place, nothing pinned", environment=(("FOREBAY_COMFYUI_PINNED_GIB", "0"),)
     ),
     "native": System("Forebay, native", native=True),
+    "cold": System(
+        "Forebay, native, kernels loaded when used", native=True, environment=(("FOREBAY_COMFYUI_WARM", "0"),)
+    ),
 }
 
 

@@ -7,6 +7,7 @@ for bit, and the device has it for nothing while a page is filled.
 from __future__ import annotations
 
 import itertools
+import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ Product = tuple[int, int, int, int, int, str, int, tuple[str, int, int, int] | N
 """A product as the engine takes it."""
 
 _ALIGN = 16
+_GAP = torch.zeros(_ALIGN, dtype=torch.uint8)
 _SCRATCH = 32 << 20
 """Bytes that are compared at once."""
 
@@ -77,26 +79,28 @@ class LowRank:
 
     def place(self, device: torch.device) -> tuple[torch.Tensor, Product]:
         """Takes the factors to a device, in the current stream: their memory, and the product for the engine."""
-        (rows, columns), rank, count = self.shape, sum(self.ranks), len(self.terms)
+        rows, rank, count = self.shape[0], sum(self.ranks), len(self.terms)
         dtype = joined_dtype(factor for factors in self.terms for factor in factors[:2])
-        ends = list(itertools.accumulate(self.ranks))
-        scales = torch.tensor([scale for _, _, scale in self.terms], dtype=torch.float32)
-        numbers = torch.cat((scales.view(torch.int32), torch.tensor(ends, dtype=torch.int32)))
-        sizes = [rows * rank * dtype.itemsize, rank * columns * dtype.itemsize, numbers.nbytes]
-        starts = list(itertools.accumulate((-(-size // _ALIGN) * _ALIGN for size in sizes), initial=0))
+        ends = itertools.accumulate(self.ranks)
+        numbers = struct.pack(f"{count}f{count}i", *(scale for _, _, scale in self.terms), *ends)
         # Some hundred weights change at once: one piece of memory for each, and one copy where all of it comes from the CPU.
         sources = {factor.device.type for factors in self.terms for factor in factors[:2]}
         joined_on = torch.device("cpu") if sources == {"cpu"} else device
-        memory = torch.empty(starts[-1], dtype=torch.uint8, device=joined_on)
-        parts = [memory[start : start + size] for start, size in zip(starts, sizes, strict=False)]
-        ups, downs = parts[0].view(dtype).view(rows, rank), parts[1].view(dtype).view(rank, columns)
-        for (up, down, _), begin, end in zip(self.terms, [0, *ends], ends, strict=False):
-            ups[:, begin:end].copy_(up.flatten(1), non_blocking=True)
-            downs[begin:end].copy_(down.flatten(1), non_blocking=True)
-        parts[2].view(torch.int32).copy_(numbers)
+        factors = zip(*((up.flatten(1), down.flatten(1)) for up, down, _ in self.terms), strict=True)
+        ups, downs = (
+            torch.cat([one.detach().to(joined_on, dtype) for one in ones], axis)
+            if count > 1
+            else ones[0].detach().to(joined_on, dtype)
+            for axis, ones in zip((1, 0), factors, strict=True)
+        )
+        parts = [_bytes_of(ups), _bytes_of(downs)]
+        sizes = [-(-part.numel() // _ALIGN) * _ALIGN for part in parts]
+        gaps = [_GAP.to(joined_on)[: size - part.numel()] for size, part in zip(sizes, parts, strict=True)]
+        last = torch.frombuffer(bytearray(numbers), dtype=torch.uint8).to(joined_on)
         # Pageable memory is read before this returns; what is in the stream is not waited for.
-        memory = memory.to(device, non_blocking=True)
-        up_at, down_at, scale_at = (memory.data_ptr() + start for start in starts[:3])
+        memory = torch.cat((parts[0], gaps[0], parts[1], gaps[1], last)).to(device, non_blocking=True)
+        starts = itertools.accumulate(sizes, initial=0)
+        up_at, down_at, scale_at = (memory.data_ptr() + start for start in starts)
         each = (dtype_name(self.through), count, scale_at + 4 * count, 0)
         return memory, (0, rows, up_at, down_at, scale_at, dtype_name(dtype), rank, each)
 
@@ -106,6 +110,10 @@ class LowRank:
         if up.ndim < 2 or down.ndim < 2 or up.shape[1:].numel() != down.shape[0]:
             return None
         return up.shape[0], down.shape[1:].numel()
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
 
 
 def multiplied(product: Product, address: int) -> Product:

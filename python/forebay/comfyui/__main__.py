@@ -18,6 +18,7 @@ from pathlib import Path
 from forebay import __version__
 from forebay.comfyui import checkout, substitute
 from forebay.comfyui.aimdo.host_buffer import LIMIT
+from forebay.comfyui.warming import SWITCH
 
 _OFF = "--disable-dynamic-vram"
 
@@ -52,6 +53,8 @@ def main(arguments: Sequence[str]) -> int:
     substitute.install(found.aimdo)
     if chosen.pinned is not None:
         os.environ[LIMIT] = str(chosen.pinned)
+    if not chosen.warm:
+        os.environ[SWITCH] = "0"
     if chosen.native and _OFF not in rest:
         importlib.import_module("forebay.comfyui.native").install()
     node = (
@@ -99,6 +102,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="GIB",
         help="let ComfyUI keep copies of so much of its weights in pinned memory where it moves them by itself; what it does "
         "not keep is read from the page cache at each use (default: of what it reads again and again)",
+    )
+    parser.add_argument(
+        "--warm",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="have the GPU's driver load the usual kernels while ComfyUI starts, not in a model's first step (default: yes)",
     )
     parser.add_argument(
         "--node",

@@ -127,6 +127,12 @@ def test_pinned_memory_can_be_limited(checkout: Path) -> None:
         assert done.returncode == 2 and "--pinned" in done.stderr
 
 
+def test_loading_kernels_before_they_are_used_can_be_switched_off(checkout: Path) -> None:
+    (checkout / "main.py").write_text("import os; print(os.environ.get('FOREBAY_COMFYUI_WARM'))")
+    assert launch("--no-warm", checkout / "main.py").stdout == "0\n"
+    assert launch(checkout / "main.py").stdout == launch("--warm", checkout / "main.py").stdout == "None\n"
+
+
 def test_a_comfyui_that_native_mode_does_not_know_runs_with_its_own_casting(checkout: Path) -> None:
     (checkout / "comfy" / "model_patcher.py").write_text("ModelPatcher = 1\n")
     (checkout / "main.py").write_text("import comfy.model_patcher as p; print(p.ModelPatcher)")

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from forebay import _forebay
+from forebay.comfyui import warming
 from forebay.comfyui.aimdo import devices
 from forebay.comfyui.aimdo.devices import DEFAULT_HEADROOM, DevCtx, DeviceId
 from forebay.comfyui.aimdo.malloc_graph import Recorder
@@ -77,6 +78,7 @@ def init_devices(device_ids: Iterable[DeviceId | tuple[DeviceId, int]]) -> bool:
         if len(contexts) < len(wanted):
             return False
         devctxs.update({context.id: context for context in contexts})
+    warming.begin(contexts[0])
     return True
 
 

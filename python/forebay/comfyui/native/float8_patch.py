@@ -40,7 +40,7 @@ class _Known:
 
     Attributes:
         way: How a weight is computed.
-        scaled: Whether the engine finds the largest element, of which ComfyUI's function makes the scale.
+        scaled: Whether the engine finds the largest element, of which ComfyUI's layout makes the scale.
     """
 
     way: str
@@ -77,7 +77,6 @@ class Float8Patch:
         self._ranks = tuple(products.ranks)
         self._memory, self._product = products.place(self._device)
         self._seed = comfy.utils.string_to_seed(key)
-        self._layer = layer
         self._own: WeightPatch | None = None
         self._own_arguments = layer, key, patches, self._device
         self._way: Callable[[Any], Any] | None = None
@@ -139,17 +138,17 @@ class Float8Patch:
             self._streams, self._sum = set(), None
 
     def _new_params(self, stored: Any) -> Any:
-        """What ComfyUI makes of the largest element, for the whole weight. None where the engine does not find it."""
-        sums, set_weight = self._sums(stored), getattr(self._layer, "set_weight", None)
-        if sums is None or not callable(set_weight):
+        """What ComfyUI's layout makes of the largest element, for the whole weight. None where the engine does not find it."""
+        sums, quantize = self._sums(stored), getattr(stored.layout_cls, "quantize", None)
+        if sums is None or quantize is None:
             return None
         largest = torch.zeros((), dtype=torch.float32, device=self._device)
         self._engine.largest(largest.data_ptr(), *sums, self._enter_stream())
-        alone = largest.to(self._through).reshape(1, 1)
-        found = set_weight(alone, inplace_update=False, seed=self._seed, return_weight=True)
-        if not isinstance(found, QuantizedTensor):
-            return None
-        return dataclasses.replace(found._params, orig_shape=tuple(stored.shape))
+        # Rounded to nearest: the element itself is of no use, and random numbers take as long as all the rest.
+        _, params = quantize(largest.to(self._through).reshape(1, 1), scale="recalculate")
+        return dataclasses.replace(
+            params, orig_shape=tuple(stored.shape), orig_dtype=stored._params.orig_dtype
+        )
 
     def _sums(self, stored: Any) -> tuple[int, str, int, Any, int] | None:
         """What the engine rounds. None where it cannot."""

@@ -14,7 +14,9 @@ import comfy.ops as ops
 import comfy.utils as utils
 
 from forebay._forebay import OutOfMemoryError
+from forebay.comfyui import warming
 from forebay.comfyui.native.casting import lending
+from forebay.comfyui.native.kernels import of_patches
 from forebay.comfyui.native.patcher import ForebayModelPatcher
 
 _undo: list[tuple[Any, str, Any]] = []
@@ -36,6 +38,7 @@ def replace(activate: bool) -> None:
         _set(model_management, "OOM_EXCEPTION", (*classes, OutOfMemoryError))
         # A loop over bits in Python, for every patched weight of every step where it is computed on use.
         _set(utils, "string_to_seed", _remembering(utils.string_to_seed))
+        _set(warming, "of_patches", of_patches)
     if activate and model_patcher.CoreModelPatcher is not ForebayModelPatcher:
         _set(model_patcher, "CoreModelPatcher", ForebayModelPatcher)
         _set(memory_management, "aimdo_enabled", True)

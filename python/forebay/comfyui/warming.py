@@ -1,0 +1,192 @@
+"""Kernels that are loaded before a model is to run.
+
+The driver loads a kernel when it is first used. For a diffusion transformer that is 0.3 to 0.4 s of its first step, in which the
+device waits. So while ComfyUI starts, a thread uses the usual ones once, on memory whose contents do not matter: matrix products of
+the sizes that such models have, attention, norms, what stands between them. A model that uses others loads those as before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from forebay.comfyui.aimdo.devices import DevCtx
+
+SWITCH = "FOREBAY_COMFYUI_WARM"
+"""An environment variable: with 0 nothing is loaded before it is used."""
+
+Kernels = Callable[["torch.device", "torch.dtype"], Iterator[Callable[[], object]]]
+"""Gives what uses kernels, one after another, on a device in a dtype."""
+
+_WIDTH = 3088
+"""Of the hidden state: near that of Flux, Qwen-Image and others, and that of none. What cuBLAS chose for a product it chooses for
+others of the same shape, and whoever comes first decides: with Flux's own 3072 its results had other bits than without this."""
+_HEADS, _HEAD = 24, 128
+_TOKENS = (4096, 256, 1)
+"""Of an image of a megapixel, of a text, and of what is the same for all of them."""
+_OUT, _IN = (1, 3, 4, 7), (4, 5)
+"""Widths of products, in widths of the hidden state."""
+_FREE = 2 << 30
+"""Bytes that are to be free on the device: the largest product takes 0.4 GiB."""
+
+_log = logging.getLogger("forebay")
+_lock = threading.Lock()
+_begun: dict[str, threading.Thread] = {}
+
+of_patches: Kernels | None = None
+"""Native mode's own, behind the usual ones."""
+
+
+def begin(context: DevCtx) -> threading.Thread | None:
+    """Begins to load kernels for a device, in a thread of its own, once a process.
+
+    Returns:
+        The thread; None where there is nothing to load: without a GPU, without ComfyUI, or where it is switched off.
+    """
+    management = sys.modules.get("comfy.model_management")
+    if context.engine.device == "host" or management is None or os.environ.get(SWITCH) == "0":
+        return None
+    device = context.device
+    with _lock:
+        known = _begun.get(str(device))
+        if known is None:
+            # No daemon: one that comes back from torch to an interpreter that has ended takes the process with it.
+            known = _begun[str(device)] = threading.Thread(
+                target=_load, args=(device, management), name="forebay-warm", daemon=False
+            )
+            known.start()
+        return known
+
+
+def _load(device: torch.device, management: Any) -> None:
+    import torch
+
+    begun, count = time.perf_counter(), 0
+    main = threading.main_thread()
+    try:
+        with torch.inference_mode(), torch.cuda.device(device):
+            dtype = torch.bfloat16 if management.should_use_bf16(device) else torch.float16
+            for kernels in filter(None, (_usual, _of_float8, of_patches, _of_attention)):
+                if torch.cuda.mem_get_info(device)[0] < _FREE:
+                    _log.debug("%s has too little free memory to load kernels before they are used", device)
+                    return
+                for use in kernels(device, dtype):
+                    if not main.is_alive():
+                        return
+                    # What this torch, this ComfyUI or this device does not have is not needed either.
+                    with contextlib.suppress(Exception):
+                        use()
+                        count += 1
+            torch.cuda.empty_cache()
+    except Exception as error:
+        _log.debug("kernels are loaded when they are used: %s", error)
+    finally:
+        _log.debug("%s: %d operations tried in %.2f s", device, count, time.perf_counter() - begun)
+
+
+def _usual(device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[], object]]:
+    import torch
+    from torch.nn import functional
+
+    def empty(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=of, device=device)
+
+    def linear(tokens: int, columns: int, rows: int) -> Callable[[], object]:
+        return lambda: functional.linear(empty(1, tokens, columns), empty(rows, columns), empty(rows))
+
+    # What everything waits for at first: the libraries' own start.
+    yield linear(_TOKENS[0], _WIDTH, 3 * _WIDTH)
+    image, text = (empty(1, tokens, _WIDTH) for tokens in _TOKENS[:2])
+    one = empty(1, 1, _WIDTH)
+    number = empty(1, of=torch.float32)
+    place = torch.zeros(1, _TOKENS[0], 3, dtype=torch.float32, device=device)
+    query = empty(1, _HEADS, _TOKENS[0], _HEAD)
+    layers, rotary = (sys.modules.get(f"comfy.ldm.flux.{name}") for name in ("layers", "math"))
+    if layers is not None:
+        yield lambda: layers.timestep_embedding(number, 256).to(dtype)
+        yield lambda: layers.apply_mod(image, 1 + one, one)
+    if rotary is not None:
+
+        def rotated() -> object:
+            turned = torch.cat([rotary.rope(place[..., axis], 56, 10000) for axis in range(2)], dim=-3)
+            turned = torch.cat([turned, rotary.rope(place[..., 2], 16, 10000)], dim=-3).unsqueeze(1)
+            return rotary.apply_rope(query, query, turned)
+
+        yield rotated
+    for tokens in _TOKENS:
+        for times in _OUT:
+            yield linear(tokens, _WIDTH, times * _WIDTH)
+        for times in _IN:
+            yield linear(tokens, times * _WIDTH, _WIDTH)
+    yield linear(1, 256, _WIDTH)
+    yield linear(1, _WIDTH, 6 * _WIDTH)
+    yield linear(_TOKENS[0], 64, _WIDTH)
+    yield linear(_TOKENS[0], _WIDTH, 64)
+    yield lambda: functional.layer_norm(image, (_WIDTH,), eps=1e-6)
+    yield lambda: functional.layer_norm(image, (_WIDTH,), image[0, 0], image[0, 0])
+    yield lambda: functional.rms_norm(query, (_HEAD,), empty(_HEAD))
+    yield lambda: functional.silu(one)
+    yield lambda: functional.gelu(image, approximate="tanh")
+    yield lambda: functional.gelu(image[:, :, ::2], approximate="tanh")
+    yield lambda: image.add_(image * one)
+    yield lambda: torch.cat((text, image), 1)
+    yield lambda: torch.cat((query[:, :, :256], query), 2)
+    yield lambda: torch.cat((image, torch.cat((image, image), 2)), 2)
+    yield lambda: query.transpose(1, 2).contiguous()
+    yield lambda: image.transpose(1, 2).contiguous()
+    latent = torch.zeros(1, 16, 128, 128, dtype=torch.float32, device=device)
+    yield lambda: (latent * number + latent).to(dtype).float() - latent / number
+    yield lambda: 1.0 - number * 2.0
+    yield lambda: number.repeat(2) ** 2
+
+
+def _of_attention(device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[], object]]:
+    import torch
+
+    query = torch.zeros(1, _HEADS, _TOKENS[0], _HEAD, dtype=dtype, device=device)
+    # By these names: of all choices among them the first is cuDNN's, whatever order is asked for, and it is left to a model.
+    attention = torch.ops.aten
+    yield lambda: attention._scaled_dot_product_flash_attention(query, query, query)
+    yield lambda: attention._scaled_dot_product_cudnn_attention(query, query, query, None, False)
+
+
+def _of_float8(device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[], object]]:
+    import torch
+    from torch.nn import functional
+
+    management = sys.modules["comfy.model_management"]
+    quantized, layout = sys.modules.get("comfy.quant_ops"), "TensorCoreFP8E4M3Layout"
+    if quantized is None or not management.supports_fp8_compute(device):
+        return
+    scale = torch.ones((), dtype=torch.float32, device=device)
+
+    def linear(tokens: int, columns: int, rows: int) -> Callable[[], object]:
+        def use() -> object:
+            shapes = (tokens, columns), (rows, columns)
+            both = (torch.zeros(shape, dtype=dtype, device=device) for shape in shapes)
+            value, weight = (quantized.QuantizedTensor.from_float(one, layout, scale=scale) for one in both)
+            return functional.linear(value, weight, torch.zeros(rows, dtype=dtype, device=device))
+
+        return use
+
+    for tokens in _TOKENS:
+        for times in _OUT:
+            yield linear(tokens, _WIDTH, times * _WIDTH)
+        for times in _IN:
+            yield linear(tokens, times * _WIDTH, _WIDTH)
+    yield linear(1, _WIDTH, 6 * _WIDTH)
+    yield lambda: quantized.QuantizedTensor.from_float(
+        torch.zeros(_WIDTH, _WIDTH, dtype=dtype, device=device),
+        layout,
+        scale="recalculate",
+        stochastic_rounding=1,
+    )
