@@ -20,7 +20,6 @@ Product = tuple[int, int, int, int, int, str, int, tuple[str, int, int, int] | N
 """A product as the engine takes it."""
 
 _ALIGN = 16
-_GAP = torch.zeros(_ALIGN, dtype=torch.uint8)
 _SCRATCH = 32 << 20
 """Bytes that are compared at once."""
 
@@ -57,6 +56,9 @@ class LowRank:
         if len(of) != 1 or None in of:
             shapes = [(tuple(up.shape), tuple(down.shape)) for up, down, _ in self.terms]
             raise ValueError(f"are no products of one shape: {shapes}")
+        for *_, scale in self.terms:
+            if torch.finfo(torch.float32).max < abs(scale) < float("inf"):
+                raise ValueError(f"is multiplied with no float32: {scale}")
 
     def __call__(self, weight: torch.Tensor) -> torch.Tensor:
         """The patched weight, in new memory."""
@@ -95,7 +97,7 @@ class LowRank:
         )
         parts = [_bytes_of(ups), _bytes_of(downs)]
         sizes = [-(-part.numel() // _ALIGN) * _ALIGN for part in parts]
-        gaps = [_GAP.to(joined_on)[: size - part.numel()] for size, part in zip(sizes, parts, strict=True)]
+        gaps = [part.new_empty(size - part.numel()) for size, part in zip(sizes, parts, strict=True)]
         last = torch.frombuffer(bytearray(numbers), dtype=torch.uint8).to(joined_on)
         # Pageable memory is read before this returns; what is in the stream is not waited for.
         memory = torch.cat((parts[0], gaps[0], parts[1], gaps[1], last)).to(device, non_blocking=True)

@@ -128,6 +128,8 @@ def test_what_does_not_fit_is_refused(engine: EngineMaker) -> None:
             LowRank(terms, torch.float16)
     with pytest.raises(ValueError, match="float16 or float32"):
         LowRank([(up, down, 1.0)], torch.bfloat16)
+    with pytest.raises(ValueError, match=r"no float32: -1e\+39"):
+        LowRank([(up, down, 1.0), (up, down, -1e39)], torch.float16)
     with forebay.attach(randomize(linears(1)), engine()) as attachment:
         with pytest.raises(ValueError, match=r"takes no products of \(5, 1024\): 0.weight"):
             attachment.set_patch("0.weight", LowRank([(up[:5], down, 1.0)], torch.float16))
