@@ -71,26 +71,35 @@ def _load(device: torch.device, management: Any) -> None:
     import torch
 
     begun, count = time.perf_counter(), 0
-    main = threading.main_thread()
     try:
         with torch.inference_mode(), torch.cuda.device(device):
             dtype = torch.bfloat16 if management.should_use_bf16(device) else torch.float16
-            for kernels in filter(None, (_usual, _of_float8, of_patches, _of_attention)):
-                if torch.cuda.mem_get_info(device)[0] < _FREE:
-                    _log.debug("%s has too little free memory to load kernels before they are used", device)
-                    return
-                for use in kernels(device, dtype):
-                    if not main.is_alive():
-                        return
+            try:
+                for use in _all(device, dtype):
                     # What this torch, this ComfyUI or this device does not have is not needed either.
                     with contextlib.suppress(Exception):
                         use()
                         count += 1
-            torch.cuda.empty_cache()
+            finally:
+                torch.cuda.empty_cache()
     except Exception as error:
         _log.debug("kernels are loaded when they are used: %s", error)
-    finally:
-        _log.debug("%s: %d operations tried in %.2f s", device, count, time.perf_counter() - begun)
+    _log.debug("%s: %d operations in %.2f s", device, count, time.perf_counter() - begun)
+
+
+def _all(device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[], object]]:
+    """What is used, as long as there is memory for it and the process does not end."""
+    import torch
+
+    main = threading.main_thread()
+    for kernels in filter(None, (_usual, _of_float8, of_patches, _of_attention)):
+        if torch.cuda.mem_get_info(device)[0] < _FREE:
+            _log.debug("%s has too little free memory to load kernels before they are used", device)
+            return
+        for use in kernels(device, dtype):
+            if not main.is_alive():
+                return
+            yield use
 
 
 def _usual(device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[], object]]:
