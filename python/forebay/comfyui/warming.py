@@ -8,6 +8,7 @@ the sizes that such models have, attention, norms, what stands between them. A m
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import sys
@@ -102,6 +103,14 @@ def _all(device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[], obje
             yield use
 
 
+def _products() -> Iterator[tuple[int, int, int]]:
+    """Tokens, columns and rows of the products of a block."""
+    for tokens in _TOKENS:
+        yield from ((tokens, _WIDTH, times * _WIDTH) for times in _OUT)
+        yield from ((tokens, times * _WIDTH, _WIDTH) for times in _IN)
+    yield 1, _WIDTH, 6 * _WIDTH
+
+
 def _usual(device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[], object]]:
     import torch
     from torch.nn import functional
@@ -131,13 +140,8 @@ def _usual(device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[], ob
             return rotary.apply_rope(query, query, turned)
 
         yield rotated
-    for tokens in _TOKENS:
-        for times in _OUT:
-            yield linear(tokens, _WIDTH, times * _WIDTH)
-        for times in _IN:
-            yield linear(tokens, times * _WIDTH, _WIDTH)
+    yield from itertools.starmap(linear, _products())
     yield linear(1, 256, _WIDTH)
-    yield linear(1, _WIDTH, 6 * _WIDTH)
     yield linear(_TOKENS[0], 64, _WIDTH)
     yield linear(_TOKENS[0], _WIDTH, 64)
     yield lambda: functional.layer_norm(image, (_WIDTH,), eps=1e-6)
@@ -187,12 +191,7 @@ def _of_float8(device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[]
 
         return use
 
-    for tokens in _TOKENS:
-        for times in _OUT:
-            yield linear(tokens, _WIDTH, times * _WIDTH)
-        for times in _IN:
-            yield linear(tokens, times * _WIDTH, _WIDTH)
-    yield linear(1, _WIDTH, 6 * _WIDTH)
+    yield from itertools.starmap(linear, _products())
     yield lambda: quantized.QuantizedTensor.from_float(
         torch.zeros(_WIDTH, _WIDTH, dtype=dtype, device=device),
         layout,
