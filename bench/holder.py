@@ -22,12 +22,17 @@ class Driver:
     def __init__(self, ordinal: int) -> None:
         self._library = ctypes.CDLL("libcuda.so.1")
         device, context = ctypes.c_int(), ctypes.c_void_p()
-        self._call("cuInit", 0)
-        self._call("cuDeviceGet", ctypes.byref(device), ordinal)
-        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
-        self._call("cuCtxSetCurrent", context)
+        self.call("cuInit", 0)
+        self.call("cuDeviceGet", ctypes.byref(device), ordinal)
+        self.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
+        self.call("cuCtxSetCurrent", context)
 
-    def _call(self, name: str, *arguments: object) -> None:
+    def call(self, name: str, *arguments: object) -> None:
+        """Calls a function of the driver's.
+
+        Raises:
+            RuntimeError: With the code that it gave.
+        """
         code = getattr(self._library, name)(*arguments)
         if code != 0:
             raise RuntimeError(f"{name}: error {code}")
@@ -42,12 +47,12 @@ class Driver:
 
     def free(self, address: int) -> None:
         """Gives back what was allocated."""
-        self._call("cuMemFree_v2", ctypes.c_uint64(address))
+        self.call("cuMemFree_v2", ctypes.c_uint64(address))
 
     def free_bytes(self) -> int:
         """What nobody has of the device's memory."""
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
-        self._call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
+        self.call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
         return free.value
 
 

@@ -20,6 +20,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import children
+from holder import Driver
+
 CONDITIONS = [
     "none (disk)", "none", "memory 2", "memory 6", "memory 12", "reading 6", "reading 12", "copying", "copying 32",
     "copying 8", "copying 4", "copying 384", "mapping", "events", "reading 12, copying 32, mapping", "none",
@@ -49,36 +52,34 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--conditions", nargs="+", default=CONDITIONS, help="default: %(default)s")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("target/loading"),
-        help="folder for the results (default: %(default)s)",
-    )
+    parser.add_argument("--out", type=Path, help="write the full result as JSON here")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--file", help=argparse.SUPPRESS)
+    parser.add_argument("--report", type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.child:
-        print(json.dumps(measured(chosen.child, chosen.file)))
-        sys.stdout.flush()
+        with children.reporting(chosen.report) as report:
+            report(measured(chosen.child, chosen.file))
         os._exit(0)  # its threads never end
+    children.end_with_their_parent()
     rows = []
-    with tempfile.NamedTemporaryFile() as file:
-        for block in (os.urandom(16 * MIB),) * 128:
-            file.write(block)
-        file.flush()
+    with tempfile.TemporaryDirectory(prefix="forebay-loading-") as folder:
+        file, log = Path(folder) / "file", Path(folder) / "log"
+        with file.open("wb") as filled:
+            for block in (os.urandom(16 * MIB),) * 128:
+                filled.write(block)
         for condition in chosen.conditions:
-            command = [sys.executable, __file__, "--child", condition, "--file", file.name]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-            if done.returncode:
-                print(f"{condition}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+            arguments = ["--child", condition, "--file", file]
+            outcome = children.run_child(Path(__file__), arguments, site=None, log=log, timeout=120)
+            if outcome.reason:
+                print(f"{condition}: {outcome.reason}", file=sys.stderr)
                 continue
-            rows.append(json.loads(done.stdout.splitlines()[-1]))
+            rows += outcome.rows
             longest = sorted(rows[-1]["ms"].items(), key=lambda item: -item[1])[:5]
             told = ", ".join(f"{name} {ms:.0f}" for name, ms in longest)
             print(f"{condition:32} {rows[-1]['total_ms']:7.0f} ms   {told}", flush=True)
-    chosen.out.mkdir(parents=True, exist_ok=True)
-    (chosen.out / "loading.json").write_text(json.dumps({"rows": rows}, indent=1))
+    if chosen.out:
+        chosen.out.write_text(json.dumps({"rows": rows}, indent=1))
     return 0 if rows else 1
 
 
@@ -153,10 +154,8 @@ def begin(name: str, number: str, file: str, going_on: contextlib.ExitStack) -> 
         # Without the interpreter while they copy or read.
         going_on.callback(subprocess.Popen([sys.executable, "-c", code, file]).kill)
     elif name != "none":
-        work = {"copying": lambda: copying(int(number or 0) * MIB), "mapping": mapping, "events": events}[
-            name
-        ]
-        threading.Thread(target=work, daemon=True).start()
+        works = {"copying": lambda: copying(int(number or 0) * MIB), "mapping": mapping, "events": events}
+        threading.Thread(target=works[name], daemon=True).start()
 
 
 def copying(turn: int) -> None:
@@ -210,34 +209,19 @@ class Access(ctypes.Structure):
 
 def mapping() -> None:
     """Makes a page, maps it, unmaps it, and gives it back, every half millisecond."""
-    import torch
-
-    torch.cuda.current_stream().synchronize()  # this thread has the context then
-    driver, places = ctypes.CDLL("libcuda.so.1"), 64
+    driver, places = Driver(0), 64
     size, zero, address = ctypes.c_size_t(PAGE), ctypes.c_uint64(0), ctypes.c_uint64()
     properties, access = Properties(1, 0, 1, 0, None), Access(1, 0, 3)
-
-    def call(name: str, *arguments: object) -> None:
-        code = getattr(driver, name)(*arguments)
-        if code:
-            raise RuntimeError(f"{name} gave {code}")
-
-    call(
-        "cuMemAddressReserve",
-        ctypes.byref(address),
-        ctypes.c_size_t(PAGE * places),
-        ctypes.c_size_t(0),
-        zero,
-        zero,
-    )
+    whole, unaligned = ctypes.c_size_t(PAGE * places), ctypes.c_size_t(0)
+    driver.call("cuMemAddressReserve", ctypes.byref(address), whole, unaligned, zero, zero)
     number = 0
     while True:
         handle, at = ctypes.c_uint64(), ctypes.c_uint64(address.value + PAGE * (number % places))
-        call("cuMemCreate", ctypes.byref(handle), size, ctypes.byref(properties), zero)
-        call("cuMemMap", at, size, ctypes.c_size_t(0), handle, zero)
-        call("cuMemSetAccess", at, size, ctypes.byref(access), ctypes.c_size_t(1))
-        call("cuMemUnmap", at, size)
-        call("cuMemRelease", handle)
+        driver.call("cuMemCreate", ctypes.byref(handle), size, ctypes.byref(properties), zero)
+        driver.call("cuMemMap", at, size, ctypes.c_size_t(0), handle, zero)
+        driver.call("cuMemSetAccess", at, size, ctypes.byref(access), ctypes.c_size_t(1))
+        driver.call("cuMemUnmap", at, size)
+        driver.call("cuMemRelease", handle)
         number += 1
         time.sleep(0.0005)
 

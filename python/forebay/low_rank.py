@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from forebay import streams
 from forebay._forebay import Engine
 from forebay.converting import USED, dtype_name
 
@@ -88,14 +89,9 @@ class LowRank:
         # Some hundred weights change at once: one piece of memory for each, and one copy where all of it comes from the CPU.
         sources = {factor.device.type for factors in self.terms for factor in factors[:2]}
         joined_on = torch.device("cpu") if sources == {"cpu"} else device
-        factors = zip(*((up.flatten(1), down.flatten(1)) for up, down, _ in self.terms), strict=True)
-        ups, downs = (
-            torch.cat([one.detach().to(joined_on, dtype) for one in ones], axis)
-            if count > 1
-            else ones[0].detach().to(joined_on, dtype)
-            for axis, ones in zip((1, 0), factors, strict=True)
-        )
-        parts = [_bytes_of(ups), _bytes_of(downs)]
+        ups = [up.detach().flatten(1).to(joined_on, dtype) for up, _, _ in self.terms]
+        downs = [down.detach().flatten(1).to(joined_on, dtype) for _, down, _ in self.terms]
+        parts = [_bytes_of(_joined(ups, 1)), _bytes_of(_joined(downs, 0))]
         sizes = [-(-part.numel() // _ALIGN) * _ALIGN for part in parts]
         gaps = [part.new_empty(size - part.numel()) for size, part in zip(sizes, parts, strict=True)]
         last = torch.frombuffer(bytearray(numbers), dtype=torch.uint8).to(joined_on)
@@ -112,6 +108,10 @@ class LowRank:
         if up.ndim < 2 or down.ndim < 2 or up.shape[1:].numel() != down.shape[0]:
             return None
         return up.shape[0], down.shape[1:].numel()
+
+
+def _joined(tensors: list[torch.Tensor], axis: int) -> torch.Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, axis)
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -157,7 +157,7 @@ def _are_same(engine: Engine, device: torch.device, rows: int, columns: int, ran
     up[0] = 0.0
     expected = torch.mm(up, down)
     ones, ends = torch.ones(1, device=device), torch.tensor([rank], dtype=torch.int32, device=device)
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    stream = streams.current(device)
     step = max(1, _SCRATCH // (4 * columns))
     for first in range(0, rows, step):
         part = expected[first : first + step]

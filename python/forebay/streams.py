@@ -14,7 +14,9 @@ _OF_A_PRIORITY = 32
 
 
 def current(device: torch.device) -> int:
-    """The calling thread's current stream on a CUDA device."""
+    """The calling thread's current stream on a CUDA device; 0 on another one, which has one of its own."""
+    if device.type != "cuda":
+        return 0
     stream: int = torch._C._cuda_getCurrentRawStream(device.index)
     return stream
 

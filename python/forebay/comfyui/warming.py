@@ -29,13 +29,15 @@ Kernels = Callable[["torch.device", "torch.dtype"], Iterator[Callable[[], object
 """Gives what uses kernels, one after another, on a device in a dtype."""
 
 _WIDTH = 3088
-"""Of the hidden state: near that of Flux, Qwen-Image and others, and that of none. What cuBLAS chose for a product it chooses for
-others of the same shape, and whoever comes first decides: with Flux's own 3072 its results had other bits than without this."""
+"""Of the hidden state: near that of Flux, Qwen-Image and others, and that of none. So whatever a library may note of a shape is not
+of a model's. (cuBLAS gave a model's products the same bits either way.)"""
 _HEADS, _HEAD = 24, 128
 _TOKENS = (4096, 256, 1)
 """Of an image of a megapixel, of a text, and of what is the same for all of them."""
-_OUT, _IN = (1, 3, 4, 7), (4, 5)
-"""Widths of products, in widths of the hidden state."""
+BLOCK = (1, 1), (3, 1), (4, 1), (7, 1), (1, 4), (1, 5)
+"""Rows and columns of a block's weights, in widths of the hidden state."""
+MODULATION = 6, 1
+"""Of what modulates it."""
 _FREE = 2 << 30
 """Bytes that are to be free on the device: the largest product takes 0.4 GiB."""
 
@@ -105,10 +107,8 @@ def _all(device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[], obje
 
 def _products() -> Iterator[tuple[int, int, int]]:
     """Tokens, columns and rows of the products of a block."""
-    for tokens in _TOKENS:
-        yield from ((tokens, _WIDTH, times * _WIDTH) for times in _OUT)
-        yield from ((tokens, times * _WIDTH, _WIDTH) for times in _IN)
-    yield 1, _WIDTH, 6 * _WIDTH
+    for tokens, (rows, columns) in (*itertools.product(_TOKENS, BLOCK), (1, MODULATION)):
+        yield tokens, columns * _WIDTH, rows * _WIDTH
 
 
 def _usual(device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[], object]]:
@@ -121,8 +121,9 @@ def _usual(device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[], ob
     def linear(tokens: int, columns: int, rows: int) -> Callable[[], object]:
         return lambda: functional.linear(empty(1, tokens, columns), empty(rows, columns), empty(rows))
 
-    # What everything waits for at first: the libraries' own start.
-    yield linear(_TOKENS[0], _WIDTH, 3 * _WIDTH)
+    # The first has the libraries start, for which everything waits.
+    yield from itertools.starmap(linear, _products())
+    yield linear(1, 256, _WIDTH)
     image, text = (empty(1, tokens, _WIDTH) for tokens in _TOKENS[:2])
     one = empty(1, 1, _WIDTH)
     number = empty(1, of=torch.float32)
@@ -140,8 +141,6 @@ def _usual(device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[], ob
             return rotary.apply_rope(query, query, turned)
 
         yield rotated
-    yield from itertools.starmap(linear, _products())
-    yield linear(1, 256, _WIDTH)
     yield linear(_TOKENS[0], 64, _WIDTH)
     yield linear(_TOKENS[0], _WIDTH, 64)
     yield lambda: functional.layer_norm(image, (_WIDTH,), eps=1e-6)

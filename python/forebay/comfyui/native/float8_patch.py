@@ -139,13 +139,14 @@ class Float8Patch:
 
     def _new_params(self, stored: Any) -> Any:
         """What ComfyUI's layout makes of the largest element, for the whole weight. None where the engine does not find it."""
-        sums, quantize = self._sums(stored), getattr(stored.layout_cls, "quantize", None)
-        if sums is None or quantize is None:
+        sums = self._sums(stored)
+        if sums is None:
             return None
         largest = torch.zeros((), dtype=torch.float32, device=self._device)
         self._engine.largest(largest.data_ptr(), *sums, self._enter_stream())
         # Rounded to nearest: the element itself is of no use, and random numbers take as long as all the rest.
-        _, params = quantize(largest.to(self._through).reshape(1, 1), scale="recalculate")
+        alone = largest.to(self._through).reshape(1, 1)
+        _, params = stored.layout_cls.quantize(alone, scale="recalculate")
         return dataclasses.replace(
             params, orig_shape=tuple(stored.shape), orig_dtype=stored._params.orig_dtype
         )

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import comfy.model_management
 import torch
 
 from forebay import streams
 from forebay.comfyui.native.loaded import engine_for
+from forebay.comfyui.warming import BLOCK, MODULATION
 from forebay.converting import dtype_name
 from forebay.low_rank import LowRank, sums_as_torch
 
-_WIDTH = 3072
-_RANK = 16
+_WIDTH, _RANK = 3072, 16
+"""Of Flux, and of the usual LoRA: whether torch sums as the engine does is known of these shapes then."""
 _ROWS, _COLUMNS = 256, 512
 """Of a weight that all kernels take."""
 
@@ -23,14 +25,12 @@ def of_patches(device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[]
     engine, through = engine_for(device), comfy.model_management.lora_compute_dtype(device)
     factors = torch.zeros(_ROWS, _RANK), torch.zeros(_RANK, _COLUMNS)
     memory, product = LowRank([(*factors, 1.0)], through).place(device)
-    stream = streams.current(device) if device.type == "cuda" else 0
+    stream = streams.current(device)
     value = torch.zeros(_ROWS, _COLUMNS, dtype=dtype, device=device)
     stored, found = (value.to(torch.float8_e4m3fn) for _ in range(2))
     kept = stored.data_ptr(), dtype_name(stored.dtype), _COLUMNS, product, 0
     yield lambda: engine.add_product(value.data_ptr(), dtype_name(dtype), _COLUMNS, product, stream)
     yield lambda: engine.requantize(found.data_ptr(), *kept, 1, _ROWS * _COLUMNS // 4, stream)
-    for rows, columns in ((1, 1), (3, 1), (4, 1), (1, 4), (1, 5), (6, 1), (7, 1)):
-        yield lambda rows=rows, columns=columns: sums_as_torch(  # type: ignore[misc]
-            engine, device, rows * _WIDTH, columns * _WIDTH, _RANK
-        )
+    for rows, columns in (*BLOCK, MODULATION):
+        yield partial(sums_as_torch, engine, device, rows * _WIDTH, columns * _WIDTH, _RANK)
     del memory  # which the engine's kernels read: torch gives it to others of this stream alone
