@@ -270,7 +270,7 @@ mod tests {
         {
             let mut state = engine.shared().state.lock();
             let plan = state.plan_of(page).expect("it lies in a file");
-            let registered = RegisteredPage::new(&engine.shared().device, &plan, &mut ())?;
+            let registered = RegisteredPage::new(&engine.shared().device, &plan, plan.map()?)?;
             state.registering.registered(registered.size());
             state.books.page(page).registered = Some(Arc::new(registered));
         }

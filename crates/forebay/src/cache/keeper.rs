@@ -1,8 +1,8 @@
 //! The thread that registers page cache with the device, so that the copy engine reads it by itself, gives it back, and
 //! divides the page cache where it is too small for all weights.
 //!
-//! Registering lets nobody else call the driver. So it is done when nothing goes on, as far as the engine knows, and piece by
-//! piece with a rest after each, for whoever calls the driver all the same; where nothing is ever quiet, for pages that are
+//! Registering lets nobody else call the driver. So it is done when nothing goes on, as far as the engine knows, with a rest
+//! after each page, for whoever calls the driver all the same; where nothing is ever quiet, for pages that are
 //! read so often that it pays. It stops where memory that is really free ends. What the host's memory is wanted for is given
 //! back page by page: a driver may let that wait for an idle device, and nobody but this thread waits for it.
 
@@ -15,7 +15,7 @@ use forebay_device::Event;
 use parking_lot::MutexGuard;
 
 use super::ram::Ram;
-use super::registered::{NotRegistered, Pace, PagePlan, RegisteredPage};
+use super::registered::{NotRegistered, PagePlan, RegisteredPage};
 use crate::state::{Shared, State};
 use crate::timeline::Activity;
 use crate::vbar::Vbar;
@@ -35,12 +35,12 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// than the driver's loading of kernels, which waits for each piece.
 const QUIET: Duration = Duration::from_millis(50);
 const QUIET_IN_FIRST_PASS: Duration = Duration::from_secs(1);
-/// How many times as long as registering a piece took nothing is registered. Without a rest a pass took 1.65 times as long while
+/// How many times as long as registering a page took nothing is registered. Without a rest a pass took 1.65 times as long while
 /// its pages were registered (16 GiB of 25 GB; 2026-11-28-h100-third), and between two steps of ComfyUI's, where nothing is used
-/// and the driver is called some seventy times, 45 ms went by instead of 7. Fifteen later steps of Flux in 12 GiB took 4.35 s, of
-/// which all was registered after six; with two rests 4.12 and twelve, on a slower machine with one and a half twelve as well
-/// (2026-11-29-h200-comfyui-second). It is done once, and steps take a third to a tenth less from then on.
-const REST: u32 = 1;
+/// and the driver is called some seventy times, 45 ms went by instead of 7. Of Flux in 12 GiB all was registered after three, six and
+/// eight steps with one rest, two and three, and twenty steps took 6.2, 5.9 and 6.1 s together; in pieces of 4 MiB with one rest 7.1
+/// (2026-11-29-h200-registering).
+const REST: u32 = 2;
 /// Refusals by the device after which it is not asked any more.
 const MOST_REFUSALS: u32 = 3;
 /// How often the end of copies is asked for.
@@ -60,25 +60,6 @@ pub(crate) struct Keeper {
     /// Nothing is registered before.
     rests_until: Instant,
     refusals: u32,
-}
-
-/// Rests after each piece. Meanwhile the next one is mapped and populated, which keeps nobody from calling the driver.
-struct Rests<'a> {
-    shared: &'a Shared,
-    page: u32,
-    until: &'a mut Instant,
-}
-
-impl Pace for Rests<'_> {
-    fn wait(&mut self) {
-        thread::sleep(self.until.saturating_duration_since(Instant::now()));
-    }
-
-    fn registered(&mut self, began: Instant) {
-        self.shared.timeline.note(Activity::Register, self.page, Some(began));
-        let now = Instant::now();
-        *self.until = now + (now - began) * REST;
-    }
 }
 
 impl Keeper {
@@ -175,11 +156,7 @@ impl Keeper {
     }
 
     fn register(&mut self, state: &mut MutexGuard<'_, State>, vbar: &Vbar, page: PageRef, plan: &PagePlan) {
-        let made = MutexGuard::unlocked(state, || {
-            let mut rests = Rests { shared: &self.shared, page: page.page.0, until: &mut self.rests_until };
-            RegisteredPage::new(&self.shared.device, plan, &mut rests)
-        });
-        match made {
+        match MutexGuard::unlocked(state, || self.registered_page(page, plan)) {
             Ok(made) => {
                 let made = Arc::new(made);
                 state.registering.registered(made.size());
@@ -209,6 +186,17 @@ impl Keeper {
                 });
             }
         }
+    }
+
+    /// Rests while the page is mapped and populated, which keeps nobody from calling the driver, then registers it.
+    fn registered_page(&mut self, page: PageRef, plan: &PagePlan) -> Result<RegisteredPage, NotRegistered> {
+        let mapped = plan.map()?;
+        thread::sleep(self.rests_until.saturating_duration_since(Instant::now()));
+        let began = Instant::now();
+        let made = RegisteredPage::new(&self.shared.device, plan, mapped)?;
+        self.shared.timeline.note(Activity::Register, page.page.0, Some(began));
+        self.rests_until = Instant::now() + began.elapsed() * REST;
+        Ok(made)
     }
 
     /// Unregisters some of what leaves, once the copies that may read it have completed.

@@ -1,11 +1,9 @@
 //! One page's bytes where they are in the page cache, registered with the device: the copy engine reads them by itself.
 //!
 //! Every page has mappings of its own, so that pages are registered and given back one by one even where they meet in a
-//! memory page of the file. They are registered in pieces: the driver lets nobody else in meanwhile, and what is on its way
-//! through the readers' slots must last for so long.
+//! memory page of the file.
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use forebay_core::Bytes;
 use forebay_device::{Device, DeviceAddr, DeviceError, HostCopy, Registration, StreamHandle};
@@ -15,9 +13,6 @@ use crate::Result;
 
 /// Parts of files that are nearer to each other than this are registered together.
 const GAP: u64 = 1 << 20;
-/// About so much is registered in one go: 0.2 to 0.4 ms while the readers read, who have 1.2 ms of the link in their slots. With
-/// 8 MiB the link runs dry, and with 2 MiB it takes longer until all is registered (2026-11-29-h200-comfyui-second).
-const PIECE: u64 = 4 << 20;
 /// A page whose bytes lie scattered over more places than this, or in shorter runs, is better gathered in the ring: a copy
 /// of 1 MiB reaches 44 of 55 GB/s, one of 256 KiB a third of it.
 const MOST_PARTS: usize = 16;
@@ -65,14 +60,6 @@ struct FilePart {
     file: Arc<SourceFile>,
     from: u64,
     end: u64,
-}
-
-/// When pieces are registered, for the sake of others who call the driver.
-pub(crate) trait Pace {
-    /// Before each.
-    fn wait(&mut self);
-    /// After each, with when it began.
-    fn registered(&mut self, began: Instant);
 }
 
 /// Why a page was not registered.
@@ -132,8 +119,6 @@ impl PagePlan {
         if parts.len() > MOST_PARTS {
             return None;
         }
-        let parts: Vec<FilePart> = parts.iter().flat_map(FilePart::pieces).collect();
-        let runs = runs.iter().flat_map(|run| parts.iter().filter_map(|part| run.within(part))).collect();
         Some(PagePlan { runs, parts })
     }
 
@@ -149,6 +134,20 @@ impl PagePlan {
         PageKey(self.runs.iter().map(key).collect())
     }
 
+    /// Maps and populates every part. Reads what is not in the page cache yet.
+    ///
+    /// # Errors
+    /// Why a file cannot be mapped.
+    pub(crate) fn map(&self) -> std::result::Result<Vec<MappedFile>, StoreError> {
+        let map = |FilePart { file, from, end }: &FilePart| {
+            let len = Bytes::new(end - from);
+            let part = MappedFile::map_part(file, *from, len)?;
+            part.populate(*from, len)?;
+            Ok(part)
+        };
+        self.parts.iter().map(map).collect()
+    }
+
     /// Bytes that would be registered.
     pub(crate) fn size(&self) -> Bytes {
         let page = rustix::param::page_size() as u64;
@@ -161,18 +160,6 @@ impl FileRun {
     fn goes_on_at(&self, file: &Arc<SourceFile>, from: u64, to: u64) -> bool {
         Arc::ptr_eq(&self.file, file) && self.from + self.len == from && self.to.get() + self.len == to
     }
-
-    /// What of it lies in a part.
-    fn within(&self, part: &FilePart) -> Option<FileRun> {
-        let (from, end) = (self.from.max(part.from), (self.from + self.len).min(part.end));
-        let to = self.to + Bytes::new(from - self.from);
-        (Arc::ptr_eq(&self.file, &part.file) && from < end).then(|| FileRun {
-            file: Arc::clone(&self.file),
-            from,
-            to,
-            len: end - from,
-        })
-    }
 }
 
 impl FilePart {
@@ -180,50 +167,32 @@ impl FilePart {
     fn first_page(&self, page: u64) -> u64 {
         self.from - self.from % page
     }
-
-    /// Divides it into parts of about [`PIECE`].
-    fn pieces(&self) -> impl Iterator<Item = FilePart> {
-        let page = rustix::param::page_size() as u64;
-        let (first, len) = (self.first_page(page), self.end - self.first_page(page));
-        let count = ((len + PIECE / 2) / PIECE).max(1);
-        let step = len.div_ceil(count).next_multiple_of(page);
-        (0..count).filter_map(move |number| {
-            let from = (first + number * step).max(self.from);
-            let end = (first + (number + 1) * step).min(self.end);
-            (from < end).then(|| FilePart { file: Arc::clone(&self.file), from, end })
-        })
-    }
 }
 
 impl RegisteredPage {
-    /// Maps, populates and registers, piece by piece. Reads what is not in the page cache yet.
+    /// Registers the parts that [`PagePlan::map`] mapped. The driver lets nobody else in meanwhile.
     ///
     /// # Errors
-    /// What the device refuses, or why a file cannot be mapped.
+    /// What the device refuses.
     pub(crate) fn new(
         device: &Arc<dyn Device>,
         plan: &PagePlan,
-        pace: &mut impl Pace,
-    ) -> std::result::Result<Self, NotRegistered> {
+        mapped: Vec<MappedFile>,
+    ) -> std::result::Result<Self, DeviceError> {
         let page = rustix::param::page_size() as u64;
         let mut made = RegisteredPage { parts: Vec::new(), runs: Vec::new() };
-        for FilePart { file, from, end } in &plan.parts {
-            let part = MappedFile::map_part(file, *from, Bytes::new(end - from))?;
-            part.populate(*from, Bytes::new(end - from))?;
+        for part in mapped {
             let whole_pages = Bytes::new(part.len().get().next_multiple_of(page));
             let first = part.as_ptr();
-            pace.wait();
-            let began = Instant::now();
             // SAFETY: the mapping is this page's own, and its last memory page is mapped whole. Whoever drops the page waits
             // for its copies.
             made.parts.push(unsafe { Registration::new(Arc::clone(device), part, first, whole_pages)? });
-            pace.registered(began);
         }
         for FileRun { file, from, to, len } in &plan.runs {
             let len = Bytes::new(*len);
             let parts = made.parts.iter().map(Registration::memory);
             let mut of_file = parts.filter(|part| Arc::ptr_eq(part.file(), file));
-            // Every run lies in one of the parts: it was divided as they were.
+            // Every run lies in one of the parts.
             let from = of_file.find_map(|part| part.ptr_at(*from, len).ok()).expect("a part has the run");
             made.runs.push(Run { from, to: *to, len });
         }
@@ -262,33 +231,12 @@ impl RegisteredPage {
     }
 }
 
-/// Without rest.
-#[cfg(test)]
-impl Pace for () {
-    fn wait(&mut self) {}
-    fn registered(&mut self, _began: Instant) {}
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use forebay_device::host::{HostConfig, HostDevice};
     use forebay_store::Source;
     use std::io::Write;
-
-    /// What was called between pieces.
-    #[derive(Default)]
-    struct Pauses(Vec<&'static str>);
-
-    impl Pace for Pauses {
-        fn wait(&mut self) {
-            self.0.push("before");
-        }
-
-        fn registered(&mut self, _began: Instant) {
-            self.0.push("after");
-        }
-    }
 
     /// A file and segments of it, each (source offset, place in the page, length).
     fn plan(bytes: &[u8], segments: &[(u64, u64, u64)]) -> (tempfile::NamedTempFile, Option<PagePlan>) {
@@ -305,6 +253,13 @@ mod tests {
             })
             .collect();
         (file, PagePlan::of(&segments))
+    }
+
+    fn registered(
+        device: &Arc<dyn Device>,
+        plan: &PagePlan,
+    ) -> std::result::Result<RegisteredPage, DeviceError> {
+        RegisteredPage::new(device, plan, plan.map().unwrap())
     }
 
     #[test]
@@ -346,49 +301,37 @@ mod tests {
             runs: vec![FileRun { file: Arc::clone(&file), from: len, to: Bytes::ZERO, len }],
             parts: vec![FilePart { file, from: len, end: 2 * len }],
         };
-        let first = RegisteredPage::new(&device, &first.unwrap(), &mut ()).unwrap();
-        let second = RegisteredPage::new(&device, &second, &mut ()).unwrap();
+        let first = registered(&device, &first.unwrap()).unwrap();
+        let second = registered(&device, &second).unwrap();
         assert_eq!((first.bytes(), second.bytes()), (Bytes::new(len), Bytes::new(len)));
     }
 
     #[test]
-    fn large_parts_are_registered_in_pieces_and_copied_whole() {
+    fn what_is_copied_is_what_the_file_has() {
         let device: Arc<dyn Device> =
             Arc::new(HostDevice::new(HostConfig { registers: true, ..HostConfig::default() }).unwrap());
-        let (before, page) = (3 * 4096 + 8, 4096);
-        let len = 3 * PIECE + 5000;
-        let bytes: Vec<u8> = (0..before + len).map(|at| (at * 7 / 5 % 251) as u8).collect();
-        // Two weights, of which the second lies a little further on in the page.
-        let half = PIECE * 13 / 8;
-        let (_file, plan) = plan(&bytes, &[(before, 0, half), (before + half, half + 64, len - half)]);
+        // Two weights, of which the second lies a little further on in the page, and one from far away.
+        let (before, half, far) = (3 * 4096 + 8, (5 << 20) + 5000, 16 << 20);
+        let segments = [(before, 0, half), (before + half, half + 64, half), (far, 2 * half + 64, half)];
+        let bytes: Vec<u8> = (0..far + half).map(|at| (at * 7 / 5 % 251) as u8).collect();
+        let (_file, plan) = plan(&bytes, &segments);
         let plan = plan.unwrap();
-        assert_eq!(plan.parts.len(), 3);
-        assert!(plan.parts.iter().all(|part| part.end - part.from < PIECE * 3 / 2), "{:?}", plan.parts);
-        let (first, inner) = plan.parts.split_first().unwrap();
-        assert_eq!(first.from, before);
-        assert!(inner.iter().all(|part| part.from % page == 0), "{inner:?}");
-        let mut pauses = Pauses::default();
-        let made = RegisteredPage::new(&device, &plan, &mut pauses).unwrap();
-        assert_eq!(
-            (pauses.0, made.bytes(), made.size()),
-            (["before", "after"].repeat(3), Bytes::new(len), plan.size())
-        );
-        let copied: Vec<(u64, u64)> = plan.runs.iter().map(|run| (run.from, run.len)).collect();
-        assert_eq!(copied.iter().map(|(_, len)| len).sum::<u64>(), len);
-        assert!(made.runs.iter().zip(&plan.runs).all(|(run, of)| {
+        assert_eq!(plan.parts.len(), 2);
+        let made = registered(&device, &plan).unwrap();
+        assert_eq!((made.bytes(), made.size()), (Bytes::new(3 * half), plan.size()));
+        for (run, (from, to, len)) in made.runs.iter().zip(segments) {
+            assert_eq!((run.to.get(), run.len.get()), (to, len));
             // SAFETY: in the mapping that `made` keeps.
             let found = unsafe { std::slice::from_raw_parts(run.from, run.len.as_usize()) };
-            let from = of.from as usize;
-            let to = if of.from < before + half { of.from - before } else { of.from - before + 64 };
-            found == &bytes[from..from + found.len()] && run.to.get() == to
-        }));
+            assert!(found == &bytes[from as usize..(from + len) as usize]);
+        }
+        assert_eq!(made.runs.len(), segments.len());
     }
 
     #[test]
     fn a_device_that_registers_nothing_says_so() {
         let device: Arc<dyn Device> = Arc::new(HostDevice::new(HostConfig::default()).unwrap());
         let (_file, plan) = plan(&vec![3; 1 << 20], &[(0, 0, 1 << 20)]);
-        let error = RegisteredPage::new(&device, &plan.unwrap(), &mut ()).unwrap_err();
-        assert!(matches!(error, NotRegistered::Device(error) if error.is_unsupported()));
+        assert!(registered(&device, &plan.unwrap()).unwrap_err().is_unsupported());
     }
 }
