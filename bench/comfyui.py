@@ -14,7 +14,8 @@ Later steps are the median of all but the first; their limit is the larger of tw
 everything, and the bytes that were not resident over the link's rate, for these are streamed while a step computes. A first step
 counts from the call that samples; its limit is that of a later step and the time in which the driver loads kernels, at least all
 the model's bytes over the link's rate. How long kernels take is by how much the first step of a model that was loaded before, in a
-process of its own (``loaded``, the fastest of several, since the first finds libraries on disk), is longer than its later ones.
+process of its own (``loaded``, the fastest of several, since the first finds libraries on disk), is longer than its later ones;
+where they are loaded before the first step begins (``started``), no time.
 
 What runs is a tool that starts ComfyUI without a server (``--tool``), over a checkout (``--comfyui``, a folder or a tar.gz
 of one). ``bench/comfyui_wheels.sh`` gathers both and what ComfyUI imports, for a machine without a network.
@@ -35,8 +36,9 @@ import statistics
 import sys
 import tarfile
 import tempfile
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -272,48 +274,65 @@ def child(chosen: argparse.Namespace) -> int:
         if system.native:
             importlib.import_module("forebay.comfyui.native").install()
         sys.meta_path.insert(0, Gate())
-        loads = loads_before_sampling() if system.loads_before else []
+        before = [load_whole] if system.loads_before else [wait_for_kernels] if system.waits_before else []
+        spent = before_sampling(*before)
         sys.argv = [str(chosen.tool), *map(str, arguments), "--", *system.comfy]
         try:
             runpy.run_path(str(chosen.tool), run_name="__main__")
         finally:
             text = Path(out.name).read_text()
             if text:
-                report(without(loads, json.loads(text)))
+                report(without(spent, json.loads(text)))
     return 0
 
 
-def loads_before_sampling() -> list[float]:
-    """Has each model loaded before it samples. The seconds that took, which are known once it has sampled."""
+def before_sampling(*actions: Callable[[object], None]) -> list[float]:
+    """Has something done with each model before it samples. The seconds that took, which are known once it has sampled."""
+    seconds: list[float] = []
+    if not actions:
+        return seconds
     from forebay.comfyui.native.arrival import on_import
 
-    seconds: list[float] = []
-
     def wrap() -> None:
-        import comfy.model_management
-        import torch
-
         module = sys.modules[SAMPLING]
         sample = module.sample
 
-        def loaded(model: object, *args: object, **kwargs: object) -> object:
+        def prepared(model: object, *args: object, **kwargs: object) -> object:
             began = time.perf_counter()
-            comfy.model_management.load_models_gpu([model], force_full_load=True)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            for action in actions:
+                action(model)
             seconds.append(time.perf_counter() - began)
             return sample(model, *args, **kwargs)
 
-        module.sample = loaded
+        module.sample = prepared
 
     on_import(SAMPLING, wrap)
     return seconds
 
 
-def without(loads: list[float], report: Row) -> Row:
-    """A report whose first steps begin after what was loaded before them."""
+def load_whole(model: object) -> None:
+    """Has ComfyUI load a model as a whole."""
+    import comfy.model_management
+    import torch
+
+    comfy.model_management.load_models_gpu([model], force_full_load=True)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def wait_for_kernels(_model: object) -> None:
+    """Waits until kernels are loaded that are loaded while ComfyUI starts."""
+    from forebay.comfyui.warming import THREAD
+
+    for thread in threading.enumerate():
+        if thread.name == THREAD:
+            thread.join()
+
+
+def without(spent: list[float], report: Row) -> Row:
+    """A report whose first steps begin after what was done before them."""
     sampled = [phase for phase in report["phases"] if phase["phase"].startswith("sample")]
-    for phase, seconds in zip(sampled, loads, strict=False):
+    for phase, seconds in zip(sampled, spent, strict=False):
         phase["step_s"][0] -= seconds
     return report
 
@@ -405,7 +424,8 @@ def gathered(machine: Row, rows: list[Row]) -> Row:
             more["limit_s"] = max(compute, moved / link)
             reading = row["weights_bytes"] / link
             more["again_limit_s"] = max(compute, reading)
-            starts = itertools.zip_longest(row["first_s"], starting.get(cell.model, []), fillvalue=0.0)
+            kernels = [] if SYSTEMS[row["system"]].waits_before else starting.get(cell.model, [])
+            starts = itertools.zip_longest(row["first_s"], kernels, fillvalue=0.0)
             limits = [max(start + more["limit_s"], reading) for _, start in starts]
             more["first_limit_s"] = statistics.mean(limits[: len(row["first_s"])])
         compared.append({**row, **more})

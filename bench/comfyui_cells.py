@@ -17,6 +17,8 @@ class System:
     native: bool = False
     loads_before: bool = False
     """Loads a model before its first step begins."""
+    waits_before: bool = False
+    """Begins once the usual kernels are loaded, as where ComfyUI has been running for some seconds."""
     environment: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -36,6 +38,7 @@ SYSTEMS = {
         "Forebay in its place, nothing pinned", environment=(("FOREBAY_COMFYUI_PINNED_GIB", "0"),)
     ),
     "native": System("Forebay, native", native=True),
+    "started": System("Forebay, native, ComfyUI started before", native=True, waits_before=True),
     "cold": System(
         "Forebay, native, kernels loaded when used", native=True, environment=(("FOREBAY_COMFYUI_WARM", "0"),)
     ),

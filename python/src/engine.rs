@@ -54,7 +54,7 @@ pub(crate) fn shut_down_engines(py: Python<'_>) {
         let engines: Vec<_> = engines.iter().filter_map(Weak::upgrade).collect();
         engines.iter().for_each(|engine| engine.shut_down());
         let began = Instant::now();
-        while began.elapsed() < PATIENCE && engines.iter().any(|engine| engine.stats().operations > 0) {
+        while began.elapsed() < PATIENCE && engines.iter().any(|engine| engine.operations() > 0) {
             thread::sleep(Duration::from_millis(1));
         }
     });

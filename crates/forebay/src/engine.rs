@@ -287,6 +287,11 @@ impl Engine {
         (state.budget, state.policy.budget())
     }
 
+    /// How many operations hold weights at this moment.
+    pub fn operations(&self) -> usize {
+        self.shared.operations.load(Ordering::Acquire)
+    }
+
     /// What is where and what was moved. Prints as a table.
     pub fn stats(&self) -> EngineStats {
         let state = self.shared.state.lock();

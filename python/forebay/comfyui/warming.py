@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 SWITCH = "FOREBAY_COMFYUI_WARM"
 """An environment variable: with 0 nothing is loaded before it is used."""
 
+THREAD = "forebay-warm"
+"""The name of the thread that loads them."""
+
 Kernels = Callable[["torch.device", "torch.dtype"], Iterator[Callable[[], object]]]
 """Gives what uses kernels, one after another, on a device in a dtype."""
 
@@ -64,7 +67,7 @@ def begin(context: DevCtx) -> threading.Thread | None:
         if known is None:
             # No daemon: one that comes back from torch to an interpreter that has ended takes the process with it.
             known = _begun[str(device)] = threading.Thread(
-                target=_load, args=(device, management), name="forebay-warm", daemon=False
+                target=_load, args=(device, management), name=THREAD, daemon=False
             )
             known.start()
         return known
