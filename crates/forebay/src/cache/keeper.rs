@@ -37,7 +37,7 @@ const QUIET: Duration = Duration::from_millis(50);
 const QUIET_IN_FIRST_PASS: Duration = Duration::from_secs(1);
 /// How many times as long as registering a page took nothing is registered. Without a rest a pass took 1.65 times as long while
 /// its pages were registered (16 GiB of 25 GB; 2026-11-28-h100-third), and between two steps of ComfyUI's, where nothing is used
-/// and the driver is called some seventy times, 45 ms went by instead of 7. Of Flux in 12 GiB all was registered after three, six and
+/// and the driver is called some seventy times, 45 ms went by instead of 7. Of Flux in 12 GiB all was registered after four, seven and
 /// eight steps with one rest, two and three, and twenty steps took 6.2, 5.9 and 6.1 s together; in pieces of 4 MiB with one rest 7.1
 /// (2026-11-29-h200-registering).
 const REST: u32 = 2;

@@ -16,8 +16,8 @@ const KEPT: Duration = Duration::from_secs(10);
 /// twice.
 const OFTEN: u32 = 3;
 /// Fills through the ring after which a page is registered though it is not quiet. Until all pages are registered steps take
-/// longer: of 24 GB for four or five steps 1.7 to 1.1 of the limit, where readers alone reach 1.2 and, with the host's memory slow,
-/// 1.5 to 1.8. From then on 1.03 to 1.08. Twenty steps take 6.0 s together, 6.4 with nothing registered
+/// longer: of 24 GB for some six steps 1.8 to 1.1 of the limit, where readers alone reach 1.2 and, with the host's memory slow,
+/// 1.5 to 1.8. From then on 1.03 to 1.08. Twenty steps take 5.9 s together, 6.4 with nothing registered
 /// (2026-11-29-h200-registering).
 const LATE: u32 = 2;
 
