@@ -23,7 +23,8 @@ import support
 import torch
 from running import load, sample, with_lora
 
-from forebay.comfyui.native import float8_patch
+import forebay
+from forebay.comfyui.native import float8_patch, loaded
 from forebay.comfyui.native.loaded import loaded_of
 from forebay.comfyui.native.patched_layer import PatchedWeight
 from forebay.comfyui.native.quantized import stand_ins_of
@@ -73,6 +74,24 @@ def _expected(path: Path, legacy: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """With and without a LoRA."""
     with legacy():
         return sample(_patched(path), "flux", _STEPS), sample(load(path), "flux", _STEPS)
+
+
+def test_weights_are_read_while_patches_are_made_unless_they_would_be_read_again(
+    path: Path, folder: Path, native: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_once: list[bool] = []
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        at_once.append(kwargs["prefetch"])
+        return forebay.attach(*args, **kwargs)
+
+    monkeypatch.setattr(loaded, "attach", noted)
+    for file in (path, checkpoints.write(folder, "flux", "bf16")):
+        for budget in (1 << 32, _some_of(file)):
+            for made in (load, _patched):
+                with native(budget):
+                    management.load_models_gpu([made(file)])
+    assert at_once == [True, False, True, True, True, False, True, False]
 
 
 def test_what_stays_is_computed_once(

@@ -73,20 +73,22 @@ class Loaded:
                 ]
                 dtypes = _model_dtypes(model)
                 self._size = _size(model, dtypes)
+                fits = _fits(self._size, device)
+                computed_on_use = bool(self._quantized) and not fits
                 self._attachment = attach(
                     model,
                     engine_for(device),
                     dtype=dtypes or None,
                     whole=patched and bool(self._quantized),
                     # What is patched as it is filled would be filled twice.
-                    prefetch=not patched,
+                    prefetch=not patched or computed_on_use,
                 )
                 for quantized in self._quantized:
                     quantized.stand_in()
         except BaseException:
             self.unload()
             raise
-        self._patches = Patches(model, self._attachment, at_fill=_fits(self._size, device))
+        self._patches = Patches(model, self._attachment, at_fill=fits)
         self._modules = {id(module) for module in model.modules()}
         model.__dict__[_ATTRIBUTE] = self
 
