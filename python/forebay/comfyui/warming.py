@@ -8,6 +8,7 @@ the sizes that such models have, attention, norms, what stands between them. A m
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import logging
 import os
@@ -98,7 +99,7 @@ def _all(device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[], obje
     import torch
 
     main = threading.main_thread()
-    for kernels in filter(None, (_usual, _of_float8, of_patches, _of_attention)):
+    for kernels in filter(None, (_of_blocks, _of_samplers, _of_float8, of_patches, _of_attention)):
         if torch.cuda.mem_get_info(device)[0] < _FREE:
             _log.debug("%s has too little free memory to load kernels before they are used", device)
             return
@@ -114,7 +115,8 @@ def _products() -> Iterator[tuple[int, int, int]]:
         yield tokens, columns * _WIDTH, rows * _WIDTH
 
 
-def _usual(device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[], object]]:
+def _of_blocks(device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[], object]]:
+    """What transformers of images are made of."""
     import torch
     from torch.nn import functional
 
@@ -124,32 +126,42 @@ def _usual(device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[], ob
     def linear(tokens: int, columns: int, rows: int) -> Callable[[], object]:
         return lambda: functional.linear(empty(1, tokens, columns), empty(rows, columns), empty(rows))
 
+    def plain(tokens: int, columns: int, rows: int) -> object:
+        return functional.linear(empty(1, tokens, columns), empty(rows, columns))
+
     # The first has the libraries start, for which everything waits.
     yield from itertools.starmap(linear, _products())
     yield linear(1, 256, _WIDTH)
+    yield from (functools.partial(plain, *shape) for shape in _products() if shape[0] > 1)
     image, text = (empty(1, tokens, _WIDTH) for tokens in _TOKENS[:2])
     one = empty(1, 1, _WIDTH)
     number = empty(1, of=torch.float32)
     place = torch.zeros(1, _TOKENS[0], 3, dtype=torch.float32, device=device)
     query = empty(1, _HEADS, _TOKENS[0], _HEAD)
     layers, rotary = (sys.modules.get(f"comfy.ldm.flux.{name}") for name in ("layers", "math"))
+    kitchen: Any = getattr(sys.modules.get("comfy.quant_ops"), "ck", None)
     if layers is not None:
         yield lambda: layers.timestep_embedding(number, 256).to(dtype)
         yield lambda: layers.apply_mod(image, 1 + one, one)
     if rotary is not None:
 
-        def rotated() -> object:
+        def turns() -> torch.Tensor:
             turned = torch.cat([rotary.rope(place[..., axis], 56, 10000) for axis in range(2)], dim=-3)
-            turned = torch.cat([turned, rotary.rope(place[..., 2], 16, 10000)], dim=-3).unsqueeze(1)
-            return rotary.apply_rope(query, query, turned)
+            return torch.cat([turned, rotary.rope(place[..., 2], 16, 10000)], dim=-3).unsqueeze(1)
 
-        yield rotated
+        yield lambda: rotary.apply_rope(query, query, turns())
+        yield lambda: rotary.apply_rope1(query, turns())
+        if hasattr(kitchen, "rms_rope"):
+            heads, scale = query.transpose(1, 2).contiguous(), empty(_HEAD)
+            yield lambda: kitchen.rms_rope(heads, heads, turns().transpose(1, 2), scale, scale, 1e-5)
     yield linear(_TOKENS[0], 64, _WIDTH)
     yield linear(_TOKENS[0], _WIDTH, 64)
     yield lambda: functional.layer_norm(image, (_WIDTH,), eps=1e-6)
     yield lambda: functional.layer_norm(image, (_WIDTH,), image[0, 0], image[0, 0])
     yield lambda: functional.rms_norm(query, (_HEAD,), empty(_HEAD))
     yield lambda: functional.silu(one)
+    yield lambda: torch.tanh(one)
+    yield lambda: functional.silu(image) * image + image
     yield lambda: functional.gelu(image, approximate="tanh")
     yield lambda: functional.gelu(image[:, :, ::2], approximate="tanh")
     yield lambda: image.add_(image * one)
@@ -158,10 +170,33 @@ def _usual(device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[], ob
     yield lambda: torch.cat((image, torch.cat((image, image), 2)), 2)
     yield lambda: query.transpose(1, 2).contiguous()
     yield lambda: image.transpose(1, 2).contiguous()
+    yield lambda: one.repeat(1, 32, 1)
+
+
+def _of_samplers(device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[], object]]:
+    """What stands around a model: noise, steps, and where the parts of an image are."""
+    import torch
+    from torch.nn import functional
+
     latent = torch.zeros(1, 16, 128, 128, dtype=torch.float32, device=device)
+    number = torch.ones(1, dtype=torch.float32, device=device)
+    yield lambda: bool(torch.count_nonzero(latent) > 0)
     yield lambda: (latent * number + latent).to(dtype).float() - latent / number
+    yield lambda: latent.clone().add_(latent * number.view(1, 1, 1, 1)).div_(latent)
+    yield lambda: torch.zeros_like(latent) + torch.ones_like(latent) * 1e-37 + latent.new_ones([1])
     yield lambda: 1.0 - number * 2.0
+    yield lambda: -number
     yield lambda: number.repeat(2) ** 2
+    yield lambda: torch.sqrt(1.0 + number**2.0) / (number**2 + 1.0) ** 0.5
+    yield lambda: (number.log() - latent[0, 0, :, :1]).abs().argmin()
+    yield lambda: torch.cat((latent, latent))
+    yield lambda: torch.stack((latent[0], latent[0]))
+    yield lambda: functional.pad(latent.to(dtype), (0, 0, 0, 0), mode="circular")
+    yield lambda: latent.to(dtype).view(1, 16, 64, 2, 64, 2).permute(0, 2, 4, 1, 3, 5).reshape(1, -1, 64)
+    line = torch.linspace(0, 63, steps=64, dtype=torch.float32, device=device)
+    yield lambda: latent[0, 0].add_(line.repeat(2)[:, None] + 1.0)
+    yield lambda: torch.arange(64, dtype=torch.float32, device=device).exp() * latent[0, 0, :, :64]
+    yield lambda: torch.zeros(64, 3, dtype=torch.float32, device=device)[:, 1].fill_(1.0).copy_(line)
 
 
 def _of_attention(device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[], object]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +12,12 @@ import pytest
 if "COMFYUI_ROOT" not in os.environ:
     pytest.skip("needs a checkout of ComfyUI: COMFYUI_ROOT", allow_module_level=True)
 
+import checkpoints
 import comfy.ldm.flux.model
 import comfy.model_management
 import torch
+from running import load, sample
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from forebay.comfyui import warming
 from forebay.comfyui.native import kernels
@@ -41,15 +45,55 @@ def _used(uses: Any) -> int:
 
 def test_what_is_used_before_a_model_runs_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
     # A use that fails goes by without a word where a model may not need it: here none does.
-    assert _used(warming._usual(CPU, torch.bfloat16)) > 30
+    assert _used(warming._of_blocks(CPU, torch.bfloat16)) > 30
+    assert _used(warming._of_samplers(CPU, torch.bfloat16)) > 10
     assert _used(warming._of_float8(CPU, torch.bfloat16)) == 0
     monkeypatch.setattr(comfy.model_management, "supports_fp8_compute", lambda device: True)
     assert _used(warming._of_float8(CPU, torch.bfloat16)) > 10
 
 
+class _Computing(TorchDispatchMode):
+    """Notes the operations that compute, by their names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view:
+            self.names.add(func.overloadpacket.__name__.rstrip("_"))
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("kind", ["flux", "zimage"])
+def test_what_a_sampling_computes_was_used_before(kind: str, folder: Path, legacy: Any) -> None:
+    with legacy(), torch.inference_mode(), _Computing() as by_model:
+        sample(load(checkpoints.write(folder, kind, "bf16")), kind)
+    with torch.inference_mode(), _Computing() as before:
+        for kernels_of in (warming._of_blocks, warming._of_samplers):
+            _used(kernels_of(CPU, torch.bfloat16))
+    # Views to torch but for these tools, memory, and what a CPU has in the place of a GPU's attention.
+    no_kernels = {
+        "detach",
+        "alias",
+        "lift_fresh",
+        "item",
+        "reshape",
+        "contiguous",
+        "empty",
+        "new_empty",
+        "chunk",
+    }
+    no_kernels |= {"_has_compatible_shallow_copy_type", "to", "is_nonzero", "flatten", "set"}
+    attention = {"baddbmm", "bmm", "softmax"}
+    of_this_test = {"randn", "isfinite", "all"}
+    assert by_model.names - before.names - no_kernels - attention - of_this_test == set()
+
+
 def test_random_numbers_are_the_applications() -> None:
     before = torch.get_rng_state()
-    _used(warming._usual(CPU, torch.bfloat16))
+    for kernels_of in (warming._of_blocks, warming._of_samplers):
+        _used(kernels_of(CPU, torch.bfloat16))
     assert torch.equal(torch.get_rng_state(), before)
 
 
