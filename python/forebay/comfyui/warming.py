@@ -99,7 +99,9 @@ def _all(device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[], obje
     import torch
 
     main = threading.main_thread()
-    for kernels in filter(None, (_of_blocks, _of_samplers, _of_float8, of_patches, _of_attention)):
+    for kernels in filter(
+        None, (_of_blocks, _of_samplers, _of_float8, of_patches, _of_attention, _of_others)
+    ):
         if torch.cuda.mem_get_info(device)[0] < _FREE:
             _log.debug("%s has too little free memory to load kernels before they are used", device)
             return
@@ -126,42 +128,25 @@ def _of_blocks(device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[]
     def linear(tokens: int, columns: int, rows: int) -> Callable[[], object]:
         return lambda: functional.linear(empty(1, tokens, columns), empty(rows, columns), empty(rows))
 
-    def plain(tokens: int, columns: int, rows: int) -> object:
-        return functional.linear(empty(1, tokens, columns), empty(rows, columns))
-
     # The first has the libraries start, for which everything waits.
     yield from itertools.starmap(linear, _products())
     yield linear(1, 256, _WIDTH)
-    yield from (functools.partial(plain, *shape) for shape in _products() if shape[0] > 1)
     image, text = (empty(1, tokens, _WIDTH) for tokens in _TOKENS[:2])
     one = empty(1, 1, _WIDTH)
     number = empty(1, of=torch.float32)
-    place = torch.zeros(1, _TOKENS[0], 3, dtype=torch.float32, device=device)
     query = empty(1, _HEADS, _TOKENS[0], _HEAD)
     layers, rotary = (sys.modules.get(f"comfy.ldm.flux.{name}") for name in ("layers", "math"))
-    kitchen: Any = getattr(sys.modules.get("comfy.quant_ops"), "ck", None)
     if layers is not None:
         yield lambda: layers.timestep_embedding(number, 256).to(dtype)
         yield lambda: layers.apply_mod(image, 1 + one, one)
     if rotary is not None:
-
-        def turns() -> torch.Tensor:
-            turned = torch.cat([rotary.rope(place[..., axis], 56, 10000) for axis in range(2)], dim=-3)
-            return torch.cat([turned, rotary.rope(place[..., 2], 16, 10000)], dim=-3).unsqueeze(1)
-
-        yield lambda: rotary.apply_rope(query, query, turns())
-        yield lambda: rotary.apply_rope1(query, turns())
-        if hasattr(kitchen, "rms_rope"):
-            heads, scale = query.transpose(1, 2).contiguous(), empty(_HEAD)
-            yield lambda: kitchen.rms_rope(heads, heads, turns().transpose(1, 2), scale, scale, 1e-5)
+        yield lambda: rotary.apply_rope(query, query, _turns(rotary, device))
     yield linear(_TOKENS[0], 64, _WIDTH)
     yield linear(_TOKENS[0], _WIDTH, 64)
     yield lambda: functional.layer_norm(image, (_WIDTH,), eps=1e-6)
     yield lambda: functional.layer_norm(image, (_WIDTH,), image[0, 0], image[0, 0])
     yield lambda: functional.rms_norm(query, (_HEAD,), empty(_HEAD))
     yield lambda: functional.silu(one)
-    yield lambda: torch.tanh(one)
-    yield lambda: functional.silu(image) * image + image
     yield lambda: functional.gelu(image, approximate="tanh")
     yield lambda: functional.gelu(image[:, :, ::2], approximate="tanh")
     yield lambda: image.add_(image * one)
@@ -170,7 +155,41 @@ def _of_blocks(device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[]
     yield lambda: torch.cat((image, torch.cat((image, image), 2)), 2)
     yield lambda: query.transpose(1, 2).contiguous()
     yield lambda: image.transpose(1, 2).contiguous()
+
+
+def _of_others(device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[], object]]:
+    """What other transformers have in such places: Z-Image, Wan."""
+    import torch
+    from torch.nn import functional
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    def product(tokens: int, columns: int, rows: int) -> object:
+        return functional.linear(empty(1, tokens, columns), empty(rows, columns))
+
+    yield from (functools.partial(product, *shape) for shape in _products() if shape[0] > 1)
+    image, one = empty(1, _TOKENS[0], _WIDTH), empty(1, 1, _WIDTH)
+    yield lambda: functional.silu(image) * image + image
+    yield lambda: torch.tanh(one)
     yield lambda: one.repeat(1, 32, 1)
+    rotary = sys.modules.get("comfy.ldm.flux.math")
+    kitchen: Any = getattr(sys.modules.get("comfy.quant_ops"), "ck", None)
+    if rotary is not None:
+        query = empty(1, _TOKENS[0], _HEADS, _HEAD)
+        turns, scale = _turns(rotary, device).transpose(1, 2), empty(_HEAD)
+        yield lambda: rotary.apply_rope1(query, turns)
+        if hasattr(kitchen, "rms_rope"):
+            yield lambda: kitchen.rms_rope(query, query, turns, scale, scale, 1e-5)
+
+
+def _turns(rotary: Any, device: torch.device) -> torch.Tensor:
+    """By how much each pair of a head's numbers is turned, of tokens in one place."""
+    import torch
+
+    place = torch.zeros(1, _TOKENS[0], 3, dtype=torch.float32, device=device)
+    turned = torch.cat([rotary.rope(place[..., axis], 56, 10000) for axis in range(2)], dim=-3)
+    return torch.cat([turned, rotary.rope(place[..., 2], 16, 10000)], dim=-3).unsqueeze(1)
 
 
 def _of_samplers(device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[], object]]:

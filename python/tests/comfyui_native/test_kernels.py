@@ -24,6 +24,7 @@ from forebay.comfyui.native import kernels
 from forebay.low_rank import _known
 
 CPU = torch.device("cpu")
+USUAL = warming._of_blocks, warming._of_samplers, warming._of_others
 
 
 @pytest.fixture(autouse=True)
@@ -45,8 +46,7 @@ def _used(uses: Any) -> int:
 
 def test_what_is_used_before_a_model_runs_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
     # A use that fails goes by without a word where a model may not need it: here none does.
-    assert _used(warming._of_blocks(CPU, torch.bfloat16)) > 30
-    assert _used(warming._of_samplers(CPU, torch.bfloat16)) > 10
+    assert all(_used(kernels_of(CPU, torch.bfloat16)) > 10 for kernels_of in USUAL)
     assert _used(warming._of_float8(CPU, torch.bfloat16)) == 0
     monkeypatch.setattr(comfy.model_management, "supports_fp8_compute", lambda device: True)
     assert _used(warming._of_float8(CPU, torch.bfloat16)) > 10
@@ -70,7 +70,7 @@ def test_what_a_sampling_computes_was_used_before(kind: str, folder: Path, legac
     with legacy(), torch.inference_mode(), _Computing() as by_model:
         sample(load(checkpoints.write(folder, kind, "bf16")), kind)
     with torch.inference_mode(), _Computing() as before:
-        for kernels_of in (warming._of_blocks, warming._of_samplers):
+        for kernels_of in USUAL:
             _used(kernels_of(CPU, torch.bfloat16))
     # Views to torch but for these tools, memory, and what a CPU has in the place of a GPU's attention.
     no_kernels = {
@@ -92,7 +92,7 @@ def test_what_a_sampling_computes_was_used_before(kind: str, folder: Path, legac
 
 def test_random_numbers_are_the_applications() -> None:
     before = torch.get_rng_state()
-    for kernels_of in (warming._of_blocks, warming._of_samplers):
+    for kernels_of in USUAL:
         _used(kernels_of(CPU, torch.bfloat16))
     assert torch.equal(torch.get_rng_state(), before)
 
