@@ -36,7 +36,6 @@ import statistics
 import sys
 import tarfile
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -274,8 +273,11 @@ def child(chosen: argparse.Namespace) -> int:
         if system.native:
             importlib.import_module("forebay.comfyui.native").install()
         sys.meta_path.insert(0, Gate())
-        before = [load_whole] if system.loads_before else [wait_for_kernels] if system.waits_before else []
-        spent = before_sampling(*before)
+        spent: list[float] = []
+        if system.loads_before:
+            spent = before_sampling(load_whole)
+        elif system.waits_before:
+            spent = before_sampling(wait_for_kernels)
         sys.argv = [str(chosen.tool), *map(str, arguments), "--", *system.comfy]
         try:
             runpy.run_path(str(chosen.tool), run_name="__main__")
@@ -286,12 +288,11 @@ def child(chosen: argparse.Namespace) -> int:
     return 0
 
 
-def before_sampling(*actions: Callable[[object], None]) -> list[float]:
+def before_sampling(action: Callable[[object], None]) -> list[float]:
     """Has something done with each model before it samples. The seconds that took, which are known once it has sampled."""
-    seconds: list[float] = []
-    if not actions:
-        return seconds
     from forebay.comfyui.native.arrival import on_import
+
+    seconds: list[float] = []
 
     def wrap() -> None:
         module = sys.modules[SAMPLING]
@@ -299,8 +300,7 @@ def before_sampling(*actions: Callable[[object], None]) -> list[float]:
 
         def prepared(model: object, *args: object, **kwargs: object) -> object:
             began = time.perf_counter()
-            for action in actions:
-                action(model)
+            action(model)
             seconds.append(time.perf_counter() - began)
             return sample(model, *args, **kwargs)
 
@@ -322,11 +322,9 @@ def load_whole(model: object) -> None:
 
 def wait_for_kernels(_model: object) -> None:
     """Waits until kernels are loaded that are loaded while ComfyUI starts."""
-    from forebay.comfyui.warming import THREAD
+    from forebay.comfyui import warming
 
-    for thread in threading.enumerate():
-        if thread.name == THREAD:
-            thread.join()
+    warming.wait()
 
 
 def without(spent: list[float], report: Row) -> Row:

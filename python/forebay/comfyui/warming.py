@@ -26,9 +26,6 @@ if TYPE_CHECKING:
 SWITCH = "FOREBAY_COMFYUI_WARM"
 """An environment variable: with 0 nothing is loaded before it is used."""
 
-THREAD = "forebay-warm"
-"""The name of the thread that loads them."""
-
 Kernels = Callable[["torch.device", "torch.dtype"], Iterator[Callable[[], object]]]
 """Gives what uses kernels, one after another, on a device in a dtype."""
 
@@ -68,10 +65,16 @@ def begin(context: DevCtx) -> threading.Thread | None:
         if known is None:
             # No daemon: one that comes back from torch to an interpreter that has ended takes the process with it.
             known = _begun[str(device)] = threading.Thread(
-                target=_load, args=(device, management), name=THREAD, daemon=False
+                target=_load, args=(device, management), name="forebay-warm", daemon=False
             )
             known.start()
         return known
+
+
+def wait() -> None:
+    """Waits until what was begun is loaded."""
+    for thread in list(_begun.values()):
+        thread.join()
 
 
 def _load(device: torch.device, management: Any) -> None:
@@ -122,8 +125,7 @@ def _of_blocks(device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[]
     import torch
     from torch.nn import functional
 
-    def empty(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=of, device=device)
+    empty = functools.partial(torch.empty, dtype=dtype, device=device)
 
     def linear(tokens: int, columns: int, rows: int) -> Callable[[], object]:
         return lambda: functional.linear(empty(1, tokens, columns), empty(rows, columns), empty(rows))
@@ -133,7 +135,7 @@ def _of_blocks(device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[]
     yield linear(1, 256, _WIDTH)
     image, text = (empty(1, tokens, _WIDTH) for tokens in _TOKENS[:2])
     one = empty(1, 1, _WIDTH)
-    number = empty(1, of=torch.float32)
+    number = torch.empty(1, dtype=torch.float32, device=device)
     query = empty(1, _HEADS, _TOKENS[0], _HEAD)
     layers, rotary = (sys.modules.get(f"comfy.ldm.flux.{name}") for name in ("layers", "math"))
     if layers is not None:
@@ -155,32 +157,6 @@ def _of_blocks(device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[]
     yield lambda: torch.cat((image, torch.cat((image, image), 2)), 2)
     yield lambda: query.transpose(1, 2).contiguous()
     yield lambda: image.transpose(1, 2).contiguous()
-
-
-def _of_others(device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[], object]]:
-    """What other transformers have in such places: Z-Image, Wan."""
-    import torch
-    from torch.nn import functional
-
-    def empty(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
-
-    def product(tokens: int, columns: int, rows: int) -> object:
-        return functional.linear(empty(1, tokens, columns), empty(rows, columns))
-
-    yield from (functools.partial(product, *shape) for shape in _products() if shape[0] > 1)
-    image, one = empty(1, _TOKENS[0], _WIDTH), empty(1, 1, _WIDTH)
-    yield lambda: functional.silu(image) * image + image
-    yield lambda: torch.tanh(one)
-    yield lambda: one.repeat(1, 32, 1)
-    rotary = sys.modules.get("comfy.ldm.flux.math")
-    kitchen: Any = getattr(sys.modules.get("comfy.quant_ops"), "ck", None)
-    if rotary is not None:
-        query = empty(1, _TOKENS[0], _HEADS, _HEAD)
-        turns, scale = _turns(rotary, device).transpose(1, 2), empty(_HEAD)
-        yield lambda: rotary.apply_rope1(query, turns)
-        if hasattr(kitchen, "rms_rope"):
-            yield lambda: kitchen.rms_rope(query, query, turns, scale, scale, 1e-5)
 
 
 def _turns(rotary: Any, device: torch.device) -> torch.Tensor:
@@ -254,3 +230,26 @@ def _of_float8(device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[]
         scale="recalculate",
         stochastic_rounding=1,
     )
+
+
+def _of_others(device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[], object]]:
+    """What other transformers have in such places: Z-Image, Wan."""
+    import torch
+    from torch.nn import functional
+
+    empty = functools.partial(torch.empty, dtype=dtype, device=device)
+
+    def linear(tokens: int, columns: int, rows: int) -> Callable[[], object]:
+        return lambda: functional.linear(empty(1, tokens, columns), empty(rows, columns))
+
+    yield from itertools.starmap(linear, (shape for shape in _products() if shape[0] > 1))
+    image, one = empty(1, _TOKENS[0], _WIDTH), empty(1, 1, _WIDTH)
+    yield lambda: functional.silu(image) * image + image
+    yield lambda: torch.tanh(one)
+    yield lambda: one.repeat(1, 32, 1)
+    rotary, quantized = sys.modules.get("comfy.ldm.flux.math"), sys.modules.get("comfy.quant_ops")
+    if rotary is not None and quantized is not None:
+        query = empty(1, _TOKENS[0], _HEADS, _HEAD)
+        turns, scale = _turns(rotary, device).transpose(1, 2), empty(_HEAD)
+        yield lambda: rotary.apply_rope1(query, turns)
+        yield lambda: quantized.ck.rms_rope(query, query, turns, scale, scale, 1e-5)

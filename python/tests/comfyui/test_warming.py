@@ -41,6 +41,7 @@ def test_once_for_each_card(loaded: list[Any]) -> None:
     for _ in range(2):
         _ended(warming.begin(_context("cuda:0")))
     _ended(warming.begin(_context("cuda:1")))
+    warming.wait()
     assert loaded == [torch.device("cuda:0"), torch.device("cuda:1")]
 
 

@@ -73,18 +73,10 @@ def test_what_a_sampling_computes_was_used_before(kind: str, folder: Path, legac
         for kernels_of in USUAL:
             _used(kernels_of(CPU, torch.bfloat16))
     # Views to torch but for these tools, memory, and what a CPU has in the place of a GPU's attention.
-    no_kernels = {
-        "detach",
-        "alias",
-        "lift_fresh",
-        "item",
-        "reshape",
-        "contiguous",
-        "empty",
-        "new_empty",
-        "chunk",
-    }
-    no_kernels |= {"_has_compatible_shallow_copy_type", "to", "is_nonzero", "flatten", "set"}
+    no_kernels = set(
+        "detach alias lift_fresh item reshape contiguous empty new_empty chunk to is_nonzero flatten set".split()
+    )
+    no_kernels.add("_has_compatible_shallow_copy_type")
     attention = {"baddbmm", "bmm", "softmax"}
     of_this_test = {"randn", "isfinite", "all"}
     assert by_model.names - before.names - no_kernels - attention - of_this_test == set()

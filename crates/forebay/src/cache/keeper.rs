@@ -11,11 +11,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use forebay_core::{Bytes, PageRef};
-use forebay_device::Event;
+use forebay_device::{DeviceError, Event};
+use forebay_store::StoreError;
 use parking_lot::MutexGuard;
 
 use super::ram::Ram;
-use super::registered::{NotRegistered, PagePlan, RegisteredPage};
+use super::registered::{PagePlan, RegisteredPage};
 use crate::state::{Shared, State};
 use crate::timeline::Activity;
 use crate::vbar::Vbar;
@@ -32,7 +33,7 @@ const PRESSURE: f64 = 10.0;
 /// How long memory that is to be given back may wait for a moment in which nothing is in use.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// How long nothing has gone on when it is quiet: longer than between two steps of a sampler (10 ms), and in a first pass longer
-/// than the driver's loading of kernels, which waits for each piece.
+/// than the driver's loading of kernels, which waits for each page.
 const QUIET: Duration = Duration::from_millis(50);
 const QUIET_IN_FIRST_PASS: Duration = Duration::from_secs(1);
 /// How many times as long as registering a page took nothing is registered. Without a rest a pass took 1.65 times as long while
@@ -60,6 +61,15 @@ pub(crate) struct Keeper {
     /// Nothing is registered before.
     rests_until: Instant,
     refusals: u32,
+}
+
+/// Why a page was not registered.
+#[derive(Debug, thiserror::Error)]
+enum NotRegistered {
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    #[error(transparent)]
+    File(#[from] StoreError),
 }
 
 impl Keeper {

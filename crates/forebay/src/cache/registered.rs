@@ -62,15 +62,6 @@ struct FilePart {
     end: u64,
 }
 
-/// Why a page was not registered.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum NotRegistered {
-    #[error(transparent)]
-    Device(#[from] DeviceError),
-    #[error(transparent)]
-    File(#[from] StoreError),
-}
-
 /// What tells the bytes of one page from those of another: files as they were opened, and runs in them.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct PageKey(Vec<RunKey>);

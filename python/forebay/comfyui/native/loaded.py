@@ -73,15 +73,14 @@ class Loaded:
                 ]
                 dtypes = _model_dtypes(model)
                 self._size = _size(model, dtypes)
-                fits = _fits(self._size, device)
-                computed_on_use = bool(self._quantized) and not fits
+                fits, is_quantized = _fits(self._size, device), bool(self._quantized)
                 self._attachment = attach(
                     model,
                     engine_for(device),
                     dtype=dtypes or None,
-                    whole=patched and bool(self._quantized),
-                    # What is patched as it is filled would be filled twice.
-                    prefetch=not patched or computed_on_use,
+                    whole=patched and is_quantized,
+                    # What is patched as it is filled would be filled twice; quantized weights that do not fit are patched when used.
+                    prefetch=not patched or (is_quantized and not fits),
                 )
                 for quantized in self._quantized:
                     quantized.stand_in()
