@@ -108,10 +108,13 @@ def _all(device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[], obje
         if torch.cuda.mem_get_info(device)[0] < _FREE:
             _log.debug("%s has too little free memory to load kernels before they are used", device)
             return
-        for use in kernels(device, dtype):
-            if not main.is_alive():
-                return
-            yield use
+        try:
+            for use in kernels(device, dtype):
+                if not main.is_alive():
+                    return
+                yield use
+        except Exception as error:
+            _log.debug("what kernels are used with cannot be made: %s", error)
 
 
 def _products() -> Iterator[tuple[int, int, int]]:

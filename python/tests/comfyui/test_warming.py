@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -66,3 +67,24 @@ def test_what_fails_there_stops_nothing(caplog: pytest.LogCaptureFixture) -> Non
     with caplog.at_level(logging.DEBUG, "forebay"):
         warming._load(torch.device("cuda", 0), Management())
     assert caplog.records and all(record.levelno == logging.DEBUG for record in caplog.records)
+
+
+def test_kernels_that_cannot_be_used_keep_no_others_from_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    used = []
+
+    def broken(device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[], object]]:
+        yield lambda: used.append("before")
+        raise RuntimeError("none of these here")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (warming._FREE, warming._FREE))
+    for name in (name for name in vars(warming) if name.startswith("_of_")):
+        monkeypatch.setattr(warming, name, lambda device, dtype, name=name: iter([lambda: used.append(name)]))
+    monkeypatch.setattr(warming, "of_patches", broken)
+    with caplog.at_level(logging.DEBUG, "forebay"):
+        for use in warming._all(torch.device("cpu"), torch.bfloat16):
+            use()
+    order = "_of_blocks _of_samplers _of_float8 before _of_attention _of_others"
+    assert used == order.split()
+    assert "none of these here" in caplog.text
