@@ -150,7 +150,7 @@ impl UnderWay {
                     let Some(back) = &self.back else { return };
                     // SAFETY: the page is mapped until its fill event, recorded behind this, has completed. Nobody else
                     // uses the few bytes, and this stream writes them in turn.
-                    unsafe { shared.gives_way.behind(&*shared.device, bytes, at, back.as_ptr(), stream) };
+                    unsafe { shared.gives_way.behind(bytes, at, back.as_ptr(), stream) };
                 });
                 // One that was not recorded, because the copy failed, is complete.
                 self.copies.push_back((copied, bytes));
@@ -270,7 +270,7 @@ mod tests {
         {
             let mut state = engine.shared().state.lock();
             let plan = state.plan_of(page).expect("it lies in a file");
-            let registered = RegisteredPage::new(&engine.shared().device, &plan, plan.map()?)?;
+            let registered = plan.map()?.register(&engine.shared().device)?;
             state.registering.registered(registered.size());
             state.books.page(page).registered = Some(Arc::new(registered));
         }

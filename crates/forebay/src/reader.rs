@@ -139,7 +139,7 @@ pub(crate) unsafe fn copy_in_turn(
     // SAFETY: the caller's promise.
     unsafe { shared.device.copy_to_device(to, slot.as_ptr(), len, stream) }?;
     // SAFETY: as before; the slot gets back what it holds.
-    unsafe { shared.gives_way.behind(&*shared.device, len, to, slot.as_mut_ptr(), stream) };
+    unsafe { shared.gives_way.behind(len, to, slot.as_mut_ptr(), stream) };
     Ok(())
 }
 

@@ -124,6 +124,7 @@ impl Shared {
     pub(crate) fn new(device: Arc<dyn Device>, config: EngineConfig, effective: Bytes) -> Result<Self> {
         let copy = Stream::new(Arc::clone(&device))?;
         let patching = Stream::new(Arc::clone(&device))?;
+        let gives_way = GivesWay::new(Arc::clone(&device));
         Ok(Shared {
             id: device.id(),
             state: Mutex::new(State {
@@ -165,7 +166,7 @@ impl Shared {
             is_squeezed: AtomicBool::new(false),
             ring: AtomicU64::new(0),
             ring_config: config.ring,
-            gives_way: GivesWay::default(),
+            gives_way,
             page_cache: config.page_cache,
             timeline: Timeline::new(),
         })

@@ -203,7 +203,7 @@ impl Keeper {
         let mapped = plan.map()?;
         thread::sleep(self.rests_until.saturating_duration_since(Instant::now()));
         let began = Instant::now();
-        let made = RegisteredPage::new(&self.shared.device, plan, mapped)?;
+        let made = mapped.register(&self.shared.device)?;
         self.shared.timeline.note(Activity::Register, page.page.0, Some(began));
         self.rests_until = Instant::now() + began.elapsed() * REST;
         Ok(made)

@@ -45,6 +45,13 @@ pub(crate) struct PagePlan {
     parts: Vec<FilePart>,
 }
 
+/// A page's parts of files in memory.
+#[derive(Debug)]
+pub(crate) struct MappedPage<'a> {
+    plan: &'a PagePlan,
+    parts: Vec<MappedFile>,
+}
+
 /// Bytes that follow each other in a file and in the page.
 #[derive(Debug)]
 struct FileRun {
@@ -129,14 +136,15 @@ impl PagePlan {
     ///
     /// # Errors
     /// Why a file cannot be mapped.
-    pub(crate) fn map(&self) -> std::result::Result<Vec<MappedFile>, StoreError> {
+    pub(crate) fn map(&self) -> std::result::Result<MappedPage<'_>, StoreError> {
         let map = |FilePart { file, from, end }: &FilePart| {
             let len = Bytes::new(end - from);
             let part = MappedFile::map_part(file, *from, len)?;
             part.populate(*from, len)?;
             Ok(part)
         };
-        self.parts.iter().map(map).collect()
+        let parts = self.parts.iter().map(map).collect::<std::result::Result<_, _>>()?;
+        Ok(MappedPage { plan: self, parts })
     }
 
     /// Bytes that would be registered.
@@ -160,26 +168,25 @@ impl FilePart {
     }
 }
 
-impl RegisteredPage {
-    /// Registers the parts that [`PagePlan::map`] mapped. The driver lets nobody else in meanwhile.
+impl MappedPage<'_> {
+    /// Registers the parts. The driver lets nobody else in meanwhile.
     ///
     /// # Errors
     /// What the device refuses.
-    pub(crate) fn new(
+    pub(crate) fn register(
+        self,
         device: &Arc<dyn Device>,
-        plan: &PagePlan,
-        mapped: Vec<MappedFile>,
-    ) -> std::result::Result<Self, DeviceError> {
+    ) -> std::result::Result<RegisteredPage, DeviceError> {
         let page = rustix::param::page_size() as u64;
         let mut made = RegisteredPage { parts: Vec::new(), runs: Vec::new() };
-        for part in mapped {
+        for part in self.parts {
             let whole_pages = Bytes::new(part.len().get().next_multiple_of(page));
             let first = part.as_ptr();
             // SAFETY: the mapping is this page's own, and its last memory page is mapped whole. Whoever drops the page waits
             // for its copies.
             made.parts.push(unsafe { Registration::new(Arc::clone(device), part, first, whole_pages)? });
         }
-        for FileRun { file, from, to, len } in &plan.runs {
+        for FileRun { file, from, to, len } in &self.plan.runs {
             let len = Bytes::new(*len);
             let parts = made.parts.iter().map(Registration::memory);
             let mut of_file = parts.filter(|part| Arc::ptr_eq(part.file(), file));
@@ -189,7 +196,9 @@ impl RegisteredPage {
         }
         Ok(made)
     }
+}
 
+impl RegisteredPage {
     /// Enqueues the copies to the page at `to`.
     ///
     /// # Errors
@@ -250,7 +259,7 @@ mod tests {
         device: &Arc<dyn Device>,
         plan: &PagePlan,
     ) -> std::result::Result<RegisteredPage, DeviceError> {
-        RegisteredPage::new(device, plan, plan.map().unwrap())
+        plan.map().unwrap().register(device)
     }
 
     #[test]
