@@ -58,6 +58,11 @@ class DetachedError(ForebayError): ...
 _Product = tuple[int, int, int, int, int, str, int, tuple[str, int, int, int] | None]
 
 @final
+class EightBitSum:
+    def __init__(
+        self, source: int, element: str, columns: int, product: _Product, scale: int
+    ) -> None: ...
+
 class Engine:
     def __new__(
         cls,
@@ -81,27 +86,9 @@ class Engine:
     def headroom(self) -> int | None: ...
     def set_budget(self, *, budget: float | None = None, headroom: float | None = None) -> None: ...
     def requantize(
-        self,
-        address: int,
-        source: int,
-        element: str,
-        columns: int,
-        product: _Product,
-        scale: int,
-        seed: int,
-        threads: int,
-        stream: int,
+        self, address: int, sum: EightBitSum, seed: int, threads: int, stream: int
     ) -> None: ...
-    def largest(
-        self,
-        address: int,
-        source: int,
-        element: str,
-        columns: int,
-        product: _Product,
-        scale: int,
-        stream: int,
-    ) -> None: ...
+    def largest(self, address: int, sum: EightBitSum, stream: int) -> None: ...
     def add_product(
         self, address: int, element: str, columns: int, product: _Product, stream: int
     ) -> None: ...

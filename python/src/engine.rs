@@ -19,7 +19,7 @@ use crate::ballast::{Ballast, Squeeze};
 use crate::bytes::size;
 use crate::errors::{raised, source};
 use crate::model::{Model, letters};
-use crate::patches::{PyConversion, PyProduct, conversion};
+use crate::patches::{PyConversion, PyEightBitSum, PyProduct, conversion};
 use crate::reclaim::with_reclaim;
 use crate::vbar::ExplicitVbar;
 
@@ -172,24 +172,18 @@ impl Engine {
         py.detach(|| unsafe { self.inner.add_product(at, element, &product, stream) }).map_err(raised)
     }
 
-    /// Computes a weight of eight-bit elements anew, behind what is in a stream: ``source`` times the float32 at ``scale``, if
-    /// that is not 0, and the product, rounded up or down by random bytes as torch draws them with ``threads`` threads.
-    #[allow(clippy::too_many_arguments, reason = "all of it is one piece of work")]
+    /// Computes a weight of eight-bit elements anew at an address, behind what is in a stream: the sum, rounded up or down by
+    /// random bytes as torch draws them with ``threads`` threads.
     fn requantize(
         &self,
         py: Python<'_>,
         address: u64,
-        source: u64,
-        element: &str,
-        columns: u32,
-        product: PyProduct,
-        scale: u64,
+        sum: &PyEightBitSum,
         seed: u64,
         threads: u64,
         stream: u64,
     ) -> PyResult<()> {
-        let sum = crate::patches::eight_bit_sum(source, element, columns, product, scale)?;
-        let work = Requantize { sum, to: DeviceAddr::new(address), seed, threads };
+        let work = Requantize { sum: sum.sum(), to: DeviceAddr::new(address), seed, threads };
         // SAFETY: the package passes a stream of torch's on this device.
         let stream = unsafe { StreamHandle::from_raw(stream) };
         // SAFETY: likewise memory.
@@ -198,20 +192,8 @@ impl Engine {
 
     /// Raises the float32 at an address to the largest magnitude of what :meth:`requantize` rounds, before that is multiplied
     /// with the product's last number.
-    #[allow(clippy::too_many_arguments, reason = "all of it is one piece of work")]
-    fn largest(
-        &self,
-        py: Python<'_>,
-        address: u64,
-        source: u64,
-        element: &str,
-        columns: u32,
-        product: PyProduct,
-        scale: u64,
-        stream: u64,
-    ) -> PyResult<()> {
-        let sum = crate::patches::eight_bit_sum(source, element, columns, product, scale)?;
-        let at = DeviceAddr::new(address);
+    fn largest(&self, py: Python<'_>, address: u64, sum: &PyEightBitSum, stream: u64) -> PyResult<()> {
+        let (sum, at) = (sum.sum(), DeviceAddr::new(address));
         // SAFETY: the package passes a stream of torch's on this device.
         let stream = unsafe { StreamHandle::from_raw(stream) };
         // SAFETY: likewise memory.

@@ -35,6 +35,7 @@ fn _forebay(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<ballast::Squeeze>()?;
     module.add_class::<model::Model>()?;
     module.add_class::<model::Weight>()?;
+    module.add_class::<patches::PyEightBitSum>()?;
     module.add_class::<shadows::Shadows>()?;
     module.add_class::<shadows::Scope>()?;
     module.add_class::<vbar::ExplicitVbar>()?;

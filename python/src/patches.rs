@@ -76,23 +76,32 @@ pub(crate) fn product(given: PyProduct, columns: u32) -> PyResult<Product> {
     Ok(Product { rows: first..last, factors })
 }
 
-/// A weight of eight-bit elements at an address, times the float32 at another one if that is not 0, and a product.
-pub(crate) fn eight_bit_sum(
-    from: u64,
-    name: &str,
-    columns: u32,
-    given: PyProduct,
-    scale: u64,
-) -> PyResult<EightBitSum> {
-    let product = product(given, columns)?;
-    let rows = u64::from(product.rows.end.saturating_sub(product.rows.start));
-    Ok(EightBitSum {
-        from: DeviceAddr::new(from),
-        element: element(name)?,
-        count: rows * u64::from(columns),
-        scale: (scale != 0).then(|| DeviceAddr::new(scale)),
-        factors: product.factors,
-    })
+/// What ``Engine.requantize`` rounds: what a float8 weight stands for, and a product that is added to it. Memory at its addresses is
+/// the package's to keep.
+#[pyclass(frozen, name = "EightBitSum", module = "forebay._forebay")]
+pub(crate) struct PyEightBitSum(EightBitSum);
+
+impl PyEightBitSum {
+    pub(crate) fn sum(&self) -> EightBitSum {
+        self.0
+    }
+}
+
+#[pymethods]
+impl PyEightBitSum {
+    /// Of the weight at ``source``, times the float32 at ``scale`` if that is not 0.
+    #[new]
+    fn new(source: u64, name: &str, columns: u32, given: PyProduct, scale: u64) -> PyResult<Self> {
+        let product = product(given, columns)?;
+        let rows = u64::from(product.rows.end.saturating_sub(product.rows.start));
+        Ok(PyEightBitSum(EightBitSum {
+            from: DeviceAddr::new(source),
+            element: element(name)?,
+            count: rows * u64::from(columns),
+            scale: (scale != 0).then(|| DeviceAddr::new(scale)),
+            factors: product.factors,
+        }))
+    }
 }
 
 fn patch((name, columns, products, keep, compute): PyPatch) -> PyResult<Patch> {

@@ -20,6 +20,7 @@ from comfy.quant_ops import QuantizedTensor
 from torch import nn
 
 from forebay import streams
+from forebay._forebay import EightBitSum
 from forebay.attachment import Attachment
 from forebay.comfyui.native.quantized import data_of
 from forebay.comfyui.native.weight_patch import WeightPatch
@@ -84,8 +85,9 @@ class Float8Patch:
         self._to_scale: torch.Tensor | None = None
         self._streams: set[int] = set()
         """Those that its memory is known to be read in."""
-        self._sum: tuple[int, str, int, Any, int] | None = None
-        """Of the latest weight, whose address comes first."""
+        self._sum: EightBitSum | None = None
+        """Of the weight whose address follows."""
+        self._sum_of: int | None = None
 
     def __call__(self, stored: Any) -> Any:
         """Computes it, in new memory, in the current stream."""
@@ -135,15 +137,15 @@ class Float8Patch:
             # The rounded factor that ComfyUI multiplies with, as the engine takes it.
             self._to_scale = (1.0 / params.scale).to(self._through).to(torch.float32)
             self._product = multiplied(self._product, self._to_scale.data_ptr())
-            self._streams, self._sum = set(), None
+            self._streams, self._sum_of = set(), None
 
     def _new_params(self, stored: Any) -> Any:
         """What ComfyUI's layout makes of the largest element, for the whole weight. None where the engine does not find it."""
-        sums = self._sums(stored)
-        if sums is None:
+        eight_bit_sum = self._eight_bit_sum(stored)
+        if eight_bit_sum is None:
             return None
         largest = torch.zeros((), dtype=torch.float32, device=self._device)
-        self._engine.largest(largest.data_ptr(), *sums, self._enter_stream())
+        self._engine.largest(largest.data_ptr(), eight_bit_sum, self._enter_stream())
         # Rounded to nearest: the element itself is of no use, and random numbers take as long as all the rest.
         alone = largest.to(self._through).reshape(1, 1)
         _, params = stored.layout_cls.quantize(alone, scale="recalculate")
@@ -151,31 +153,31 @@ class Float8Patch:
             params, orig_shape=tuple(stored.shape), orig_dtype=stored._params.orig_dtype
         )
 
-    def _sums(self, stored: Any) -> tuple[int, str, int, Any, int] | None:
+    def _eight_bit_sum(self, stored: Any) -> EightBitSum | None:
         """What the engine rounds. None where it cannot."""
         data = data_of(stored)
-        if self._sum is None or self._sum[0] != data.data_ptr():
-            self._sum = self._sum_of(stored, data)
+        if self._sum_of != data.data_ptr():
+            self._sum, self._sum_of = self._new_sum(stored, data), data.data_ptr()
         return self._sum
 
-    def _sum_of(self, stored: Any, data: torch.Tensor) -> tuple[int, str, int, Any, int] | None:
+    def _new_sum(self, stored: Any, data: torch.Tensor) -> EightBitSum | None:
         scale = stored._params.scale if isinstance(stored, QuantizedTensor) else None
         if self._columns % _AT_ONCE or not data.is_contiguous():
             return None
         if scale is not None and (scale.dtype != torch.float32 or scale.numel() != 1):
             return None
         scale_at = 0 if scale is None else scale.data_ptr()
-        return data.data_ptr(), dtype_name(data.dtype), self._columns, self._product, scale_at
+        return EightBitSum(data.data_ptr(), dtype_name(data.dtype), self._columns, self._product, scale_at)
 
     def _requantized(self, stored: Any) -> Any:
         """In one pass of the engine's. None where it has none for such a weight."""
-        sums = self._sums(stored)
-        if sums is None:
+        eight_bit_sum = self._eight_bit_sum(stored)
+        if eight_bit_sum is None:
             return None
         data = data_of(stored)
         found = torch.empty_like(data)
         threads = _generator_threads(self._device, data.numel())
-        self._engine.requantize(found.data_ptr(), *sums, self._seed, threads, self._enter_stream())
+        self._engine.requantize(found.data_ptr(), eight_bit_sum, self._seed, threads, self._enter_stream())
         return self._made_of(found, stored)
 
     def _rounded(self, stored: Any) -> Any:

@@ -9,6 +9,7 @@ import comfy.model_management
 import torch
 
 from forebay import streams
+from forebay._forebay import EightBitSum
 from forebay.comfyui.native.loaded import engine_for
 from forebay.comfyui.warming import BLOCK, MODULATION
 from forebay.converting import dtype_name
@@ -28,9 +29,10 @@ def of_patches(device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[]
     stream = streams.current(device)
     value = torch.zeros(_ROWS, _COLUMNS, dtype=dtype, device=device)
     stored, found = (value.to(torch.float8_e4m3fn) for _ in range(2))
-    kept = stored.data_ptr(), dtype_name(stored.dtype), _COLUMNS, product, 0
+    eight_bit_sum = EightBitSum(stored.data_ptr(), dtype_name(stored.dtype), _COLUMNS, product, 0)
+    threads = _ROWS * _COLUMNS // 4
     yield lambda: engine.add_product(value.data_ptr(), dtype_name(dtype), _COLUMNS, product, stream)
-    yield lambda: engine.requantize(found.data_ptr(), *kept, 1, _ROWS * _COLUMNS // 4, stream)
+    yield lambda: engine.requantize(found.data_ptr(), eight_bit_sum, 1, threads, stream)
     for rows, columns in (*BLOCK, MODULATION):
         yield partial(sums_as_torch, engine, device, rows * _WIDTH, columns * _WIDTH, _RANK)
     del memory  # which the engine's kernels read: torch gives it to others of this stream alone
