@@ -1,7 +1,8 @@
-"""Python's garbage collector, which is kept from looking at everything there is while a model begins to run.
+"""Python's garbage collector, which is kept from looking at everything there is while a model that was loaded runs.
 
-A model that is loaded makes objects by the ten thousands, none of them garbage, after which a full collection is due: 0.25 to
-0.3 s in a process like ComfyUI's, as much as half of a first step. It comes a little later. Collections of what is new go on.
+A model that is loaded makes objects by the ten thousands, none of them garbage, after which a full collection is due: 0.2 to
+0.3 s in a process like ComfyUI's, as much as half of a first step and more than a later one. ComfyUI asks for one by itself when it
+has nothing to do, which is soon enough. Collections of what is new go on meanwhile.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ _own: int | None = None
 """The threshold of full collections as it was."""
 
 
-def postpone(seconds: float = 2.0) -> None:
-    """Has full collections wait for some seconds from now on."""
+def postpone(seconds: float = 30.0) -> None:
+    """Has full collections wait for some seconds from now on: by default longer than most samplings with steps of less than one."""
     global _own, _timer
     with _lock:
         if _timer is not None:
