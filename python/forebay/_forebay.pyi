@@ -10,6 +10,7 @@ __all__ = [
     "Checkpoint",
     "DetachedError",
     "DeviceError",
+    "EightBitSum",
     "Engine",
     "ExplicitVbar",
     "FileMapping",
@@ -59,8 +60,11 @@ _Product = tuple[int, int, int, int, int, str, int, tuple[str, int, int, int] | 
 
 @final
 class EightBitSum:
-    def __init__(self, source: int, element: str, columns: int, product: _Product, scale: int) -> None: ...
+    def __new__(
+        cls, source: int, element: str, columns: int, product: _Product, scale: int
+    ) -> EightBitSum: ...
 
+@final
 class Engine:
     def __new__(
         cls,

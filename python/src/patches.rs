@@ -91,12 +91,12 @@ impl PyEightBitSum {
 impl PyEightBitSum {
     /// Of the weight at ``source``, times the float32 at ``scale`` if that is not 0.
     #[new]
-    fn new(source: u64, name: &str, columns: u32, given: PyProduct, scale: u64) -> PyResult<Self> {
-        let product = product(given, columns)?;
+    fn new(source: u64, element: &str, columns: u32, product: PyProduct, scale: u64) -> PyResult<Self> {
+        let product = self::product(product, columns)?;
         let rows = u64::from(product.rows.end.saturating_sub(product.rows.start));
         Ok(PyEightBitSum(EightBitSum {
             from: DeviceAddr::new(source),
-            element: element(name)?,
+            element: self::element(element)?,
             count: rows * u64::from(columns),
             scale: (scale != 0).then(|| DeviceAddr::new(scale)),
             factors: product.factors,
