@@ -27,7 +27,7 @@ export FOREBAY_TEST_DEVICE := $(DEVICE)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build run test test-rust test-python test-torch comfyui lint kernels bench storm loom miri tsan clean
+.PHONY: help setup build run test test-rust test-python test-torch comfyui lint kernels bench storm busy loom miri tsan clean
 .DELETE_ON_ERROR:
 
 help: ## Print this list
@@ -107,6 +107,14 @@ CASES ?= 100000
 storm: ## Run the randomised tests for long: STEPS=100000 CASES=100000
 	FOREBAY_STORM_STEPS=$(STEPS) PROPTEST_CASES=$(CASES) cargo $(CARGO_TEST) $(if $(NEXTEST),--profile storm) \
 	  --release $(RUST_TESTS)
+
+# A test that is held up at the wrong moment shows what it takes for granted. One that did failed in one run of twenty.
+TIMES ?= 20
+LOOPS ?= 3
+busy: ## Run the Rust tests TIMES=20 times each beside LOOPS=3 endless loops (cargo-nextest)
+	@test -n '$(NEXTEST)' || { echo 'make busy needs cargo-nextest: cargo install --locked cargo-nextest' >&2; exit 2; }
+	for loop in $$(seq $(LOOPS)); do (while :; do :; done) & loops="$$loops $$!"; done; trap 'kill $$loops' EXIT; \
+	  cargo $(CARGO_TEST) -j 6 --stress-count $(TIMES) $(RUST_TESTS) $(ARGS)
 
 # In a folder of its own, as everything is built anew for it.
 loom: ## Try every interleaving of what runs without locks
