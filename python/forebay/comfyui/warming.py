@@ -184,17 +184,22 @@ def _of_samplers(device: torch.device, dtype: torch.dtype) -> Iterator[Callable[
     yield lambda: torch.zeros_like(latent) + torch.ones_like(latent) * 1e-37 + latent.new_ones([1])
     yield lambda: 1.0 - number * 2.0
     yield lambda: -number
+    yield lambda: -(latent * latent).to(dtype) * 1000.0
     yield lambda: number.repeat(2) ** 2
     yield lambda: torch.sqrt(1.0 + number**2.0) / (number**2 + 1.0) ** 0.5
     yield lambda: (number.log() - latent[0, 0, :, :1]).abs().argmin()
     yield lambda: torch.cat((latent, latent))
     yield lambda: torch.stack((latent[0], latent[0]))
+    yield lambda: torch.stack((latent[0].to(dtype), latent[0].to(dtype)))
+    yield lambda: functional.pad(latent, (0, 0, 0, 2))
     yield lambda: functional.pad(latent.to(dtype), (0, 0, 0, 0), mode="circular")
     yield lambda: latent.to(dtype).view(1, 16, 64, 2, 64, 2).permute(0, 2, 4, 1, 3, 5).reshape(1, -1, 64)
     line = torch.linspace(0, 63, steps=64, dtype=torch.float32, device=device)
     yield lambda: latent[0, 0].add_(line.repeat(2)[:, None] + 1.0)
     yield lambda: torch.arange(64, dtype=torch.float32, device=device).exp() * latent[0, 0, :, :64]
-    yield lambda: torch.zeros(64, 3, dtype=torch.float32, device=device)[:, 1].fill_(1.0).copy_(line)
+    places = torch.zeros(64, 3, dtype=torch.float32, device=device)[:, 1]
+    yield lambda: places.fill_(1.0).copy_(line)
+    yield lambda: (places + 1.0) * (places + line)
 
 
 def _of_attention(device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[], object]]:
