@@ -108,7 +108,7 @@ storm: ## Run the randomised tests for long: STEPS=100000 CASES=100000
 	FOREBAY_STORM_STEPS=$(STEPS) PROPTEST_CASES=$(CASES) cargo $(CARGO_TEST) $(if $(NEXTEST),--profile storm) \
 	  --release $(RUST_TESTS)
 
-# A test that is held up at the wrong moment shows what it takes for granted. One that did failed in one run of twenty.
+# A test that is held up at the wrong moment shows what it takes for granted.
 TIMES ?= 20
 LOOPS ?= 3
 busy: ## Run the Rust tests TIMES=20 times each beside LOOPS=3 endless loops (cargo-nextest)
