@@ -17,6 +17,7 @@ REQUIREMENTS := $(filter-out %-kernels.txt,$(wildcard python/requirements-*.txt)
 RUST_TESTS := --workspace --exclude forebay-python
 # cargo-nextest where it is installed: it runs tests side by side and ends those that hang.
 NEXTEST := $(shell command -v cargo-nextest)
+NEEDS_NEXTEST = @test -n '$(NEXTEST)' || { echo 'make $@ needs cargo-nextest: cargo install --locked cargo-nextest' >&2; exit 2; }
 CARGO_TEST := $(if $(NEXTEST),nextest run --no-fail-fast,test --no-fail-fast --lib --bins --tests)
 
 export VIRTUAL_ENV := $(abspath $(VENV))
@@ -112,7 +113,7 @@ storm: ## Run the randomised tests for long: STEPS=100000 CASES=100000
 TIMES ?= 20
 LOOPS ?= 3
 busy: ## Run the Rust tests TIMES=20 times each beside LOOPS=3 endless loops (cargo-nextest)
-	@test -n '$(NEXTEST)' || { echo 'make busy needs cargo-nextest: cargo install --locked cargo-nextest' >&2; exit 2; }
+	$(NEEDS_NEXTEST)
 	for loop in $$(seq $(LOOPS)); do (while :; do :; done) & loops="$$loops $$!"; done; trap 'kill $$loops' EXIT; \
 	  cargo $(CARGO_TEST) -j 6 --stress-count $(TIMES) $(RUST_TESTS) $(ARGS)
 
@@ -129,7 +130,7 @@ miri: ## Run what runs without locks under Miri (rustup)
 # The standard library has to be built with it too. A process for each test: ThreadSanitizer does not see memory being mapped
 # anew, and takes what another test did at the same address for a race. What it maps itself would be leaks.
 tsan: ## Run the engine's tests under ThreadSanitizer (cargo-nextest, rust-src)
-	@test -n '$(NEXTEST)' || { echo 'make tsan needs cargo-nextest: cargo install --locked cargo-nextest' >&2; exit 2; }
+	$(NEEDS_NEXTEST)
 	rustup component add rust-src
 	RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=thread CARGO_TARGET_DIR=target/tsan FOREBAY_TEST_WATCHDOG=1800 \
 	  cargo nextest run --profile storm --no-fail-fast -Zbuild-std --target x86_64-unknown-linux-gnu -p forebay --lib --tests \

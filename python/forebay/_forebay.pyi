@@ -63,6 +63,8 @@ class EightBitSum:
     def __new__(
         cls, source: int, element: str, columns: int, product: _Product, scale: int
     ) -> EightBitSum: ...
+    @property
+    def source(self) -> int: ...
 
 @final
 class Engine:

@@ -183,7 +183,7 @@ impl Engine {
         threads: u64,
         stream: u64,
     ) -> PyResult<()> {
-        let work = Requantize { sum: sum.sum(), to: DeviceAddr::new(address), seed, threads };
+        let work = Requantize { sum: sum.0, to: DeviceAddr::new(address), seed, threads };
         // SAFETY: the package passes a stream of torch's on this device.
         let stream = unsafe { StreamHandle::from_raw(stream) };
         // SAFETY: likewise memory.
@@ -193,7 +193,7 @@ impl Engine {
     /// Raises the float32 at an address to the largest magnitude of what :meth:`requantize` rounds, before that is multiplied
     /// with the product's last number.
     fn largest(&self, py: Python<'_>, address: u64, sum: &PyEightBitSum, stream: u64) -> PyResult<()> {
-        let (sum, at) = (sum.sum(), DeviceAddr::new(address));
+        let (sum, at) = (sum.0, DeviceAddr::new(address));
         // SAFETY: the package passes a stream of torch's on this device.
         let stream = unsafe { StreamHandle::from_raw(stream) };
         // SAFETY: likewise memory.

@@ -79,13 +79,7 @@ pub(crate) fn product(given: PyProduct, columns: u32) -> PyResult<Product> {
 /// What ``Engine.requantize`` rounds: what a float8 weight stands for, and a product that is added to it. Memory at its addresses is
 /// the package's to keep.
 #[pyclass(frozen, name = "EightBitSum", module = "forebay._forebay")]
-pub(crate) struct PyEightBitSum(EightBitSum);
-
-impl PyEightBitSum {
-    pub(crate) fn sum(&self) -> EightBitSum {
-        self.0
-    }
-}
+pub(crate) struct PyEightBitSum(pub(crate) EightBitSum);
 
 #[pymethods]
 impl PyEightBitSum {
@@ -101,6 +95,12 @@ impl PyEightBitSum {
             scale: (scale != 0).then(|| DeviceAddr::new(scale)),
             factors: product.factors,
         }))
+    }
+
+    /// The weight's address.
+    #[getter]
+    fn source(&self) -> u64 {
+        self.0.from.get()
     }
 }
 

@@ -79,7 +79,7 @@ def test_kernels_that_cannot_be_used_keep_no_others_from_it(
         raise RuntimeError("none of these here")
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (warming._FREE, warming._FREE))
-    for name in (name for name in vars(warming) if name.startswith("_of_")):
+    for name in [name for name in vars(warming) if name.startswith("_of_")]:
         monkeypatch.setattr(warming, name, lambda device, dtype, name=name: iter([lambda: used.append(name)]))
     monkeypatch.setattr(warming, "of_patches", broken)
     with caplog.at_level(logging.DEBUG, "forebay"):

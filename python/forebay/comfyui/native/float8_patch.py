@@ -86,8 +86,7 @@ class Float8Patch:
         self._streams: set[int] = set()
         """Those that its memory is known to be read in."""
         self._sum: EightBitSum | None = None
-        """Of the weight whose address follows."""
-        self._sum_of: int | None = None
+        """Of the latest weight."""
 
     def __call__(self, stored: Any) -> Any:
         """Computes it, in new memory, in the current stream."""
@@ -137,7 +136,7 @@ class Float8Patch:
             # The rounded factor that ComfyUI multiplies with, as the engine takes it.
             self._to_scale = (1.0 / params.scale).to(self._through).to(torch.float32)
             self._product = multiplied(self._product, self._to_scale.data_ptr())
-            self._streams, self._sum_of = set(), None
+            self._streams, self._sum = set(), None
 
     def _new_params(self, stored: Any) -> Any:
         """What ComfyUI's layout makes of the largest element, for the whole weight. None where the engine does not find it."""
@@ -156,8 +155,8 @@ class Float8Patch:
     def _eight_bit_sum(self, stored: Any) -> EightBitSum | None:
         """What the engine rounds. None where it cannot."""
         data = data_of(stored)
-        if self._sum_of != data.data_ptr():
-            self._sum, self._sum_of = self._new_sum(stored, data), data.data_ptr()
+        if self._sum is None or self._sum.source != data.data_ptr():
+            self._sum = self._new_sum(stored, data)
         return self._sum
 
     def _new_sum(self, stored: Any, data: torch.Tensor) -> EightBitSum | None:
