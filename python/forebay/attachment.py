@@ -71,7 +71,7 @@ def attach(
             :class:`Engine`. Default: the current CUDA device where there is one, else ``"host"``.
         budget: Bytes that the weights of all models on this device may take together. Default: what is free.
         headroom: Bytes to keep free for everyone else instead (default 512 MiB).
-        page_size: Bytes a page: a power of two from 2 MiB up. Default: 1/64 of the weights, between 2 and 32 MiB.
+        page_size: Bytes a page: a power of two from 2 MiB up. Default: 1/64 of the weights, between 2 and 64 MiB.
         small: Weights below this many bytes (default 64 KiB) stay on the device as ordinary tensors.
         whole: Whether a weight is to be resident with all of its pages or with none, where that can be: for who makes something
             of weights that lasts as long as they are there. Otherwise single pages are spread, which evens out better.

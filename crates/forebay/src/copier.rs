@@ -20,8 +20,8 @@ use crate::state::Shared;
 use crate::vbar::Vbar;
 use crate::{EngineError, Result};
 
-/// While more than this is left in the copy stream, nothing is added that nobody waits for: 0.6 ms of the link, in which
-/// the thread has to notice that a page was copied and add the next.
+/// While more than this, and more than a page, is left in the copy stream, nothing is added that nobody waits for: 0.6 ms of the
+/// link, in which the thread has to notice that a page was copied and add the next.
 const ENOUGH: Bytes = Bytes::mib(32);
 /// What a device pins at least.
 const BACK_SIZE: Bytes = Bytes::kib(4);
@@ -165,7 +165,7 @@ impl UnderWay {
         let mut waiting = copies.waiting.lock();
         loop {
             MutexGuard::unlocked(&mut waiting, || self.forget_copied())?;
-            if !waiting.urgent.is_empty() || (waiting.brought == 0 && self.bytes() <= ENOUGH) {
+            if !waiting.urgent.is_empty() || (waiting.brought == 0 && self.is_short()) {
                 return Ok(());
             }
             match waiting.brought {
@@ -187,6 +187,11 @@ impl UnderWay {
 
     fn forget_oldest(&mut self) {
         self.spare.extend(self.copies.pop_front().map(|(copied, _)| copied));
+    }
+
+    /// Whether little is left in the copy stream.
+    fn is_short(&self) -> bool {
+        self.copies.len() <= 1 || self.bytes() <= ENOUGH
     }
 
     fn bytes(&self) -> Bytes {
@@ -360,15 +365,17 @@ mod tests {
         let stream = forebay_device::Stream::new(Arc::clone(&slow))?;
         let (from, to) =
             (PinnedBuffer::new(Arc::clone(&slow), PAGE)?, PinnedBuffer::new(Arc::clone(&slow), PAGE)?);
-        let copied = Event::new(Arc::clone(&slow))?;
         let target = DeviceAddr::new(to.as_ptr() as u64);
         // SAFETY: on this device both are memory of this process, which is dropped behind the wait for the copy.
         unsafe { slow.copy_to_device(target, from.as_ptr(), PAGE, stream.handle()) }?;
-        // SAFETY: the stream lives.
-        unsafe { copied.record(stream.handle()) }?;
 
         let (copies, mut under_way) = (Copies::default(), UnderWay::default());
-        under_way.copies.push_back((copied, ENOUGH * 2));
+        for _ in 0..2 {
+            let copied = Event::new(Arc::clone(&slow))?;
+            // SAFETY: the stream lives.
+            unsafe { copied.record(stream.handle()) }?;
+            under_way.copies.push_back((copied, ENOUGH));
+        }
         copies.waiting.lock().ahead.push_back(copy_of_first_page(&engine, &model)?);
         std::thread::scope(|scope| {
             scope.spawn(|| {
@@ -377,7 +384,7 @@ mod tests {
             });
             under_way.wait_for_room(&copies)
         })?;
-        assert_eq!(under_way.copies.len(), 1, "it was not waited for");
+        assert_eq!(under_way.copies.len(), 2, "it was not waited for");
         copies.waiting.lock().pop();
         copies.waiting.lock().ahead.push_back(copy_of_first_page(&engine, &model)?);
         under_way.wait_for_room(&copies)?;
@@ -391,10 +398,10 @@ mod tests {
         let copies = Copies::default();
         let mut under_way = UnderWay::default();
         let stream = forebay_device::Stream::new(Arc::clone(&device))?;
-        for page in [Bytes::mib(2), Bytes::mib(32)] {
+        for page in [Bytes::mib(2), Bytes::mib(32), Bytes::mib(64)] {
             for _ in 0..40 {
                 under_way.wait_for_room(&copies)?;
-                assert!(under_way.bytes() <= ENOUGH);
+                assert!(under_way.bytes() <= ENOUGH.max(page), "{} of pages of {page}", under_way.bytes());
                 let copied = Event::new(Arc::clone(&device))?;
                 // SAFETY: the stream lives.
                 unsafe { copied.record(stream.handle()) }?;

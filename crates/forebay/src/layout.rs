@@ -12,8 +12,12 @@ use crate::{EngineError, Result};
 /// Weights start at multiples of this.
 pub const ALIGNMENT: Bytes = Bytes::new(512);
 
-/// Streamed frames to aim at where the budget allows, so that read-ahead runs well before its use.
+/// Streamed frames to aim at where the budget allows, so that read-ahead runs well before its use, and what they take at most.
 const WINDOW: u32 = 16;
+const WINDOW_BYTES: Bytes = Bytes::mib(512);
+/// Pages that are chosen for a model. Mapping and unmapping one holds the driver's lock as long whatever its size.
+const LEAST_PAGE: Bytes = Bytes::mib(2);
+const MOST_PAGE: Bytes = Bytes::mib(64);
 
 /// A weight to be attached.
 #[derive(Clone, Debug)]
@@ -39,7 +43,7 @@ pub enum WeightKind {
 /// How a model's weights are laid out.
 #[derive(Clone, Copy, Debug)]
 pub struct LayoutOptions {
-    /// Bytes a page: a power of two from 2 MiB up. `None` chooses 1/64 of the weights, between 2 and 32 MiB.
+    /// Bytes a page: a power of two from 2 MiB up. `None` chooses 1/64 of the weights, between 2 and 64 MiB.
     pub page_size: Option<Bytes>,
     /// Weights below this size share a region that is always resident.
     pub small: Bytes,
@@ -73,11 +77,6 @@ pub(crate) enum Class {
     Whole(u32),
     Table,
 }
-
-/// Pages that weights behind one another have at least, which stay or leave together where they are to be whole. A part of a
-/// weight is left at either end: of Flux in float8, 56% of its pages resident, 51% of the weights are whole, 34% where each is a run
-/// of its own, 53% with 16 pages. Half of the read-ahead is streamed in one go then.
-const RUN: u32 = 8;
 
 /// The layout of one VBAR: small weights, whole weights in the order given, tables by size.
 #[derive(Debug)]
@@ -134,7 +133,7 @@ impl Layout {
             total.ok_or_else(|| EngineError::Invalid("the weights' sizes overflow 64 bits".into()))?;
         let page_size = match options.page_size {
             None => default_page_size(total),
-            Some(size) if size >= Bytes::mib(2) && size.get().is_power_of_two() => size,
+            Some(size) if size >= LEAST_PAGE && size.get().is_power_of_two() => size,
             Some(size) => {
                 return Err(EngineError::Invalid(format!(
                     "a page is a power of two of at least 2 MiB: {size}"
@@ -216,16 +215,19 @@ impl Layout {
         self.segments[page as usize].iter().cloned().chain(converted)
     }
 
-    /// The page order of this layout.
+    /// The page order of this layout. Where weights are to be whole, those behind one another stay or leave together that have half
+    /// as many pages as are read ahead. A part of a weight is left at either end: of Flux in float8, 56% of its pages resident, 51%
+    /// of the weights are whole, 34% where each is a run of its own, 53% with runs as long as all that is read ahead.
     pub(crate) fn order(&self) -> RankOrder {
         let (first, last) = (self.small_pages, self.table_pages);
         if !self.whole {
             return RankOrder::Spread { first, last };
         }
+        let least = self.frames() / 2;
         let mut runs: Vec<(u32, u32)> = Vec::new();
         for number in 0..self.scheduled.len() as u32 {
             let (begin, end) = self.scheduled_pages(number).into_inner();
-            match runs.last_mut().filter(|run| run.1 - run.0 + 1 < RUN) {
+            match runs.last_mut().filter(|run| run.1 - run.0 + 1 < least) {
                 Some(run) => run.1 = end,
                 None => runs.push((begin, end)),
             }
@@ -250,7 +252,12 @@ impl Layout {
     /// where it costs little.
     pub(crate) fn window(&self, budget: Bytes) -> u32 {
         let affordable = budget.get() / self.page_size.get() / 4;
-        (2 * self.widest()).max(WINDOW.min(u32::try_from(affordable).unwrap_or(WINDOW)))
+        (2 * self.widest()).max(self.frames().min(u32::try_from(affordable).unwrap_or(WINDOW)))
+    }
+
+    /// Streamed frames to aim at in a large budget.
+    fn frames(&self) -> u32 {
+        WINDOW.min(WINDOW_BYTES.get().div_ceil(self.page_size.get()) as u32)
     }
 
     /// Lays weights out from the next page on.
@@ -312,7 +319,7 @@ impl Layout {
 }
 
 fn default_page_size(total: Bytes) -> Bytes {
-    let wanted = (total.get() / 64).clamp(Bytes::mib(2).get(), Bytes::mib(32).get());
+    let wanted = (total.get() / 64).clamp(LEAST_PAGE.get(), MOST_PAGE.get());
     Bytes::new(1 << wanted.ilog2())
 }
 
@@ -324,6 +331,21 @@ mod tests {
 
     fn spec(name: &str, bytes: usize, kind: WeightKind) -> WeightSpec {
         WeightSpec { name: name.into(), source: Source::memory(Arc::new(vec![7; bytes])), kind }
+    }
+
+    #[test]
+    fn pages_grow_with_the_model_and_what_is_read_ahead_does_not_grow_with_them() {
+        let chosen =
+            [100 << 20, 1 << 30, 3 << 30, 12 << 30, 100 << 30].map(Bytes::new).map(default_page_size);
+        assert_eq!(chosen, [2, 16, 32, 64, 64].map(Bytes::mib));
+        for (page_size, window, budget) in
+            [(2, 16, 12 << 30), (32, 16, 12 << 30), (64, 8, 12 << 30), (64, 4, 1 << 30)]
+        {
+            let options =
+                LayoutOptions { page_size: Some(Bytes::mib(page_size)), ..LayoutOptions::default() };
+            let layout = Layout::new(vec![spec("w", 3 << 20, WeightKind::Whole)], options).unwrap();
+            assert_eq!(layout.window(Bytes::new(budget)), window, "pages of {page_size} MiB");
+        }
     }
 
     #[test]
