@@ -20,7 +20,11 @@ from forebay.converting import USED, dtype_name
 Product = tuple[int, int, int, int, int, str, int, tuple[str, int, int, int] | None]
 """A product as the engine takes it."""
 
+Placed = tuple[torch.Tensor, Product]
+"""A patch on a device: the memory that its factors lie in, and the product."""
+
 _ALIGN = 16
+_COPIED_AT_ONCE = 8 << 20
 _SCRATCH = 32 << 20
 """Bytes that are compared at once."""
 
@@ -80,27 +84,24 @@ class LowRank:
         """The rank of each product."""
         return [down.shape[0] for _, down, _ in self.terms]
 
-    def place(self, device: torch.device) -> tuple[torch.Tensor, Product]:
-        """Takes the factors to a device, in the current stream: their memory, and the product for the engine."""
-        rows, rank, count = self.shape[0], sum(self.ranks), len(self.terms)
+    def join(self, device: torch.device) -> _Joined:
+        """All that a device needs to add the products, where it can be joined without copying between devices."""
+        rank, count = sum(self.ranks), len(self.terms)
         dtype = joined_dtype(factor for factors in self.terms for factor in factors[:2])
         ends = itertools.accumulate(self.ranks)
         numbers = struct.pack(f"{count}f{count}i", *(scale for _, _, scale in self.terms), *ends)
-        # Some hundred weights change at once: one piece of memory for each, and one copy where all of it comes from the CPU.
         sources = {factor.device.type for factors in self.terms for factor in factors[:2]}
         joined_on = torch.device("cpu") if sources == {"cpu"} else device
         ups = [up.detach().flatten(1).to(joined_on, dtype) for up, _, _ in self.terms]
         downs = [down.detach().flatten(1).to(joined_on, dtype) for _, down, _ in self.terms]
-        parts = [_bytes_of(_joined(ups, 1)), _bytes_of(_joined(downs, 0))]
-        sizes = [-(-part.numel() // _ALIGN) * _ALIGN for part in parts]
-        gaps = [part.new_empty(size - part.numel()) for size, part in zip(sizes, parts, strict=True)]
         last = torch.frombuffer(bytearray(numbers), dtype=torch.uint8).to(joined_on)
-        # Pageable memory is read before this returns; what is in the stream is not waited for.
-        memory = torch.cat((parts[0], gaps[0], parts[1], gaps[1], last)).to(device, non_blocking=True)
-        starts = itertools.accumulate(sizes, initial=0)
-        up_at, down_at, scale_at = (memory.data_ptr() + start for start in starts)
-        each = (dtype_name(self.through), count, scale_at + 4 * count, 0)
-        return memory, (0, rows, up_at, down_at, scale_at, dtype_name(dtype), rank, each)
+        pieces = [_bytes_of(_joined(ups, 1)), _bytes_of(_joined(downs, 0)), last]
+        starts = [0, *itertools.accumulate(-(-piece.numel() // _ALIGN) * _ALIGN for piece in pieces)]
+        gaps = [piece.new_empty(-piece.numel() % _ALIGN) for piece in pieces]
+        filled = [part for pair in zip(pieces, gaps, strict=True) for part in pair]
+        return _Joined(
+            filled, starts, self.shape[0], rank, dtype_name(dtype), dtype_name(self.through), count
+        )
 
     @staticmethod
     def _shape(up: torch.Tensor, down: torch.Tensor) -> tuple[int, int] | None:
@@ -108,6 +109,65 @@ class LowRank:
         if up.ndim < 2 or down.ndim < 2 or up.shape[1:].numel() != down.shape[0]:
             return None
         return up.shape[0], down.shape[1:].numel()
+
+
+@dataclass(frozen=True, eq=False)
+class _Joined:
+    """The factors of products, which are to lie behind one another in memory.
+
+    Attributes:
+        parts: Their bytes, with gaps where something else begins.
+        starts: Where the factors of rows, those of columns and the numbers begin, and where all of it ends.
+    """
+
+    parts: list[torch.Tensor]
+    starts: list[int]
+    rows: int
+    rank: int
+    dtype: str
+    through: str
+    count: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.starts[-1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.parts[0].device
+
+    def product(self, address: int) -> Product:
+        """What it is for the engine where its bytes lie at an address."""
+        up_at, down_at, scale_at = (address + start for start in self.starts[:-1])
+        each = (self.through, self.count, scale_at + 4 * self.count, 0)
+        return (0, self.rows, up_at, down_at, scale_at, self.dtype, self.rank, each)
+
+
+def to_device(patches: Iterable[LowRank], device: torch.device) -> list[Placed]:
+    """Takes patches to a device, in the current stream: of each the memory that its factors lie in, and the product for the engine.
+
+    Some hundred weights change at once. Behind weights on their way to the device every copy waits for a page, so it is some MiB
+    that are copied at a time. Patches that were copied together share their memory.
+    """
+    placed: list[Placed] = []
+    together: list[_Joined] = []
+    for patch in patches:
+        joined = patch.join(device)
+        nbytes = sum(one.nbytes for one in together) + joined.nbytes
+        if together and (joined.device != together[0].device or nbytes > _COPIED_AT_ONCE):
+            placed += _copied(together, device)
+            together = []
+        together.append(joined)
+    return placed + _copied(together, device)
+
+
+def _copied(together: list[_Joined], device: torch.device) -> list[Placed]:
+    if not together:
+        return []
+    # Pageable memory is read before this returns; what is in the stream is not waited for.
+    memory = torch.cat([part for one in together for part in one.parts]).to(device, non_blocking=True)
+    pieces = memory.split_with_sizes([one.nbytes for one in together])
+    return [(piece, one.product(piece.data_ptr())) for piece, one in zip(pieces, together, strict=True)]
 
 
 def _joined(tensors: list[torch.Tensor], axis: int) -> torch.Tensor:
@@ -119,7 +179,7 @@ def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def multiplied(product: Product, address: int) -> Product:
-    """A product of :meth:`LowRank.place`, behind which everything is multiplied with the float32 at an address."""
+    """A product of :func:`to_device`, behind which everything is multiplied with the float32 at an address."""
     each = product[-1]
     assert each is not None
     return (*product[:-1], (*each[:-1], address))

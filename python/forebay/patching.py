@@ -20,7 +20,7 @@ import torch
 from forebay._forebay import DetachedError, ForebayError, Model
 from forebay.adapters import COMPONENTS, Adapter, Source, file_identity, names_of, read_adapters
 from forebay.converting import USED, Conversion, dtype_name
-from forebay.low_rank import LowRank, Product, joined_dtype
+from forebay.low_rank import LowRank, Product, joined_dtype, to_device
 
 _log = logging.getLogger("forebay")
 
@@ -207,14 +207,13 @@ class Patches:
         """Gives weights their functions and terms. Those that have them already are left alone."""
         by_model: dict[Model, list[_Change]] = {}
         with torch.inference_mode(False), torch.no_grad(), self._own.current() as stream:
-            for target, function, terms in wanted:
-                is_same = [term.identity for term in terms] == [term.identity for term in target.terms]
-                if is_same and function is target.function:
-                    continue
-                change = _Change(target, function, terms)
+            changes = [_Change(*one) for one in wanted if _is_new(*one)]
+            self._place(changes)
+            for change in changes:
+                target, function, terms = change.target, change.function, change.terms
                 if target.small is not None:
                     change.merged = self._merged(target, function, terms)
-                elif function is not None or terms:
+                elif change.patch is None and (function is not None or terms):
                     change.patch = self._patch(target, function, terms)
                 by_model.setdefault(target.model, []).append(change)
         failed: ForebayError | None = None
@@ -231,11 +230,20 @@ class Patches:
         if failed is not None:
             raise failed
 
+    def _place(self, changes: Iterable[_Change]) -> None:
+        """What the engine is given for functions that it need not call."""
+        added = [
+            (change, change.function)
+            for change in changes
+            if isinstance(change.function, LowRank) and not change.terms and _is_added(change.target)
+        ]
+        placed = to_device((function for _, function in added), self._device)
+        for (change, _), (memory, product) in zip(added, placed, strict=True):
+            target = change.target
+            change.patch = dtype_name(target.dtype), target.columns, [product], memory, None
+
     def _patch(self, target: Target, function: Function | None, terms: Sequence[Term]) -> _Patch:
         """What the engine is given: for each run of rows with the same terms one product of their joined factors."""
-        if isinstance(function, LowRank) and not terms and _is_added(target):
-            memory, product = function.place(self._device)
-            return dtype_name(target.dtype), target.columns, [product], memory, None
         kept: list[torch.Tensor] = []
         products: list[Product] = []
         for first, last, of in _runs(terms):
@@ -502,7 +510,13 @@ def _check_shape(target: Target, products: LowRank) -> None:
 
 def _is_added(target: Target) -> bool:
     """Whether the engine adds products to it."""
-    return target.dtype in USED and target.source.is_contiguous()
+    return target.small is None and target.dtype in USED and target.source.is_contiguous()
+
+
+def _is_new(target: Target, function: Function | None, terms: Sequence[Term]) -> bool:
+    """Whether a weight does not have these already."""
+    has = [term.identity for term in target.terms]
+    return function is not target.function or [term.identity for term in terms] != has
 
 
 def _report(unmatched: Sequence[str], adapters: Sequence[Adapter], strict: bool) -> None:

@@ -10,7 +10,8 @@ from support import MIB, TORCH_DEVICE, linears, move, press, randomize, referenc
 from torch import nn
 
 import forebay
-from forebay.low_rank import LowRank, sums_as_torch
+from forebay import low_rank
+from forebay.low_rank import LowRank, sums_as_torch, to_device
 
 EngineMaker = Callable[..., forebay.Engine]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -85,6 +86,26 @@ def test_weights_do_not_depend_on_what_is_resident(engine: EngineMaker) -> None:
             assert same(module(x), plain(x))
             attachment.set_patch(dict.fromkeys(patches))
             assert same(module(x), before)
+
+
+def test_many_patches_go_to_the_device_a_few_together(
+    engine: EngineMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(low_rank, "_COPIED_AT_ONCE", MIB)
+    module = randomize(linears(14)).to(torch.bfloat16)
+    patches = {
+        f"{i}.weight": products(layer.weight, [16, 8], torch.float16) for i, layer in enumerate(module)
+    }
+    moved = [(move(up), move(down), scale) for up, down, scale in patches["5.weight"].terms]
+    patches["5.weight"] = LowRank(moved, torch.float16)
+    placed = to_device(patches.values(), TORCH_DEVICE)
+    copies = {memory.untyped_storage().data_ptr(): memory.untyped_storage().nbytes() for memory, _ in placed}
+    assert sum(copies.values()) == sum(memory.nbytes for memory, _ in placed) > 2 * MIB
+    assert 2 < len(copies) < 7 and max(copies.values()) <= MIB
+    expected = [patched(layer.weight, patch) for layer, patch in zip(module, patches.values(), strict=True)]
+    with forebay.attach(module, engine()) as attachment:
+        attachment.set_patch(patches)
+        assert all(same(layer.weight.clone(), weight) for layer, weight in zip(module, expected, strict=True))
 
 
 def test_halfs_overflow_as_in_torch(engine: EngineMaker) -> None:

@@ -25,7 +25,7 @@ from forebay.attachment import Attachment
 from forebay.comfyui.native.quantized import data_of
 from forebay.comfyui.native.weight_patch import WeightPatch
 from forebay.converting import dtype_name
-from forebay.low_rank import LowRank, multiplied
+from forebay.low_rank import LowRank, Placed, multiplied
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -60,15 +60,22 @@ class Float8Patch:
     """
 
     def __init__(
-        self, layer: nn.Module, key: str, patches: Sequence[Any], products: LowRank, attachment: Attachment
+        self,
+        layer: nn.Module,
+        key: str,
+        patches: Sequence[Any],
+        products: LowRank,
+        placed: Placed,
+        attachment: Attachment,
     ) -> None:
-        """Takes the products to the device.
+        """Nothing is computed yet.
 
         Args:
             layer: The module that has the weight.
             key: The weight's name in the model.
             patches: ComfyUI's for this weight.
             products: What they come to.
+            placed: That on the device.
             attachment: Of the model.
         """
         self._engine = attachment.engine
@@ -76,7 +83,7 @@ class Float8Patch:
         self._through = products.through
         self._columns = products.shape[1]
         self._ranks = tuple(products.ranks)
-        self._memory, self._product = products.place(self._device)
+        self._memory, self._product = placed
         self._seed = comfy.utils.string_to_seed(key)
         self._own: WeightPatch | None = None
         self._own_arguments = layer, key, patches, self._device

@@ -13,7 +13,7 @@ from forebay._forebay import EightBitSum
 from forebay.comfyui.native.loaded import engine_for
 from forebay.comfyui.warming import BLOCK, MODULATION
 from forebay.converting import dtype_name
-from forebay.low_rank import LowRank, sums_as_torch
+from forebay.low_rank import LowRank, sums_as_torch, to_device
 
 _WIDTH, _RANK = 3072, 16
 """Of Flux, and of the usual LoRA: whether torch sums as the engine does is known of these shapes then."""
@@ -25,7 +25,7 @@ def of_patches(device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[]
     """Uses them once. The driver translates the engine's own for a GPU that it never did that for, some tenths of a second each."""
     engine, through = engine_for(device), comfy.model_management.lora_compute_dtype(device)
     factors = torch.zeros(_ROWS, _RANK), torch.zeros(_RANK, _COLUMNS)
-    memory, product = LowRank([(*factors, 1.0)], through).place(device)
+    [(memory, product)] = to_device([LowRank([(*factors, 1.0)], through)], device)
     stream = streams.current(device)
     value = torch.zeros(_ROWS, _COLUMNS, dtype=dtype, device=device)
     stored, found = (value.to(torch.float8_e4m3fn) for _ in range(2))

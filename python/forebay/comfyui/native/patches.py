@@ -26,10 +26,10 @@ from forebay._forebay import Weight
 from forebay.attachment import Attachment
 from forebay.comfyui.native.float8_patch import FLOAT8, Float8Patch
 from forebay.comfyui.native.patched_layer import Compute, PatchedLayer, PatchedWeight
-from forebay.comfyui.native.quantized import quantized_of, stand_ins_of
+from forebay.comfyui.native.quantized import ManagedQuantized, quantized_of, stand_ins_of
 from forebay.comfyui.native.weight_patch import WeightPatch
 from forebay.converting import USED
-from forebay.low_rank import LowRank, sums_as_torch
+from forebay.low_rank import LowRank, Placed, sums_as_torch, to_device
 from forebay.parameter import ForebayTensor
 from forebay.small import small_of
 
@@ -53,6 +53,44 @@ class _Patch:
     undo: Callable[[], None] | None
     computed: PatchedWeight | None = None
     at_fill: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class _New:
+    """A weight that is to be patched.
+
+    Attributes:
+        key: The weight's name in the model.
+        patches: ComfyUI's.
+        layer: The module that has it.
+        name: The weight's name there.
+        weight: What the module has.
+        quantized: How it is managed, if it is quantized.
+        stored: What is patched: the weight, or its elements if one scale is for all of them.
+        is_plain: Whether it is used as it is.
+        products: What the patches come to, if the engine adds that.
+    """
+
+    key: str
+    patches: list[Any]
+    layer: nn.Module
+    name: str
+    weight: torch.Tensor
+    quantized: ManagedQuantized | None
+    stored: Any
+    is_plain: bool
+    products: LowRank | None
+
+    @property
+    def is_added(self) -> bool:
+        """Whether the engine patches it as it is filled."""
+        return self.products is not None and self.is_plain and self.weight.dtype in USED
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether it is float8, which is rounded behind the products."""
+        is_float8 = self.products is not None and self.stored.dtype in FLOAT8
+        return is_float8 and not self.is_added and bool(self.stored.shape == self.weight.shape)
 
 
 class Patches:
@@ -104,15 +142,19 @@ class Patches:
                 patch.undo()
             if patch.computed is not None:
                 patch.computed.undo()
-        new = [key for key in patches if key not in self._of]
-        for key in new:
-            self._of[key] = self._patched(key, list(patches[key]), functions)
+        new = [self._new(key, list(patches[key])) for key in patches if key not in self._of]
+        rounded = [one for one in new if one.is_rounded]
+        device = self._attachment.device
+        placed = to_device((one.products for one in rounded if one.products is not None), device)
+        on_device = dict(zip(rounded, placed, strict=True))
+        for one in new:
+            self._of[one.key] = self._patched(one, on_device.get(one), functions)
         if functions:
-            if self._attachment.device.type == "cuda" and any(map(_is_computed, functions.values())):
+            if device.type == "cuda" and any(map(_is_computed, functions.values())):
                 # Weights are computed in another stream than this one, which takes the patches to the device.
-                torch.cuda.current_stream(self._attachment.device).synchronize()
+                torch.cuda.current_stream(device).synchronize()
             self._attachment.set_patch(functions)
-        return len({*gone, *new})
+        return len({*gone, *(one.key for one in new)})
 
     def withdraw(self) -> None:
         """Takes them from the layers, before the model is detached. What was computed goes with its pages."""
@@ -121,7 +163,7 @@ class Patches:
                 patch.undo()
         self._of.clear()
 
-    def _patched(self, key: str, patches: list[Any], functions: dict[str, Function | None]) -> _Patch:
+    def _new(self, key: str, patches: list[Any]) -> _New:
         path, _, name = key.rpartition(".")
         layer = self._model.get_submodule(path)
         weight = getattr(layer, name)
@@ -131,12 +173,17 @@ class Patches:
             hasattr(layer, f"{does}_{name}") for does in ("set", "convert")
         )
         products = self._products(stored, patches) if is_plain or quantized is not None else None
-        if products is not None and is_plain and weight.dtype in USED:
-            functions[key] = products
+        return _New(key, patches, layer, name, weight, quantized, stored, is_plain, products)
+
+    def _patched(self, new: _New, placed: Placed | None, functions: dict[str, Function | None]) -> _Patch:
+        key, patches, layer, name, weight = new.key, new.patches, new.layer, new.name, new.weight
+        quantized = new.quantized
+        if new.is_added:
+            functions[key] = new.products
             return _Patch(patches, key, None)
         compute: Compute
-        if products is not None and stored.dtype in FLOAT8 and stored.shape == weight.shape:
-            compute = Float8Patch(layer, key, patches, products, self._attachment)
+        if placed is not None and new.products is not None:
+            compute = Float8Patch(layer, key, patches, new.products, placed, self._attachment)
         else:
             compute = WeightPatch(layer, key, patches, self._attachment.device)
         keeps_shape = comfy.lora.calculate_shape(patches, weight, key) == weight.shape
@@ -151,7 +198,7 @@ class Patches:
         known = self._layers.get(id(layer))
         if known is None:
             known = self._layers[id(layer)] = PatchedLayer(layer)
-        computed = PatchedWeight(compute, quantized, self._own_memory(stored))
+        computed = PatchedWeight(compute, quantized, self._own_memory(new.stored))
         known.add(name, computed)
 
         def undo_on_use() -> None:
