@@ -17,6 +17,9 @@ the model's bytes over the link's rate. How long kernels take is by how much the
 process of its own (``loaded``, the fastest of several, since the first finds libraries on disk), is longer than its later ones;
 where they are loaded before the first step begins (``started``), no time.
 
+Where the thread that launches kernels is the limit, a step takes as long as the processor's speed makes it, which on shared machines
+changes from one step to the next. What it waits for others does not: how long it slept is told beside. For the GPU it waits awake.
+
 What runs is a tool that starts ComfyUI without a server (``--tool``), over a checkout (``--comfyui``, a folder or a tar.gz
 of one). ``bench/comfyui_wheels.sh`` gathers both and what ComfyUI imports, for a machine without a network.
 """
@@ -38,7 +41,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 
@@ -273,41 +276,61 @@ def child(chosen: argparse.Namespace) -> int:
         if system.native:
             importlib.import_module("forebay.comfyui.native").install()
         sys.meta_path.insert(0, Gate())
-        spent: list[float] = []
-        if system.loads_before:
-            spent = before_sampling(load_whole)
-        elif system.waits_before:
-            spent = before_sampling(wait_for_kernels)
+        action = load_whole if system.loads_before else wait_for_kernels if system.waits_before else None
+        # Importing Forebay, and torch with it, would change the order in which the others start.
+        samplings = watch_sampling(action) if system.native or action else []
         sys.argv = [str(chosen.tool), *map(str, arguments), "--", *system.comfy]
         try:
             runpy.run_path(str(chosen.tool), run_name="__main__")
         finally:
             text = Path(out.name).read_text()
             if text:
-                report(without(spent, json.loads(text)))
+                report(completed(json.loads(text), samplings))
     return 0
 
 
-def before_sampling(action: Callable[[object], None]) -> list[float]:
-    """Has something done with each model before it samples. The seconds that took, which are known once it has sampled."""
+@dataclass
+class Sampled:
+    """What was seen of one sampling."""
+
+    before_s: float = 0.0
+    """What was done before it."""
+    ran_s: list[float] = field(default_factory=list)
+    """For each step, how long its thread ran: whoever launches kernels waits for the GPU awake, and for a lock asleep."""
+
+
+def watch_sampling(action: Callable[[object], None] | None) -> list[Sampled]:
+    """Has something done with each model before it samples, and its steps watched. Filled as they are."""
     from forebay.comfyui.native.arrival import on_import
 
-    seconds: list[float] = []
+    samplings: list[Sampled] = []
 
     def wrap() -> None:
         module = sys.modules[SAMPLING]
         sample = module.sample
 
-        def prepared(model: object, *args: object, **kwargs: object) -> object:
-            began = time.perf_counter()
-            action(model)
-            seconds.append(time.perf_counter() - began)
-            return sample(model, *args, **kwargs)
+        def watched(
+            model: object, *args: object, callback: Callable[..., object], **kwargs: object
+        ) -> object:
+            samplings.append(sampled := Sampled())
+            if action is not None:
+                began = time.perf_counter()
+                action(model)
+                sampled.before_s = time.perf_counter() - began
+            last = time.thread_time()
 
-        module.sample = prepared
+            def after_step(*of_step: object) -> object:
+                nonlocal last
+                before, last = last, time.thread_time()
+                sampled.ran_s.append(last - before)
+                return callback(*of_step)
+
+            return sample(model, *args, callback=after_step, **kwargs)
+
+        module.sample = watched
 
     on_import(SAMPLING, wrap)
-    return seconds
+    return samplings
 
 
 def load_whole(model: object) -> None:
@@ -327,11 +350,12 @@ def wait_for_kernels(_model: object) -> None:
     warming.wait()
 
 
-def without(spent: list[float], report: Row) -> Row:
-    """A report whose first steps begin after what was done before them."""
-    sampled = [phase for phase in report["phases"] if phase["phase"].startswith("sample")]
-    for phase, seconds in zip(sampled, spent, strict=False):
-        phase["step_s"][0] -= seconds
+def completed(report: Row, samplings: list[Sampled]) -> Row:
+    """A report whose first steps begin after what was done before them, and that tells how long steps ran."""
+    phases = [phase for phase in report["phases"] if phase["phase"].startswith("sample")]
+    for phase, sampled in zip(phases, samplings, strict=False):
+        phase["step_s"][0] -= sampled.before_s
+        phase["ran_s"] = sampled.ran_s
     return report
 
 
@@ -377,6 +401,8 @@ def row_of(cell: Cell, system: str, outcome: Outcome, steps: int) -> Row:
     sampled = [phase for phase in phases if phase["phase"].startswith("sample")]
     first_round = sampled[: cell.instances]
     later = [seconds for phase in sampled for seconds in phase["step_s"][1:]]
+    ran = [seconds for phase in sampled for seconds in phase.get("ran_s", [])[1:]]
+    slept = [max(0.0, step - awake) for step, awake in zip(later, ran, strict=False)]
     weights = sum(gib for phase in phases for gib in phase.get("file_gib", [])) * GIB / cell.instances
     loaded = [model["loaded_gib"] for phase in sampled[-1:] for model in phase.get("models", [])]
     return {
@@ -384,7 +410,9 @@ def row_of(cell: Cell, system: str, outcome: Outcome, steps: int) -> Row:
         "first_s": [phase["step_s"][0] for phase in first_round],
         "again_s": [phase["step_s"][0] for phase in sampled[cell.instances :]],
         "later_s": statistics.median(later) if later else None,
+        "slept_s": statistics.median(slept) if slept else None,
         "steps_s": [phase["step_s"] for phase in sampled],
+        "ran_s": [phase["ran_s"] for phase in sampled if "ran_s" in phase],
         "weights_bytes": weights,
         "resident_bytes": max(loaded, default=0) * GIB,
         "pinned_bytes": max(phase.get("pinned_gib", 0) for phase in phases) * GIB,
@@ -473,22 +501,27 @@ def markdown(result: Row) -> str:
         "are used: native always gives the former, and is compared with ComfyUI's own offloading on a card that holds "
         "everything; comfy-aimdo and Forebay in its place are compared with comfy-aimdo."
     ]
+    tells_sleep = any(row.get("slept_s") is not None for row in result["rows"])
+    if tells_sleep:
+        parts.append(
+            "Asleep: seconds of a later step in which the thread that samples did not run, because others had the driver."
+        )
     cells = list(dict.fromkeys(row["cell"] for row in result["rows"]))
     for cell in cells:
         head = ["", "first step", "x limit", "again", "x limit", "later steps", "x limit"]
-        head += ["anonymous", "pinned", "device", "same"]
+        head += [*(["asleep"] if tells_sleep else []), "anonymous", "pinned", "device", "same"]
         lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         for row in (row for row in result["rows"] if row["cell"] == cell):
             versions = [f"{name} {version}" for name, version in row.get("versions", {}).items()]
             title = ", ".join(filter(None, [SYSTEMS[row["system"]].title, *versions]))
-            lines.append(f"| {' | '.join([title, *cells_of(row)])} |")
+            lines.append(f"| {' | '.join([title, *cells_of(row, tells_sleep)])} |")
         parts.append(f"`{cell}`:\n\n" + "\n".join(lines))
     return "\n\n".join(parts)
 
 
-def cells_of(row: Row) -> list[str]:
+def cells_of(row: Row, tells_sleep: bool) -> list[str]:
     if "reason" in row:
-        return [row["reason"].replace("|", "/"), *[""] * 9]
+        return [row["reason"].replace("|", "/"), *[""] * (10 if tells_sleep else 9)]
 
     def seconds(values: list[float]) -> str:
         return ", ".join(f"{value:.2f}" for value in values)
@@ -501,6 +534,8 @@ def cells_of(row: Row) -> list[str]:
     steps += [seconds(row["again_s"]), ratio(row["again_s"], "again_limit_s")]
     later = row["later_s"]
     steps += [f"{later:.3f}", ratio([later], "limit_s")] if later is not None else ["", ""]
+    if tells_sleep:
+        steps += [f"{row['slept_s']:.3f}" if row.get("slept_s") is not None else ""]
     same = {True: "yes", False: "NO", None: ""}[row.get("same")]
     return [*steps, *sizes, same]
 
