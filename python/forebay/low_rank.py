@@ -84,7 +84,7 @@ class LowRank:
         """The rank of each product."""
         return [down.shape[0] for _, down, _ in self.terms]
 
-    def join(self, device: torch.device) -> _Joined:
+    def _packed(self, device: torch.device) -> _Packed:
         """All that a device needs to add the products, where it can be joined without copying between devices."""
         rank, count = sum(self.ranks), len(self.terms)
         dtype = joined_dtype(factor for factors in self.terms for factor in factors[:2])
@@ -99,7 +99,7 @@ class LowRank:
         starts = [0, *itertools.accumulate(-(-piece.numel() // _ALIGN) * _ALIGN for piece in pieces)]
         gaps = [piece.new_empty(-piece.numel() % _ALIGN) for piece in pieces]
         filled = [part for pair in zip(pieces, gaps, strict=True) for part in pair]
-        return _Joined(
+        return _Packed(
             filled, starts, self.shape[0], rank, dtype_name(dtype), dtype_name(self.through), count
         )
 
@@ -112,7 +112,7 @@ class LowRank:
 
 
 @dataclass(frozen=True, eq=False)
-class _Joined:
+class _Packed:
     """The factors of products, which are to lie behind one another in memory.
 
     Attributes:
@@ -150,18 +150,18 @@ def to_device(patches: Iterable[LowRank], device: torch.device) -> list[Placed]:
     that are copied at a time. Patches that were copied together share their memory.
     """
     placed: list[Placed] = []
-    together: list[_Joined] = []
+    together: list[_Packed] = []
     for patch in patches:
-        joined = patch.join(device)
-        nbytes = sum(one.nbytes for one in together) + joined.nbytes
-        if together and (joined.device != together[0].device or nbytes > _COPIED_AT_ONCE):
+        packed = patch._packed(device)
+        nbytes = sum(one.nbytes for one in together) + packed.nbytes
+        if together and (packed.device != together[0].device or nbytes > _COPIED_AT_ONCE):
             placed += _copied(together, device)
             together = []
-        together.append(joined)
+        together.append(packed)
     return placed + _copied(together, device)
 
 
-def _copied(together: list[_Joined], device: torch.device) -> list[Placed]:
+def _copied(together: list[_Packed], device: torch.device) -> list[Placed]:
     if not together:
         return []
     # Pageable memory is read before this returns; what is in the stream is not waited for.
