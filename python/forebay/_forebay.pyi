@@ -25,12 +25,15 @@ __all__ = [
     "Squeeze",
     "Weight",
     "__version__",
+    "begin_call",
     "close_recalls",
+    "end_call",
     "examine",
     "foreign_capsule",
     "hold",
     "import_of",
     "intercept",
+    "is_ending",
     "lend_all",
     "open_recalls",
     "read_to_device",
@@ -298,6 +301,9 @@ def set_interception(common: frozenset[Callable[..., Any]], otherwise: Callable[
 def run(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, mode: str
 ) -> Any: ...
+def begin_call() -> None: ...
+def end_call() -> None: ...
+def is_ending() -> bool: ...
 def hold(weights: Sequence[Weight]) -> Holding: ...
 def lend_all(weights: Sequence[Weight]) -> list[torch.Tensor]: ...
 def open_recalls() -> None: ...

@@ -1,8 +1,6 @@
 //! `Engine`: the engine of one device.
 
 use std::sync::{Arc, Weak};
-use std::thread;
-use std::time::{Duration, Instant};
 
 use forebay::device::host::{HostConfig, HostDevice};
 use forebay::device::{Device, DeviceAddr, DeviceId, Requantize, StreamHandle};
@@ -21,6 +19,7 @@ use crate::errors::{raised, source};
 use crate::model::{Model, letters};
 use crate::patches::{PyConversion, PyEightBitSum, PyProduct, conversion};
 use crate::reclaim::with_reclaim;
+use crate::running::{begin_ending, wait_for_calls};
 use crate::vbar::ExplicitVbar;
 
 /// Host memory that a `host` engine may use unless told otherwise: this share of what is available at its start.
@@ -41,22 +40,16 @@ impl Engine {
 /// The engines of this process, to be shut down at its end.
 static ENGINES: Mutex<Vec<Weak<forebay::Engine>>> = Mutex::new(Vec::new());
 
-/// How long the end of a process waits for operations of other threads.
-const PATIENCE: Duration = Duration::from_millis(500);
-
 /// Ends the threads of all engines: at the end of a process, while interpreter and driver are still there. Later uses of
-/// weights are errors. Operations that have begun are waited for, shortly: a thread that comes back to an interpreter that is
-/// gone ends in the middle of torch's code, which aborts the process.
+/// weights are errors. Calls that have begun and weights that are held are waited for, shortly.
 #[pyfunction]
 pub(crate) fn shut_down_engines(py: Python<'_>) {
     py.detach(|| {
+        begin_ending();
         let engines = std::mem::take(&mut *ENGINES.lock());
         let engines: Vec<_> = engines.iter().filter_map(Weak::upgrade).collect();
         engines.iter().for_each(|engine| engine.shut_down());
-        let began = Instant::now();
-        while began.elapsed() < PATIENCE && engines.iter().any(|engine| engine.operations() > 0) {
-            thread::sleep(Duration::from_millis(1));
-        }
+        wait_for_calls(|| engines.iter().any(|engine| engine.operations() > 0));
     });
 }
 

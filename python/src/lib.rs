@@ -19,6 +19,7 @@ mod patches;
 mod recalls;
 mod reclaim;
 mod run;
+mod running;
 mod shadows;
 mod transfer;
 mod vbar;
@@ -59,6 +60,9 @@ fn _forebay(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(run::lend_all, module)?)?;
     module.add_function(wrap_pyfunction!(reclaim::set_reclaim, module)?)?;
     module.add_function(wrap_pyfunction!(run::set_managed_types, module)?)?;
+    module.add_function(wrap_pyfunction!(running::begin_call, module)?)?;
+    module.add_function(wrap_pyfunction!(running::end_call, module)?)?;
+    module.add_function(wrap_pyfunction!(running::is_ending, module)?)?;
     module.add_function(wrap_pyfunction!(engine::shut_down_engines, module)?)?;
     module.add_function(wrap_pyfunction!(recalls::open_recalls, module)?)?;
     module.add_function(wrap_pyfunction!(recalls::serve_recalls, module)?)?;

@@ -16,6 +16,7 @@ use smallvec::{SmallVec, smallvec};
 use crate::errors::{ForebayError, raised};
 use crate::model::Weight;
 use crate::reclaim::with_reclaim;
+use crate::running::Running;
 
 /// The weights of one call: a weight and its bias take no allocation.
 type Weights<'py> = SmallVec<[Bound<'py, Weight>; 2]>;
@@ -74,6 +75,7 @@ pub(crate) fn run_as<'py>(
     if weights.is_empty() {
         return without_interception(func, args, kwargs);
     }
+    let _running = Running::new(func.py());
     let result = match mode {
         Mode::Pure => on_plain(func, args, kwargs, &weights),
         Mode::Checked => checked(func, args, kwargs, &weights),
@@ -137,6 +139,7 @@ pub(crate) fn lend_all<'py>(
     py: Python<'py>,
     weights: Vec<Bound<'py, Weight>>,
 ) -> PyResult<Vec<Bound<'py, PyAny>>> {
+    let _running = Running::new(py);
     pinning(py, &weights, |engine, pairs, how| engine.loans(pairs, how))
 }
 
@@ -149,6 +152,7 @@ pub(crate) struct Holding {
 /// Pins weights for as long as what this gives lives: their plain tensors can be computed with meanwhile.
 #[pyfunction]
 pub(crate) fn hold(py: Python<'_>, weights: Vec<Bound<'_, Weight>>) -> PyResult<Holding> {
+    let _running = Running::new(py);
     Ok(Holding { _held: acquire(py, &weights)?.into_iter().map(Pinned::held).collect() })
 }
 

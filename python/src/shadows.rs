@@ -23,6 +23,7 @@ use crate::errors::raised;
 use crate::model::{Model, Shared, Weight};
 use crate::recalls::{self, Token};
 use crate::run::written_error;
+use crate::running::Running;
 
 /// A loan that was recalled after fewer forwards than this did not pay for its tensors.
 const PAYS_AFTER: u32 = 16;
@@ -399,6 +400,7 @@ impl Scope {
         kwargs: Option<&Bound<'py, PyDict>>,
     ) -> PyResult<Bound<'py, PyAny>> {
         let py = original.py();
+        let _running = Running::new(py);
         if self.parent.as_ref().is_some_and(|parent| parent.get().users.load(Ordering::Acquire) > 0) {
             return original.call(args, kwargs);
         }

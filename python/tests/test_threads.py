@@ -154,7 +154,11 @@ with torch.no_grad():
                 models[1](x)
         except forebay.ForebayError:
             pass
-    threading.Thread(target=use, daemon=True).start()
+    def keep_the_interpreter():
+        while True:
+            pass
+    for work in (use, use, use, keep_the_interpreter):
+        threading.Thread(target=work, daemon=True).start()
     for model in models * 2:
         model(x)
 print("end")
