@@ -136,5 +136,31 @@ def test_what_was_loaded_before_tells_how_long_kernels_take(comfyui: ModuleType)
 
 def test_loading_before_a_first_step_is_no_part_of_it(comfyui: ModuleType) -> None:
     phases = [{"phase": "load"}, *({"phase": f"sample {n}", "step_s": [3.0, 1.0]} for n in range(2))]
-    report = comfyui.without([2.0, 0.5], {"phases": phases})
+    samplings = [comfyui.Sampled(2.0, [2.5, 0.75]), comfyui.Sampled(0.5, [1.5, 0.5])]
+    report = comfyui.completed({"phases": phases}, samplings)
     assert [phase.get("step_s") for phase in report["phases"]] == [None, [1.0, 1.0], [2.5, 1.0]]
+    assert [phase.get("ran_s") for phase in report["phases"]] == [None, [2.5, 0.75], [1.5, 0.5]]
+
+
+def test_later_steps_tell_how_long_their_thread_slept(comfyui: ModuleType) -> None:
+    def found(*ran: list[float]) -> Any:
+        each = [
+            {"phase": "sample", "s": 1, "step_s": [3.0, 1.0, 1.0, 1.25], **({"ran_s": r} if r else {})}
+            for r in ran
+        ]
+        outcome = comfyui.Outcome(rows=[{"phases": [{"phase": "load", "s": 1}, *each]}])
+        return comfyui.row_of(comfyui.Cell.parse("flux-bf16-12-r2"), "native", outcome, 4)["slept_s"]
+
+    assert found([1.0, 0.75, 1.5, 1.0], [3.0, 0.5, 0.5, 1.0]) == 0.25
+    assert found([]) is None
+    rows = [
+        row("flux-bf16-80", "loaded", "a", slept_s=0.0),
+        row("flux-bf16-12", "native", "a", slept_s=0.0071),
+    ]
+    rows.append(row("flux-bf16-12", "aimdo", "a"))
+    told = [
+        line.split(" | ")[7]
+        for line in comfyui.markdown(comfyui.gathered(MACHINE, rows)).splitlines()
+        if "5.00 |" in line
+    ]
+    assert told == ["0.000", "0.007", ""]
