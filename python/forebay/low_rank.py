@@ -96,9 +96,9 @@ class LowRank:
         downs = [down.detach().flatten(1).to(joined_on, dtype) for _, down, _ in self.terms]
         last = torch.frombuffer(bytearray(numbers), dtype=torch.uint8).to(joined_on)
         pieces = [_bytes_of(_joined(ups, 1)), _bytes_of(_joined(downs, 0)), last]
-        starts = [0, *itertools.accumulate(-(-piece.numel() // _ALIGN) * _ALIGN for piece in pieces)]
-        gaps = [piece.new_empty(-piece.numel() % _ALIGN) for piece in pieces]
-        filled = [part for pair in zip(pieces, gaps, strict=True) for part in pair]
+        aligned = [(piece, piece.new_empty(-piece.numel() % _ALIGN)) for piece in pieces]
+        starts = [0, *itertools.accumulate(piece.numel() + gap.numel() for piece, gap in aligned)]
+        filled = [part for pair in aligned for part in pair]
         return _Packed(
             filled, starts, self.shape[0], rank, dtype_name(dtype), dtype_name(self.through), count
         )

@@ -26,7 +26,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from forebay._forebay import Engine, ForebayError, OutOfMemoryError, begin_call, end_call, is_ending
+from forebay._forebay import Engine, ForebayError, OutOfMemoryError, begin_forward, end_forward, is_ending
 from forebay.capturing import refuse_capture
 from forebay.instance_methods import InstanceMethod
 from forebay.shortage import Shortage, empty_cache
@@ -85,7 +85,7 @@ class _Boundary:
         running = self._running
         if running.drawn_from is not None:
             return self._run(original, _Before(args, kwargs), args, kwargs)
-        begin_call()
+        begin_forward()
         try:
             running.drawn_from = _Generators(self._device)
             return self._run(original, _Before(args, kwargs, running.drawn_from), args, kwargs)
@@ -96,7 +96,7 @@ class _Boundary:
             raise
         finally:
             running.drawn_from = None
-            end_call()
+            end_forward()
 
     def _run(
         self, original: Callable[..., Any], before: _Before, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -60,8 +60,8 @@ fn _forebay(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(run::lend_all, module)?)?;
     module.add_function(wrap_pyfunction!(reclaim::set_reclaim, module)?)?;
     module.add_function(wrap_pyfunction!(run::set_managed_types, module)?)?;
-    module.add_function(wrap_pyfunction!(running::begin_call, module)?)?;
-    module.add_function(wrap_pyfunction!(running::end_call, module)?)?;
+    module.add_function(wrap_pyfunction!(running::begin_forward, module)?)?;
+    module.add_function(wrap_pyfunction!(running::end_forward, module)?)?;
     module.add_function(wrap_pyfunction!(running::is_ending, module)?)?;
     module.add_function(wrap_pyfunction!(engine::shut_down_engines, module)?)?;
     module.add_function(wrap_pyfunction!(recalls::open_recalls, module)?)?;

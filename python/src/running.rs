@@ -30,7 +30,7 @@ pub(crate) struct Running<'py>(PhantomData<Python<'py>>);
 
 impl<'py> Running<'py> {
     pub(crate) fn new(_py: Python<'py>) -> Self {
-        begin_call();
+        CALLS.fetch_add(1, Ordering::AcqRel);
         Running(PhantomData)
     }
 }
@@ -41,15 +41,15 @@ impl Drop for Running<'_> {
     }
 }
 
-/// A forward begins; [`end_call`] must follow.
+/// A forward begins: a call that uses torch before and after it uses weights. [`end_forward`] must follow.
 #[pyfunction]
-pub(crate) fn begin_call() {
+pub(crate) fn begin_forward() {
     CALLS.fetch_add(1, Ordering::AcqRel);
 }
 
-/// A forward has ended.
+/// A forward has ended, and its thread has the interpreter.
 #[pyfunction]
-pub(crate) fn end_call() {
+pub(crate) fn end_forward() {
     LAST_AT.store(FIRST.elapsed().as_millis() as u64, Ordering::Relaxed);
     LAST_IN.store(this_thread(), Ordering::Relaxed);
     CALLS.fetch_sub(1, Ordering::AcqRel);
@@ -70,9 +70,9 @@ pub(crate) fn begin_ending() {
 pub(crate) fn wait_for_calls(is_any_held: impl Fn() -> bool) {
     let began = Instant::now();
     let is_quiet = || {
-        let last_at = Duration::from_millis(LAST_AT.load(Ordering::Relaxed));
-        [0, this_thread()].contains(&LAST_IN.load(Ordering::Relaxed))
-            || FIRST.elapsed().saturating_sub(last_at) >= QUIET
+        let (last_in, last_at) = (LAST_IN.load(Ordering::Relaxed), LAST_AT.load(Ordering::Relaxed));
+        let is_anothers = last_in != 0 && last_in != this_thread();
+        !is_anothers || FIRST.elapsed().saturating_sub(Duration::from_millis(last_at)) >= QUIET
     };
     let is_over = || CALLS.load(Ordering::Acquire) == 0 && is_quiet() && !is_any_held();
     while began.elapsed() < PATIENCE && !is_over() {

@@ -29,7 +29,7 @@ from forebay.comfyui.native.patched_layer import Compute, PatchedLayer, PatchedW
 from forebay.comfyui.native.quantized import ManagedQuantized, quantized_of, stand_ins_of
 from forebay.comfyui.native.weight_patch import WeightPatch
 from forebay.converting import USED
-from forebay.low_rank import LowRank, Placed, sums_as_torch, to_device
+from forebay.low_rank import LowRank, sums_as_torch, to_device
 from forebay.parameter import ForebayTensor
 from forebay.small import small_of
 
@@ -67,8 +67,8 @@ class _New:
         weight: What the module has.
         quantized: How it is managed, if it is quantized.
         stored: What is patched: the weight, or its elements if one scale is for all of them.
-        is_plain: Whether it is used as it is.
-        products: What the patches come to, if the engine adds that.
+        added: What the patches come to, if the engine adds that as the weight is filled.
+        rounded: Likewise, if the weight is float8, which is rounded behind that.
     """
 
     key: str
@@ -78,19 +78,8 @@ class _New:
     weight: torch.Tensor
     quantized: ManagedQuantized | None
     stored: Any
-    is_plain: bool
-    products: LowRank | None
-
-    @property
-    def is_added(self) -> bool:
-        """Whether the engine patches it as it is filled."""
-        return self.products is not None and self.is_plain and self.weight.dtype in USED
-
-    @property
-    def is_rounded(self) -> bool:
-        """Whether it is float8, which is rounded behind the products."""
-        is_float8 = self.products is not None and self.stored.dtype in FLOAT8
-        return is_float8 and not self.is_added and bool(self.stored.shape == self.weight.shape)
+    added: LowRank | None
+    rounded: LowRank | None
 
 
 class Patches:
@@ -143,12 +132,15 @@ class Patches:
             if patch.computed is not None:
                 patch.computed.undo()
         new = [self._new(key, list(patches[key])) for key in patches if key not in self._of]
-        rounded = [one for one in new if one.is_rounded]
         device = self._attachment.device
-        placed = to_device((one.products for one in rounded if one.products is not None), device)
-        on_device = dict(zip(rounded, placed, strict=True))
+        rounded = [(one, one.rounded) for one in new if one.rounded is not None]
+        placed = to_device((products for _, products in rounded), device)
+        of_float8 = {
+            one: Float8Patch(one.layer, one.key, one.patches, products, place, self._attachment)
+            for (one, products), place in zip(rounded, placed, strict=True)
+        }
         for one in new:
-            self._of[one.key] = self._patched(one, on_device.get(one), functions)
+            self._of[one.key] = self._patched(one, of_float8.get(one), functions)
         if functions:
             if device.type == "cuda" and any(map(_is_computed, functions.values())):
                 # Weights are computed in another stream than this one, which takes the patches to the device.
@@ -173,19 +165,22 @@ class Patches:
             hasattr(layer, f"{does}_{name}") for does in ("set", "convert")
         )
         products = self._products(stored, patches) if is_plain or quantized is not None else None
-        return _New(key, patches, layer, name, weight, quantized, stored, is_plain, products)
+        added = rounded = None
+        if products is not None and is_plain and weight.dtype in USED:
+            added = products
+        elif products is not None and stored.dtype in FLOAT8 and stored.shape == weight.shape:
+            rounded = products
+        return _New(key, patches, layer, name, weight, quantized, stored, added, rounded)
 
-    def _patched(self, new: _New, placed: Placed | None, functions: dict[str, Function | None]) -> _Patch:
+    def _patched(
+        self, new: _New, of_float8: Float8Patch | None, functions: dict[str, Function | None]
+    ) -> _Patch:
         key, patches, layer, name, weight = new.key, new.patches, new.layer, new.name, new.weight
         quantized = new.quantized
-        if new.is_added:
-            functions[key] = new.products
+        if new.added is not None:
+            functions[key] = new.added
             return _Patch(patches, key, None)
-        compute: Compute
-        if placed is not None and new.products is not None:
-            compute = Float8Patch(layer, key, patches, new.products, placed, self._attachment)
-        else:
-            compute = WeightPatch(layer, key, patches, self._attachment.device)
+        compute: Compute = of_float8 or WeightPatch(layer, key, patches, self._attachment.device)
         keeps_shape = comfy.lora.calculate_shape(patches, weight, key) == weight.shape
         asks = hasattr(layer, "comfy_cast_weights")
         if keeps_shape and (self._at_fill or not asks):
