@@ -6,7 +6,8 @@ use forebay::device::host::{HostConfig, HostDevice};
 use forebay::device::{Device, DeviceAddr, DeviceId, Requantize, StreamHandle};
 use forebay::store::{MemoryRange, ProcessMaps, Source};
 use forebay::{
-    Budget, Bytes, EngineConfig, LayoutOptions, PageState, RingConfig, VbarStats, WeightKind, WeightSpec,
+    Budget, Bytes, EngineConfig, LayoutOptions, PageState, RingConfig, Scaling, VbarStats, WeightKind,
+    WeightSpec,
 };
 use parking_lot::Mutex;
 use pyo3::exceptions::PyValueError;
@@ -166,7 +167,11 @@ impl Engine {
     }
 
     /// Computes a weight of eight-bit elements anew at an address, behind what is in a stream: the sum, rounded up or down by
-    /// random bytes as torch draws them with ``threads`` threads.
+    /// random bytes as torch draws them with ``threads`` threads. With ``scaling`` it first raises the float32 at the first address to
+    /// the largest magnitude of the sum before that is multiplied with its last number, looks up the nearest half's row in the
+    /// table of 32768 x 2 float32 at the second, and puts the two at the third.
+    #[expect(clippy::too_many_arguments)]
+    #[pyo3(signature = (address, sum, seed, threads, stream, scaling=None))]
     fn requantize(
         &self,
         py: Python<'_>,
@@ -175,22 +180,17 @@ impl Engine {
         seed: u64,
         threads: u64,
         stream: u64,
+        scaling: Option<(u64, u64, u64)>,
     ) -> PyResult<()> {
+        let scaling = scaling.map(|(largest, table, to)| {
+            let [largest, table, to] = [largest, table, to].map(DeviceAddr::new);
+            Scaling { largest, table, to }
+        });
         let work = Requantize { sum: sum.0, to: DeviceAddr::new(address), seed, threads };
         // SAFETY: the package passes a stream of torch's on this device.
         let stream = unsafe { StreamHandle::from_raw(stream) };
         // SAFETY: likewise memory.
-        py.detach(|| unsafe { self.inner.requantize(&work, stream) }).map_err(raised)
-    }
-
-    /// Raises the float32 at an address to the largest magnitude of what :meth:`requantize` rounds, before that is multiplied
-    /// with the product's last number.
-    fn largest(&self, py: Python<'_>, address: u64, sum: &PyEightBitSum, stream: u64) -> PyResult<()> {
-        let (sum, at) = (sum.0, DeviceAddr::new(address));
-        // SAFETY: the package passes a stream of torch's on this device.
-        let stream = unsafe { StreamHandle::from_raw(stream) };
-        // SAFETY: likewise memory.
-        py.detach(|| unsafe { self.inner.largest(&sum, at, stream) }).map_err(raised)
+        py.detach(|| unsafe { self.inner.requantize(&work, scaling.as_ref(), stream) }).map_err(raised)
     }
 
     /// Sets how many bytes of the page cache may be registered with the device; ``None``: what is free.

@@ -64,6 +64,16 @@ pub enum Transform {
         /// A float32 of at least 0, which becomes the largest magnitude where that is larger.
         at: DeviceAddr,
     },
+    /// Looks a number up: two float32 become those of row `n` of a table, where `n` are the bits of the half nearest to the number,
+    /// without its sign.
+    LookUp {
+        /// The number, a float32.
+        number: DeviceAddr,
+        /// [`Transform::LOOKED_UP`] rows of two float32.
+        table: DeviceAddr,
+        /// Where the two go.
+        to: DeviceAddr,
+    },
     /// Copies bytes on the device.
     Copy {
         /// Where to.
@@ -76,6 +86,9 @@ pub enum Transform {
 }
 
 impl Transform {
+    /// Rows of the table of [`Transform::LookUp`].
+    pub const LOOKED_UP: usize = 1 << 15;
+
     /// Whether there is anything to do.
     ///
     /// # Errors
@@ -109,12 +122,18 @@ impl Transform {
                     return invalid();
                 }
             }
+            Transform::LookUp { number, table, to } => {
+                if [number, table, to].iter().any(|at| !at.get().is_multiple_of(4)) {
+                    return invalid();
+                }
+            }
             Transform::Copy { .. } => {}
         }
         Ok(match self {
             Transform::AddLowRank(add) => add.count > 0,
             Transform::Convert(convert) => convert.count > 0,
             Transform::Requantize(Requantize { sum, .. }) | Transform::Largest { sum, .. } => sum.count > 0,
+            Transform::LookUp { .. } => true,
             Transform::Copy { len, .. } => *len > Bytes::ZERO,
         })
     }

@@ -400,6 +400,33 @@ fn elements_are_converted_with_one_rounding_of_a_float32() {
 }
 
 #[test]
+fn numbers_are_looked_up_by_the_nearest_half() {
+    let mut rng = Rng::from_environment();
+    let table = elements(&mut rng, Element::F32, 2 * Transform::LOOKED_UP as u64);
+    let halves = [0_u16, 1, 0x03ff, 0x0400, 0x3c00, 0x7bff, 0x7c00].into_iter();
+    let halves = halves.chain((0..20).map(|_| rng.below(0x7c01) as u16));
+    let mut numbers: Vec<(f32, u16)> =
+        halves.map(|half| (value(Element::F16, &half.to_le_bytes()) as f32, half)).collect();
+    numbers.extend([(1.0 + 2f32.powi(-11), 0x3c00), (65_519.9, 0x7bff), (65_520.0, 0x7c00), (1e-9, 0)]);
+    numbers.extend([(-1.0, 0x3c00), (f32::NAN, 0x7e00), (-f32::NAN, 0x7e00)]);
+    with_room(Bytes::mib(2), |device, places| {
+        let table_at = places.put(&table, 16);
+        for &(number, half) in &numbers {
+            let at = places.put(&number.to_le_bytes(), 4);
+            let to = places.put(&[0x5a; 16], 4);
+            transform(device, Transform::LookUp { number: at, table: table_at, to }).unwrap();
+            let found = read(device, to, Bytes::new(16));
+            let row = usize::from(half) * 8;
+            assert_eq!(found[..8], table[row..row + 8], "{number}");
+            assert_eq!(found[8..], [0x5a; 8], "{number}");
+        }
+        let (number, to) = (table_at, DeviceAddr::new(table_at.get() + 2));
+        let error = transform(device, Transform::LookUp { number, table: table_at, to }).unwrap_err();
+        assert!(matches!(error, DeviceError::Driver { code: 1, .. }), "{error}");
+    });
+}
+
+#[test]
 fn bytes_are_copied_and_nothing_is_done_without_elements() {
     let mut rng = Rng::from_environment();
     with_room(Bytes::mib(2), |device, places| {

@@ -12,8 +12,8 @@ use std::sync::Arc;
 
 use forebay_core::{Bytes, PageRef};
 use forebay_device::{
-    AddLowRank, Convert, DeviceAddr, EightBitSum, Element, Event, Factors, Requantize, Scale, Stream,
-    StreamHandle, Transform,
+    AddLowRank, Convert, DeviceAddr, Element, Event, Factors, Requantize, Scale, Stream, StreamHandle,
+    Transform,
 };
 use parking_lot::Mutex;
 
@@ -73,33 +73,43 @@ impl Engine {
         unsafe { self.shared().device.transform(&Transform::AddLowRank(add), stream) }.map_err(Into::into)
     }
 
-    /// Has a weight of eight-bit elements computed anew in memory of the application's, behind what is in the stream.
+    /// Has a weight of eight-bit elements computed anew in memory of the application's, behind what is in the stream; with
+    /// `scaling` once the numbers are found that it is scaled by.
     ///
     /// # Errors
     /// What the device reports; also that it cannot do it.
     ///
     /// # Safety
     /// As of [`add_product`](Engine::add_product): what is read, and what is written.
-    pub unsafe fn requantize(&self, work: &Requantize, stream: StreamHandle) -> Result<()> {
+    pub unsafe fn requantize(
+        &self,
+        work: &Requantize,
+        scaling: Option<&Scaling>,
+        stream: StreamHandle,
+    ) -> Result<()> {
         self.shared().state.lock().check()?;
-        // SAFETY: the caller's promise.
-        unsafe { self.shared().device.transform(&Transform::Requantize(*work), stream) }.map_err(Into::into)
+        let finding = scaling.map(|Scaling { largest, table, to }| {
+            let (sum, at) = (work.sum, *largest);
+            [Transform::Largest { sum, at }, Transform::LookUp { number: at, table: *table, to: *to }]
+        });
+        let all = finding.into_iter().flatten().chain([Transform::Requantize(*work)]);
+        for transform in all {
+            // SAFETY: the caller's promise.
+            unsafe { self.shared().device.transform(&transform, stream) }?;
+        }
+        Ok(())
     }
+}
 
-    /// Has the largest magnitude of a weight found that is to be computed anew, behind what is in the stream: see
-    /// [`Transform::Largest`].
-    ///
-    /// # Errors
-    /// As of [`requantize`](Engine::requantize).
-    ///
-    /// # Safety
-    /// Likewise.
-    pub unsafe fn largest(&self, sum: &EightBitSum, at: DeviceAddr, stream: StreamHandle) -> Result<()> {
-        self.shared().state.lock().check()?;
-        let work = Transform::Largest { sum: *sum, at };
-        // SAFETY: the caller's promise.
-        unsafe { self.shared().device.transform(&work, stream) }.map_err(Into::into)
-    }
+/// How the numbers are found that a weight is scaled by: those that belong to its largest magnitude.
+#[derive(Clone, Copy, Debug)]
+pub struct Scaling {
+    /// A float32 of at least 0, which becomes the largest magnitude where that is larger: see [`Transform::Largest`].
+    pub largest: DeviceAddr,
+    /// Two float32 for each such number: see [`Transform::LookUp`].
+    pub table: DeviceAddr,
+    /// Where the two go.
+    pub to: DeviceAddr,
 }
 
 /// The patches of one VBAR.

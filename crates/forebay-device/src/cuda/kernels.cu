@@ -45,11 +45,22 @@ __device__ __forceinline__ u16 store(Bf16, float value) {
   return (u16)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 
-// The nearest half where one is asked for. NaN stay some NaN: they are stored at last.
-__device__ __forceinline__ float rounded(float value, bool to_half) {
-  u16 raw;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(raw) : "f"(value));
-  return to_half ? half_to_float(raw) : value;
+// Two halves in a word: the nearest of two values, and sums.
+__device__ __forceinline__ u32 halves_of(float low, float high) {
+  u32 halves;
+  asm("{ .reg .b16 l, h; cvt.rn.f16.f32 l, %1; cvt.rn.f16.f32 h, %2; mov.b32 %0, {l, h}; }"
+      : "=r"(halves) : "f"(low), "f"(high));
+  return halves;
+}
+__device__ __forceinline__ u32 add_halves(u32 some, u32 others) {
+  u32 sums;
+  asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sums) : "r"(some), "r"(others));
+  return sums;
+}
+__device__ __forceinline__ u32 multiply_halves(u32 some, u32 others) {
+  u32 products;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(products) : "r"(some), "r"(others));
+  return products;
 }
 
 // A factor's element at runtime: 0 float32, 1 float16, 2 bfloat16.
@@ -61,9 +72,30 @@ __device__ __forceinline__ float factor(const void* factors, u64 index, u32 kind
 
 // ---- elements of eight bits: see Requantize in transform.rs
 
+// LOWEST and HIGHEST are the halves whose neighbours in the type are as far apart as the type's mantissa says.
 template <typename E> struct Eight;
-template <> struct Eight<F8E4m3> { static constexpr int MANTISSA = 3, LEAST = -6; static constexpr u32 LARGEST = 0x7e; };
-template <> struct Eight<F8E5m2> { static constexpr int MANTISSA = 2, LEAST = -14; static constexpr u32 LARGEST = 0x7b; };
+template <> struct Eight<F8E4m3> {
+  static constexpr int MANTISSA = 3, LEAST = -6;
+  static constexpr u32 LARGEST = 0x7e, LOWEST = 0x2400, HIGHEST = 0x5f00;
+};
+template <> struct Eight<F8E5m2> {
+  static constexpr int MANTISSA = 2, LEAST = -14;
+  static constexpr u32 LARGEST = 0x7b, LOWEST = 0x0001, HIGHEST = 0x7b00;
+};
+
+// Bytes 0 and 1 of a word, or 2 and 3, as the high bytes of two halves.
+__device__ __forceinline__ u32 in_high_bytes(u32 word, int half) { return __byte_perm(word, 0, half ? 0x3424 : 0x1404); }
+
+// Two of the four elements in a word, exactly.
+__device__ __forceinline__ u32 eights_to_halves(F8E5m2, u32 word, int half) { return in_high_bytes(word, half); }
+__device__ __forceinline__ u32 eights_to_halves(F8E4m3, u32 word, int half) {
+  u32 raw = in_high_bytes(word, half);
+  // The exponent's bias is 7 in place of 15: times 256.
+  u32 halves = multiply_halves((raw & 0x80008000u) | (raw & 0x7f007f00u) >> 1, 0x5c005c00u);
+  u32 nans = (word & 0x7f7f7f7fu) + 0x01010101u & 0x80808080u;
+  if (nans) halves |= (in_high_bytes(nans, half) >> 15) * 0x7e00u;
+  return halves;
+}
 
 // Away from zero where the distance from the nearer neighbour says so together with the random byte.
 template <typename E>
@@ -78,6 +110,30 @@ __device__ __forceinline__ u32 round_at_random(float value, u32 random) {
   if (bits >= 0x47800000u) code = sign | Eight<E>::LARGEST;  // 65536 and more, which none has
   if (bits > 0x7f800000u) code = 0x80u | Eight<E>::LARGEST;
   return bits == 0 ? 0 : code;
+}
+
+// The same of the four halves in two words. Between LOWEST and HIGHEST a half's bits with another bias are the code in 256ths, to
+// which the random byte is added as it is.
+template <typename E>
+__device__ __forceinline__ u32 round_at_random(u32 low, u32 high, u32 random) {
+  constexpr u32 BOTH = 0x10001u, MANTISSA = Eight<E>::MANTISSA, BIAS = MANTISSA == 3 ? 8 << 11 : 0;
+  u32 sums[2], others = 0;
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    u32 magnitudes = (half ? high : low) & 0x7fff7fffu;
+    others |= magnitudes + (0x7fffu - Eight<E>::HIGHEST) * BOTH | ~((magnitudes | 0x80008000u) - Eight<E>::LOWEST * BOTH);
+    sums[half] = (magnitudes << (MANTISSA - 2)) - BIAS * BOTH + (in_high_bytes(random, half) >> 8);
+  }
+  u32 codes = __byte_perm(sums[0], sums[1], 0x7531) | (__byte_perm(low, high, 0x7531) & 0x80808080u);
+  if (others & 0x80008000u) {
+    codes = 0;
+#pragma unroll 1
+    for (int v = 0; v < 4; v++) {
+      float value = half_to_float((u16)((v / 2 ? high : low) >> v % 2 * 16));
+      codes |= round_at_random<E>(value, random >> v * 8 & 0xffu) << v * 8;
+    }
+  }
+  return codes;
 }
 
 // A tile of ROWS x COLUMNS elements at a time. A thread holds EACH rows of V neighbouring elements. Factors pass through shared
@@ -111,16 +167,72 @@ struct alignas(16) Pack<E, 8> {
     words[v / 2] = v % 2 ? (words[v / 2] & 0xffffu) | raw << 16 : (words[v / 2] & 0xffff0000u) | raw;
   }
 };
+// V elements between two terms: floats, or halves, two of them in a word.
+template <int V, bool HALFS>
+struct Between {
+  float of[V];
+  __device__ __forceinline__ float get(int v) const { return of[v]; }
+  __device__ __forceinline__ void set(const float (&values)[V]) {
+#pragma unroll
+    for (int v = 0; v < V; v++) of[v] = values[v];
+  }
+  __device__ __forceinline__ void add(const float (&values)[V]) {
+#pragma unroll
+    for (int v = 0; v < V; v++) of[v] = __fadd_rn(of[v], values[v]);
+  }
+  // The bits of the largest magnitude, as a float.
+  __device__ __forceinline__ u32 largest() const {
+    u32 found = 0;
+#pragma unroll
+    for (int v = 0; v < V; v++) found = max(found, __float_as_uint(of[v]) & 0x7fffffffu);
+    return found;
+  }
+  template <typename E>
+  __device__ __forceinline__ u32 round_at_random(int first, u32 random) const {
+    u32 codes = 0;
+#pragma unroll
+    for (int v = 0; v < 4; v++) codes |= ::round_at_random<E>(of[first + v], random >> v * 8 & 0xffu) << v * 8;
+    return codes;
+  }
+};
+template <int V>
+struct Between<V, true> {
+  u32 words[(V + 1) / 2];
+  static __device__ __forceinline__ u32 word_of(const float (&values)[V], int w) {
+    return halves_of(values[w * 2], w * 2 + 1 < V ? values[w * 2 + 1] : 0.0f);
+  }
+  __device__ __forceinline__ float get(int v) const { return half_to_float((u16)(words[v / 2] >> v % 2 * 16)); }
+  __device__ __forceinline__ void set(const float (&values)[V]) {
+#pragma unroll
+    for (int w = 0; w < (V + 1) / 2; w++) words[w] = word_of(values, w);
+  }
+  // A sum of two halves is rounded to a half alike from its exact value and from the nearest float.
+  __device__ __forceinline__ void add(const float (&values)[V]) {
+#pragma unroll
+    for (int w = 0; w < (V + 1) / 2; w++) words[w] = add_halves(words[w], word_of(values, w));
+  }
+  __device__ __forceinline__ u32 largest() const {
+    u32 found = 0;
+#pragma unroll
+    for (int w = 0; w < (V + 1) / 2; w++) found = max(found, max(words[w] & 0x7fffu, words[w] >> 16 & 0x7fffu));
+    return __float_as_uint(half_to_float((u16)found)) & 0x7fffffffu;
+  }
+  template <typename E>
+  __device__ __forceinline__ u32 round_at_random(int first, u32 random) const {
+    return ::round_at_random<E>(words[first / 2], words[first / 2 + 1], random);
+  }
+};
+
 template <typename E>
 struct alignas(8) EightBits {
   u32 words[2];
-  __device__ __forceinline__ float get(int v) const { return load(E(), (u8)(words[v / 4] >> v % 4 * 8)); }
-  __device__ __forceinline__ void round_at_random(const float (&values)[8], const EightBits& random) {
-    u32 codes[2] = {0, 0};
+  __device__ __forceinline__ float get(int v) const {
+    return half_to_float((u16)(eights_to_halves(E(), words[v / 4], v % 4 / 2) >> v % 2 * 16));
+  }
+  template <bool HALFS>
+  __device__ __forceinline__ void round_at_random(const Between<8, HALFS>& values, const EightBits& random) {
 #pragma unroll
-    for (int v = 0; v < 8; v++)
-      codes[v / 4] |= ::round_at_random<E>(values[v], random.words[v / 4] >> v % 4 * 8 & 0xffu) << v % 4 * 8;
-    words[0] = codes[0], words[1] = codes[1];
+    for (int w = 0; w < 2; w++) words[w] = values.template round_at_random<E>(w * 4, random.words[w]);
   }
 };
 template <> struct Pack<F8E4m3, 8> : EightBits<F8E4m3> {};
@@ -129,15 +241,15 @@ template <> struct Pack<F8E5m2, 8> : EightBits<F8E5m2> {};
 // weight[i, j] = round(weight[i, j] + sum_k (scale[k] * up[i, k]) * down[k, j]) for the elements [first, first + count) of
 // the row-major weight; `page` is the address of element `first`. Row 0 of `up` belongs to row `row_base` of the weight.
 //
-// With IN_TERMS the ranks up to ends[0], ends[1], ... are terms: weight[i, j] is rounded to a half if `halfs` says so, and each
-// term does w = half(w + half(scale[term] * sum_k up[i, k] * down[k, j])), and at last w = half(w * by[0]) if there is one.
+// With IN_TERMS the ranks up to ends[0], ends[1], ... are terms: weight[i, j] is rounded to a half with HALFS, and each term does
+// w = half(w + half(scale[term] * sum_k up[i, k] * down[k, j])), and at last w = half(w * by[0]) if there is one.
 //
 // Elements of eight bits are read from `eights.from`, times a number, and rounded by the random bytes that are in their place;
 // or none is written, and the largest magnitude is found.
-template <typename E, int V, bool IN_TERMS>
+template <typename E, int V, bool IN_TERMS, bool HALFS>
 __device__ __forceinline__ void add_low_rank(
     typename E::Raw* page, u64 first, u64 count, u32 columns, const void* up, const void* down, const float* scale,
-    u32 rank, u32 row_base, u32 kind, const u32* ends, u32 terms, u32 halfs, const float* by, Eights eights) {
+    u32 rank, u32 row_base, u32 kind, const u32* ends, u32 terms, const float* by, Eights eights) {
   constexpr bool EIGHT = sizeof(typename E::Raw) == 1;
   // What a thread takes from shared memory at once: 16 bytes, beside those of its neighbours.
   constexpr int W = V < 4 ? V : 4;
@@ -156,7 +268,7 @@ __device__ __forceinline__ void add_low_rank(
     bool is_first = tile_row == first_row + (u64)blockIdx.x * ROWS;
     // Where this thread's elements begin, counted from `page`: before it for a row that began on the page before.
     long long at = (long long)((tile_row + warp * EACH) * columns + column) - (long long)first;
-    Pack<E, V> raw[EACH];
+    Pack<E, V> raw[EACH] = {};
     bool mine[EACH];
     const typename E::Raw* from = EIGHT ? (const typename E::Raw*)eights.from : page;
 #pragma unroll
@@ -165,18 +277,15 @@ __device__ __forceinline__ void add_low_rank(
       mine[r] = column < columns && begin >= 0 && begin < (long long)count;
       if (mine[r]) raw[r] = *(const Pack<E, V>*)(from + begin);
     }
-    // The elements between two terms.
-    float between[EACH][V];
+    Between<V, HALFS> between[EACH];
     if constexpr (IN_TERMS) {
 #pragma unroll
-      for (u32 r = 0; r < EACH; r++)
+      for (u32 r = 0; r < EACH; r++) {
+        float values[V];
 #pragma unroll
-        for (int v = 0; v < V; v++) {
-          if constexpr (EIGHT)
-            between[r][v] = mine[r] ? rounded(__fmul_rn(raw[r].get(v), times_first), halfs) : 0.0f;
-          else
-            between[r][v] = mine[r] ? rounded(raw[r].get(v), halfs) : 0.0f;
-        }
+        for (int v = 0; v < V; v++) values[v] = EIGHT ? __fmul_rn(raw[r].get(v), times_first) : raw[r].get(v);
+        between[r].set(values);
+      }
     }
     float sum[EACH][V];
     // Of `down` and of `up` the ranks from `loaded` on are in shared memory.
@@ -233,10 +342,11 @@ __device__ __forceinline__ void add_low_rank(
       if constexpr (IN_TERMS) {
         float times = scale[term];
 #pragma unroll
-        for (u32 r = 0; r < EACH; r++)
+        for (u32 r = 0; r < EACH; r++) {
 #pragma unroll
-          for (int v = 0; v < V; v++)
-            between[r][v] = rounded(__fadd_rn(between[r][v], rounded(__fmul_rn(times, sum[r][v]), halfs)), halfs);
+          for (int v = 0; v < V; v++) sum[r][v] = __fmul_rn(times, sum[r][v]);
+          between[r].add(sum[r]);
+        }
       }
       begin = end;
     }
@@ -244,18 +354,19 @@ __device__ __forceinline__ void add_low_rank(
       if (eights.largest) {
 #pragma unroll
         for (u32 r = 0; r < EACH; r++)
-#pragma unroll
-          for (int v = 0; v < V; v++)
-            if (mine[r]) largest = max(largest, __float_as_uint(between[r][v]) & 0x7fffffffu);
+          if (mine[r]) largest = max(largest, between[r].largest());
         continue;
       }
     }
     if (IN_TERMS && by) {
       float last = *by;
 #pragma unroll
-      for (u32 r = 0; r < EACH; r++)
+      for (u32 r = 0; r < EACH; r++) {
+        float values[V];
 #pragma unroll
-        for (int v = 0; v < V; v++) between[r][v] = rounded(__fmul_rn(between[r][v], last), halfs);
+        for (int v = 0; v < V; v++) values[v] = __fmul_rn(between[r].get(v), last);
+        between[r].set(values);
+      }
     }
 #pragma unroll
     for (u32 r = 0; r < EACH; r++) {
@@ -265,7 +376,7 @@ __device__ __forceinline__ void add_low_rank(
         raw[r].round_at_random(between[r], *place);
       } else {
 #pragma unroll
-        for (int v = 0; v < V; v++) raw[r].set(v, IN_TERMS ? between[r][v] : __fadd_rn(raw[r].get(v), sum[r][v]));
+        for (int v = 0; v < V; v++) raw[r].set(v, IN_TERMS ? between[r].get(v) : __fadd_rn(raw[r].get(v), sum[r][v]));
       }
       *place = raw[r];
     }
@@ -279,19 +390,23 @@ __device__ __forceinline__ void add_low_rank(
   }
 }
 
+#define ADD_TERMS(name, E, V, HALFS)                                                                                   \
+  extern "C" __global__ void __launch_bounds__(THREADS, HALFS ? 3 : 2) add_terms_##name(                                           \
+      E::Raw* page, u64 first, u64 count, u32 columns, const void* up, const void* down, const float* scale, u32 rank, \
+      u32 row_base, u32 kind, const u32* ends, u32 terms, const float* by) {                                           \
+    add_low_rank<E, V, true, HALFS>(                                                                                   \
+        page, first, count, columns, up, down, scale, rank, row_base, kind, ends, terms, by, Eights());                \
+  }
+
 #define ADD_LOW_RANK(name, E, V)                                                                                       \
   extern "C" __global__ void __launch_bounds__(THREADS, 2) add_low_rank_##name(                                        \
       E::Raw* page, u64 first, u64 count, u32 columns, const void* up, const void* down, const float* scale, u32 rank, \
       u32 row_base, u32 kind) {                                                                                        \
-    add_low_rank<E, V, false>(                                                                                         \
-        page, first, count, columns, up, down, scale, rank, row_base, kind, nullptr, 0, 0, nullptr, Eights());         \
+    add_low_rank<E, V, false, false>(                                                                                  \
+        page, first, count, columns, up, down, scale, rank, row_base, kind, nullptr, 0, nullptr, Eights());            \
   }                                                                                                                    \
-  extern "C" __global__ void __launch_bounds__(THREADS, 2) add_terms_##name(                                           \
-      E::Raw* page, u64 first, u64 count, u32 columns, const void* up, const void* down, const float* scale, u32 rank, \
-      u32 row_base, u32 kind, const u32* ends, u32 terms, u32 halfs, const float* by) {                              \
-    add_low_rank<E, V, true>(                                                                                          \
-        page, first, count, columns, up, down, scale, rank, row_base, kind, ends, terms, halfs, by, Eights());       \
-  }
+  ADD_TERMS(name##_f16, E, V, true)                                                                                    \
+  ADD_TERMS(name##_f32, E, V, false)
 
 // One for rows of whole 16-byte packs, one for others.
 ADD_LOW_RANK(f32_x4, F32, 4)
@@ -302,17 +417,23 @@ ADD_LOW_RANK(bf16_x8, Bf16, 8)
 ADD_LOW_RANK(bf16_x1, Bf16, 1)
 
 // Of whole rows of whole packs. Without `largest` there are random bytes at `to`.
-#define REQUANTIZE(name, E)                                                                                            \
-  extern "C" __global__ void __launch_bounds__(THREADS, 2) requantize_##name(                                          \
+#define REQUANTIZE(name, E, HALFS)                                                                                     \
+  extern "C" __global__ void __launch_bounds__(THREADS, HALFS ? 3 : 2) requantize_##name(                                          \
       u8* to, const u8* from, u64 count, const float* times, u32* largest, u32 columns, const void* up,                \
-      const void* down, const float* scale, u32 rank, u32 kind, const u32* ends, u32 terms, u32 halfs,                 \
-      const float* by) {                                                                                               \
-    add_low_rank<E, 8, true>(                                                                                          \
-        to, 0, count, columns, up, down, scale, rank, 0, kind, ends, terms, halfs, by, Eights{from, times, largest});  \
+      const void* down, const float* scale, u32 rank, u32 kind, const u32* ends, u32 terms, const float* by) {         \
+    add_low_rank<E, 8, true, HALFS>(                                                                                   \
+        to, 0, count, columns, up, down, scale, rank, 0, kind, ends, terms, by, Eights{from, times, largest});         \
   }
 
-REQUANTIZE(f8e4m3, F8E4m3)
-REQUANTIZE(f8e5m2, F8E5m2)
+REQUANTIZE(f8e4m3_f16, F8E4m3, true)
+REQUANTIZE(f8e4m3_f32, F8E4m3, false)
+REQUANTIZE(f8e5m2_f16, F8E5m2, true)
+REQUANTIZE(f8e5m2_f32, F8E5m2, false)
+
+// to[0] and to[1] are those of the table's row that the bits of the nearest half are the number of, without its sign.
+extern "C" __global__ void __launch_bounds__(THREADS) look_up(const float* number, const float* table, float* to) {
+  if (threadIdx.x < 2) to[threadIdx.x] = table[(store(F16(), *number) & 0x7fffu) * 2 + threadIdx.x];
+}
 
 // to[n] = round(from[n] * scale) for n < count. `scaled`: 0 without, 1 with scale[0], 2 with scale[row], where the first
 // element is number `first` of a row-major tensor of `columns` columns. `from` may be pinned memory of the host, so a thread
@@ -369,35 +490,39 @@ CONVERT_FROM(f8e5m2, F8E5m2)
 
 // ---- random bytes
 
-// Philox4x32-10.
-__device__ __forceinline__ void random_words(u32 words[4], u64 seed) {
-  u32 key0 = (u32)seed, key1 = (u32)(seed >> 32);
+// What Philox4x32-10 mixes in, two words a round.
+struct Keys { u32 of[20]; };
+
+__device__ __forceinline__ void random_words(u32 (&words)[4], const Keys& keys) {
 #pragma unroll
   for (int round = 0; round < 10; round++) {
     u64 wide0 = (u64)0xd2511f53u * words[0], wide1 = (u64)0xcd9e8d57u * words[2];
-    u32 next0 = (u32)(wide1 >> 32) ^ words[1] ^ key0, next2 = (u32)(wide0 >> 32) ^ words[3] ^ key1;
+    u32 next0 = (u32)(wide1 >> 32) ^ words[1] ^ keys.of[round * 2];
+    u32 next2 = (u32)(wide0 >> 32) ^ words[3] ^ keys.of[round * 2 + 1];
     words[0] = next0, words[1] = (u32)wide1, words[2] = next2, words[3] = (u32)wide0;
-    key0 += 0x9e3779b9u, key1 += 0xbb67ae85u;
   }
 }
 
 // The bytes r(n) of Requantize in transform.rs. A thread draws for eight neighbouring threads of the generator, and has the four
 // times eight bytes of their words.
-extern "C" __global__ void __launch_bounds__(THREADS) random_bytes(u8* to, u64 count, u64 seed, u64 threads) {
+extern "C" __global__ void __launch_bounds__(THREADS) random_bytes(u8* to, u64 count, const Keys keys, u64 threads) {
   u64 thread = ((u64)blockIdx.x * THREADS + threadIdx.x) * 8;
   if (thread >= threads) return;
   u64 base = (u64)blockIdx.y * 4 * threads + thread;
-  u64 bytes[4] = {0, 0, 0, 0};
+  struct alignas(8) { u32 of[2]; } bytes[4];
 #pragma unroll
   for (int v = 0; v < 8; v++) {
     u32 words[4] = {blockIdx.y, 0, (u32)(thread + v), (u32)((thread + v) >> 32)};
-    random_words(words, seed);
+    random_words(words, keys);
+    // The low byte of each becomes byte v % 4, beside those before.
+    constexpr u32 BESIDE[4] = {0x3214, 0x3240, 0x3410, 0x4210};
 #pragma unroll
-    for (int word = 0; word < 4; word++) bytes[word] |= (u64)(words[word] & 0xffu) << 8 * v;
+    for (int word = 0; word < 4; word++)
+      bytes[word].of[v / 4] = __byte_perm(v % 4 ? bytes[word].of[v / 4] : 0, words[word], BESIDE[v % 4]);
   }
 #pragma unroll
   for (int word = 0; word < 4; word++) {
     u64 n = base + word * threads;
-    if (n < count) *(u64*)(to + n) = bytes[word];
+    if (n < count) *(u64*)(to + n) = (u64)bytes[word].of[1] << 32 | bytes[word].of[0];
   }
 }

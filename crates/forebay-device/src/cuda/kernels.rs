@@ -46,14 +46,16 @@ pub(super) struct Kernels {
 enum Kernel {
     /// To a target, of rows that are whole packs or not.
     AddLowRank { to: Element, whole: bool },
-    /// Likewise.
-    AddTerms { to: Element, whole: bool },
+    /// Likewise, with halves or floats between.
+    AddTerms { to: Element, through: Element, whole: bool },
     /// From any element to a target.
     Convert { from: Element, to: Element },
     /// Of eight-bit elements, of which it also finds the largest.
-    Requantize { of: Element },
+    Requantize { of: Element, through: Element },
     /// What they are rounded by.
     RandomBytes,
+    /// A row of a table.
+    LookUp,
 }
 
 impl Kernel {
@@ -62,10 +64,13 @@ impl Kernel {
         let pack = |to, whole| if whole { pack_of(to) } else { 1 };
         match self {
             Kernel::AddLowRank { to, whole } => format!("add_low_rank_{}_x{}", name_of(to), pack(to, whole)),
-            Kernel::AddTerms { to, whole } => format!("add_terms_{}_x{}", name_of(to), pack(to, whole)),
+            Kernel::AddTerms { to, through, whole } => {
+                format!("add_terms_{}_x{}_{}", name_of(to), pack(to, whole), name_of(through))
+            }
             Kernel::Convert { from, to } => format!("convert_{}_{}", name_of(from), name_of(to)),
-            Kernel::Requantize { of } => format!("requantize_{}", name_of(of)),
+            Kernel::Requantize { of, through } => format!("requantize_{}_{}", name_of(of), name_of(through)),
             Kernel::RandomBytes => "random_bytes".to_owned(),
+            Kernel::LookUp => "look_up".to_owned(),
         }
     }
 
@@ -112,6 +117,13 @@ impl Kernels {
             Transform::Requantize(work) => unsafe { self.requantize(driver, work, stream) },
             // SAFETY: the caller's promise.
             Transform::Largest { sum, at } => unsafe { self.sum(driver, sum, 0, at.get(), stream) },
+            Transform::LookUp { number, table, to } => {
+                let (mut number, mut table, mut to) = (number.get(), table.get(), to.get());
+                let mut parameters = [pointer(&mut number), pointer(&mut table), pointer(&mut to)];
+                let kernel = self.get(driver, Kernel::LookUp)?;
+                // SAFETY: the parameters are the kernel's, and the memory is the caller's promise.
+                unsafe { launch(driver, kernel, (1, 1), &mut parameters, stream) }
+            }
             Transform::Copy { .. } => Err(DeviceError::invalid("cuLaunchKernel", "a copy".to_owned())),
         }
     }
@@ -134,14 +146,14 @@ impl Kernels {
         let (mut columns, mut rank, mut row_base) = (factors.columns, factors.rank, factors.row_base);
         let mut kind = target(factors.element) as u32;
         let to = add.element;
-        let (kernel, [mut terms, mut halfs], [mut ends, mut by]) = match factors.rounding {
-            Rounding::Once => (Kernel::AddLowRank { to, whole }, [0, 0], [0, 0]),
+        let (kernel, mut terms, [mut ends, mut by]) = match factors.rounding {
+            Rounding::Once => (Kernel::AddLowRank { to, whole }, 0, [0, 0]),
             Rounding::Each { through, terms, ends, by } => {
-                let numbers = [terms, u32::from(through == Element::F16)];
-                (Kernel::AddTerms { to, whole }, numbers, [ends.get(), by.map_or(0, DeviceAddr::get)])
+                let kernel = Kernel::AddTerms { to, through, whole };
+                (kernel, terms, [ends.get(), by.map_or(0, DeviceAddr::get)])
             }
         };
-        // `add_low_rank` takes all but the last four.
+        // `add_low_rank` takes all but the last three.
         let mut parameters = [
             pointer(&mut at),
             pointer(&mut first),
@@ -155,7 +167,6 @@ impl Kernels {
             pointer(&mut kind),
             pointer(&mut ends),
             pointer(&mut terms),
-            pointer(&mut halfs),
             pointer(&mut by),
         ];
         let kernel = self.get(driver, kernel)?;
@@ -193,9 +204,9 @@ impl Kernels {
 
     unsafe fn requantize(&self, driver: &Driver, work: &Requantize, stream: StreamHandle) -> Result<()> {
         let (mut to, mut count) = (work.to.get(), work.sum.count);
-        let (mut seed, mut threads) = (work.seed, work.threads);
+        let (mut keys, mut threads) = (keys_of(work.seed), work.threads);
         let mut parameters =
-            [pointer(&mut to), pointer(&mut count), pointer(&mut seed), pointer(&mut threads)];
+            [pointer(&mut to), pointer(&mut count), pointer(&mut keys), pointer(&mut threads)];
         let rounds = count.div_ceil(4 * threads);
         let too_many = || DeviceError::invalid("cuLaunchKernel", format!("{rounds} rounds"));
         let across = (threads / EightBitSum::AT_ONCE).div_ceil(THREADS.into());
@@ -229,7 +240,6 @@ impl Kernels {
         let (mut columns, mut rank) = (factors.columns, factors.rank);
         let mut kind = target(factors.element) as u32;
         let (mut ends, mut by) = (ends.get(), or_none(by));
-        let mut halfs = u32::from(through == Element::F16);
         let mut parameters = [
             pointer(&mut to),
             pointer(&mut from),
@@ -244,15 +254,22 @@ impl Kernels {
             pointer(&mut kind),
             pointer(&mut ends),
             pointer(&mut terms),
-            pointer(&mut halfs),
             pointer(&mut by),
         ];
         let pack = EightBitSum::AT_ONCE as u32;
         let grid = tiles(count / u64::from(columns), columns, pack);
-        let kernel = self.get(driver, Kernel::Requantize { of: sum.element })?;
+        let kernel = self.get(driver, Kernel::Requantize { of: sum.element, through })?;
         // SAFETY: the parameters are the kernel's, and the memory is the caller's promise.
         unsafe { launch(driver, kernel, grid, &mut parameters, stream) }
     }
+}
+
+/// What Philox mixes into its words, two a round: the halves of a key that grow by the numbers of its authors.
+fn keys_of(seed: u64) -> [u32; 20] {
+    std::array::from_fn(|n| {
+        let (word, step) = if n % 2 == 0 { (seed, 0x9e37_79b9) } else { (seed >> 32, 0xbb67_ae85_u32) };
+        (word as u32).wrapping_add(step.wrapping_mul(n as u32 / 2))
+    })
 }
 
 /// Blocks down and across, for rows of such packs.
@@ -362,19 +379,24 @@ mod tests {
         assert!(PTX.contains("\n.version 8.0\n.target sm_75\n"));
     }
 
+    /// What is rounded to on the way.
+    const THROUGH: [Element; 2] = [Element::F16, Element::F32];
+
     /// Every kernel there is.
     fn all() -> Vec<Kernel> {
         let of_target = |to| {
-            let adding = [true, false]
-                .into_iter()
-                .flat_map(move |whole| [Kernel::AddLowRank { to, whole }, Kernel::AddTerms { to, whole }]);
+            let adding = [true, false].into_iter().flat_map(move |whole| {
+                let terms = THROUGH.map(|through| Kernel::AddTerms { to, through, whole });
+                terms.into_iter().chain([Kernel::AddLowRank { to, whole }])
+            });
             adding.chain(Element::ALL.into_iter().map(move |from| Kernel::Convert { from, to }))
         };
         let (targets, eights): (Vec<_>, Vec<_>) =
             Element::ALL.into_iter().partition(|element| element.is_target());
-        let requantizing = eights.into_iter().map(|of| Kernel::Requantize { of });
+        let requantizing =
+            eights.into_iter().flat_map(|of| THROUGH.map(|through| Kernel::Requantize { of, through }));
         let all = targets.into_iter().flat_map(of_target).chain(requantizing);
-        all.chain([Kernel::RandomBytes]).collect()
+        all.chain([Kernel::RandomBytes, Kernel::LookUp]).collect()
     }
 
     #[test]

@@ -2,14 +2,15 @@
 
 ComfyUI adds products of low rank to what a float8 weight stands for, finds the largest element for a new scale, and rounds by
 random numbers that are drawn for the whole weight. On a GPU the engine does all of that in one pass for the largest element, whose
-scale is remembered, and one for the rest; where that does not give ComfyUI's bits it adds the products, and ComfyUI's function
-rounds.
+scale it looks up and remembers, and one for the rest; where that does not give ComfyUI's bits it adds the products, and ComfyUI's
+function rounds.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,34 +30,28 @@ from forebay.low_rank import LowRank, Placed, multiplied
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
+_log = logging.getLogger("forebay")
+
 _BLOCK = 256
 """Threads of a block of torch's generators on a GPU."""
 _AT_ONCE = 8
 """Elements that the engine works on at once: a row is a multiple of them."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Known:
-    """What gives ComfyUI's bits.
+_NUMBERS = 8
+"""Float32 of each weight: its scale, what is multiplied with in its place, and behind 16 bytes the largest magnitude."""
+_LARGEST = 4
 
-    Attributes:
-        way: How a weight is computed.
-        scaled: Whether the engine finds the largest element, of which ComfyUI's layout makes the scale.
-    """
-
-    way: str
-    scaled: bool
-
-
-_known: dict[tuple[object, ...], _Known] = {}
-"""By all that it may depend on but the numbers."""
+_known: dict[tuple[object, ...], str] = {}
+"""Which way gives ComfyUI's bits, by all that it may depend on but the numbers."""
 
 
 class Float8Patch:
     """Computes a patched weight from the stored one, which is float8, or quantized as float8 with one scale.
 
-    ComfyUI's own function computes the first one of each shape, which tells what does the same. Where nothing does, it computes all
-    of them every time.
+    ComfyUI's own function computes the first one of each shape, which tells what does the same: the engine with the scale that it
+    finds itself, or with ComfyUI's, or the engine's products and ComfyUI's rounding. Where nothing does, it computes all of them every
+    time.
     """
 
     def __init__(
@@ -66,6 +61,7 @@ class Float8Patch:
         patches: Sequence[Any],
         products: LowRank,
         placed: Placed,
+        numbers: torch.Tensor,
         attachment: Attachment,
     ) -> None:
         """Nothing is computed yet.
@@ -76,6 +72,7 @@ class Float8Patch:
             patches: ComfyUI's for this weight.
             products: What they come to.
             placed: That on the device.
+            numbers: Those of :func:`new_numbers` for this weight.
             attachment: Of the model.
         """
         self._engine = attachment.engine
@@ -83,7 +80,9 @@ class Float8Patch:
         self._through = products.through
         self._columns = products.shape[1]
         self._ranks = tuple(products.ranks)
-        self._memory, self._product = placed
+        self._memory, self._products = placed
+        self._product = self._products
+        self._numbers = numbers
         self._seed = comfy.utils.string_to_seed(key)
         self._own: WeightPatch | None = None
         self._own_arguments = layer, key, patches, self._device
@@ -107,28 +106,33 @@ class Float8Patch:
         data = data_of(stored)
         kind = (str(self._device), type(stored), data.dtype, data.shape, data.is_contiguous())
         key = (*kind, self._ranks, self._through, self._product[5])
-        ways = {"requantized": self._requantized, "rounded": self._rounded}
-        is_quantized = isinstance(stored, QuantizedTensor)
         known, found = _known.get(key), None
         if known is None:
-            found = self._own_result(stored)
-            params = self._new_params(stored) if is_quantized else None
-            if is_quantized:
-                self._round_to(found._params)
-            same = (name for name, way in ways.items() if _is_same(way(stored), data_of(found)))
-            way = next(same, "own")
-            # One element tells little. All of them tell that the engine begins with the numbers that ComfyUI begins with.
-            scaled = way == "requantized" and is_quantized and _are_alike(params, found._params)
-            known = _known[key] = _Known(way, scaled)
-        elif is_quantized and known.scaled:
-            self._round_to(self._new_params(stored))
-        elif is_quantized:
+            known, found = self._compared(stored)
+            _known[key] = known
+        elif known == "scaled":
+            found = self._scaled(stored)
+        elif isinstance(stored, QuantizedTensor):
             found = self._own_result(stored)
             self._round_to(found._params)
-        self._way = ways.get(known.way, self._own_result)
-        if known.way != "own":
+        # The scale is found once.
+        ways = {"scaled": self._requantized, "requantized": self._requantized, "rounded": self._rounded}
+        self._way = ways.get(known, self._own_result)
+        if known != "own":
             self._own = None
         return self._way(stored) if found is None else found
+
+    def _compared(self, stored: Any) -> tuple[str, Any]:
+        """The way that gives ComfyUI's bits, and what that is."""
+        own = self._own_result(stored)
+        if isinstance(stored, QuantizedTensor):
+            scaled = self._scaled(stored)
+            # One element tells little. All of them tell that the engine begins with the numbers that ComfyUI begins with.
+            if scaled is not None and _is_same(scaled, own) and _are_alike(scaled._params, own._params):
+                return "scaled", own
+            self._round_to(own._params)
+        ways = {"requantized": self._requantized, "rounded": self._rounded}
+        return next((name for name, way in ways.items() if _is_same(way(stored), own)), "own"), own
 
     def _own_result(self, stored: Any) -> Any:
         """ComfyUI's own."""
@@ -138,26 +142,21 @@ class Float8Patch:
 
     def _round_to(self, params: Any) -> None:
         """From now on a quantized weight gets this scale."""
-        if self._to_scale is None:
-            self._params = params
-            # The rounded factor that ComfyUI multiplies with, as the engine takes it.
-            self._to_scale = (1.0 / params.scale).to(self._through).to(torch.float32)
-            self._product = multiplied(self._product, self._to_scale.data_ptr())
-            self._streams, self._sum = set(), None
+        self._params = params
+        # The rounded factor that ComfyUI multiplies with, as the engine takes it.
+        self._to_scale = (1.0 / params.scale).to(self._through).to(torch.float32)
+        self._product = multiplied(self._products, self._to_scale.data_ptr())
+        self._streams, self._sum = set(), None
 
-    def _new_params(self, stored: Any) -> Any:
-        """What ComfyUI's layout makes of the largest element, for the whole weight. None where the engine does not find it."""
-        eight_bit_sum = self._eight_bit_sum(stored)
-        if eight_bit_sum is None:
+    def _scaled(self, stored: Any) -> Any:
+        """In two passes of the engine's, of which the first finds the scale. None where it cannot."""
+        table = scales(self._device, stored.layout_cls, data_of(stored).dtype, self._through)
+        if table is None:
             return None
-        largest = torch.zeros((), dtype=torch.float32, device=self._device)
-        self._engine.largest(largest.data_ptr(), eight_bit_sum, self._enter_stream())
-        # Rounded to nearest: the element itself is of no use, and random numbers take as long as all the rest.
-        alone = largest.to(self._through).reshape(1, 1)
-        _, params = stored.layout_cls.quantize(alone, scale="recalculate")
-        return dataclasses.replace(
-            params, orig_shape=tuple(stored.shape), orig_dtype=stored._params.orig_dtype
-        )
+        scale, self._to_scale = self._numbers[0], self._numbers[1]
+        self._params = dataclasses.replace(stored._params, scale=scale)
+        self._product, self._sum = multiplied(self._products, self._to_scale.data_ptr()), None
+        return self._requantized(stored, scaling_of(self._numbers, table))
 
     def _eight_bit_sum(self, stored: Any) -> EightBitSum | None:
         """What the engine rounds. None where it cannot."""
@@ -175,7 +174,7 @@ class Float8Patch:
         scale_at = 0 if scale is None else scale.data_ptr()
         return EightBitSum(data.data_ptr(), dtype_name(data.dtype), self._columns, self._product, scale_at)
 
-    def _requantized(self, stored: Any) -> Any:
+    def _requantized(self, stored: Any, scaling: tuple[int, int, int] | None = None) -> Any:
         """In one pass of the engine's. None where it has none for such a weight."""
         eight_bit_sum = self._eight_bit_sum(stored)
         if eight_bit_sum is None:
@@ -183,7 +182,8 @@ class Float8Patch:
         data = data_of(stored)
         found = torch.empty_like(data)
         threads = _generator_threads(self._device, data.numel())
-        self._engine.requantize(found.data_ptr(), eight_bit_sum, self._seed, threads, self._enter_stream())
+        stream = self._enter_stream()
+        self._engine.requantize(found.data_ptr(), eight_bit_sum, self._seed, threads, stream, scaling)
         return self._made_of(found, stored)
 
     def _rounded(self, stored: Any) -> Any:
@@ -218,6 +218,48 @@ class Float8Patch:
         return data if self._params is None else QuantizedTensor(data, stored._layout_cls, self._params)
 
 
+def new_numbers(count: int, device: torch.device) -> list[torch.Tensor]:
+    """What the engine finds of so many weights, on a device."""
+    # A scale's address is a multiple of 16, as some kernels may want it.
+    return list(torch.zeros(count, _NUMBERS, dtype=torch.float32, device=device))
+
+
+def scaling_of(numbers: torch.Tensor, table: torch.Tensor) -> tuple[int, int, int]:
+    """Where the engine finds a weight's largest magnitude, looks it up, and puts what belongs to it."""
+    return numbers[_LARGEST:].data_ptr(), table.data_ptr(), numbers.data_ptr()
+
+
+@functools.cache
+def scales(
+    device: torch.device, layout: Any, dtype: torch.dtype, through: torch.dtype
+) -> torch.Tensor | None:
+    """What belongs to each largest magnitude of a weight that a layout quantizes.
+
+    Returns:
+        For each half without a sign the scale, and the factor in its place, rounded as ComfyUI rounds it. None where that is not
+        what the layout says, or where numbers are no halves.
+    """
+    if through != torch.float16:
+        return None
+    halves = torch.arange(1 << 15, dtype=torch.int16, device=device).view(through)
+    # A weight's largest element becomes the largest there is. What it is multiplied with for that is to be a half, too.
+    reciprocal = 1.0 / (halves.to(torch.float32) / torch.finfo(dtype).max)
+    scale = 1.0 / reciprocal.clamp(max=torch.finfo(through).max)
+    table = torch.stack((scale, (1.0 / scale).to(through).to(torch.float32)), 1)
+    some = [0, 1, *range(0x0400, 0x7C00, 0x0D35)]
+    try:
+        # In memory of its own: what quantizes may load more than one element at once.
+        ones = (halves[n].clone().reshape(1, 1) for n in some)
+        of_layout = [layout.quantize(one, scale="recalculate")[1].scale for one in ones]
+        is_same = torch.equal(
+            torch.stack(of_layout).flatten().view(torch.int32), scale[some].view(torch.int32)
+        )
+    except Exception as error:
+        _log.debug("%s: scales are not found by the engine: %s", layout, error)
+        return None
+    return table if is_same else None
+
+
 def _generator_threads(device: torch.device, count: int) -> int:
     """The threads with which torch draws so many numbers on a GPU."""
     return _BLOCK * min(_most_blocks(device), -(-count // _BLOCK))
@@ -231,8 +273,11 @@ def _most_blocks(device: torch.device) -> int:
     return int(has.multi_processor_count * (has.max_threads_per_multi_processor // _BLOCK))
 
 
-def _is_same(found: Any, expected: torch.Tensor) -> bool:
-    return found is not None and torch.equal(data_of(found).view(torch.uint8), expected.view(torch.uint8))
+def _is_same(found: Any, expected: Any) -> bool:
+    if found is None:
+        return False
+    ours, theirs = (data_of(one).view(torch.uint8) for one in (found, expected))
+    return torch.equal(ours, theirs)
 
 
 def _are_alike(found: Any, expected: Any) -> bool:

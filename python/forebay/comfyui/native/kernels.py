@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import comfy.model_management
+import comfy.quant_ops
 import torch
 
 from forebay import streams
 from forebay._forebay import EightBitSum
+from forebay.comfyui.native.float8_patch import new_numbers, scales, scaling_of
 from forebay.comfyui.native.loaded import engine_for
 from forebay.comfyui.warming import BLOCK, MODULATION
 from forebay.converting import dtype_name
@@ -32,7 +34,14 @@ def of_patches(device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[]
     eight_bit_sum = EightBitSum(stored.data_ptr(), dtype_name(stored.dtype), _COLUMNS, product, 0)
     threads = _ROWS * _COLUMNS // 4
     yield lambda: engine.add_product(value.data_ptr(), dtype_name(dtype), _COLUMNS, product, stream)
-    yield lambda: engine.requantize(found.data_ptr(), eight_bit_sum, 1, threads, stream)
+    [numbers] = new_numbers(1, device)
+
+    def requantize() -> None:
+        table = scales(device, comfy.quant_ops.TensorCoreFP8E4M3Layout, stored.dtype, through)
+        scaling = None if table is None else scaling_of(numbers, table)
+        engine.requantize(found.data_ptr(), eight_bit_sum, 1, threads, stream, scaling)
+
+    yield requantize
     for rows, columns in (*BLOCK, MODULATION):
         yield partial(sums_as_torch, engine, device, rows * _WIDTH, columns * _WIDTH, _RANK)
     del memory  # which the engine's kernels read: torch gives it to others of this stream alone

@@ -24,7 +24,7 @@ from torch import nn
 
 from forebay._forebay import Weight
 from forebay.attachment import Attachment
-from forebay.comfyui.native.float8_patch import FLOAT8, Float8Patch
+from forebay.comfyui.native.float8_patch import FLOAT8, Float8Patch, new_numbers
 from forebay.comfyui.native.patched_layer import Compute, PatchedLayer, PatchedWeight
 from forebay.comfyui.native.quantized import ManagedQuantized, quantized_of, stand_ins_of
 from forebay.comfyui.native.weight_patch import WeightPatch
@@ -135,9 +135,10 @@ class Patches:
         device = self._attachment.device
         rounded = [(one, one.rounded) for one in new if one.rounded is not None]
         placed = to_device((products for _, products in rounded), device)
+        numbers = new_numbers(len(rounded), device)
         of_float8 = {
-            one: Float8Patch(one.layer, one.key, one.patches, products, place, self._attachment)
-            for (one, products), place in zip(rounded, placed, strict=True)
+            one: Float8Patch(one.layer, one.key, one.patches, products, place, own, self._attachment)
+            for (one, products), place, own in zip(rounded, placed, numbers, strict=True)
         }
         for one in new:
             self._of[one.key] = self._patched(one, of_float8.get(one), functions)
