@@ -25,7 +25,7 @@ const TILE_ROWS: u64 = 32;
 const TILE_PACKS: u32 = 32;
 /// Blocks of `add_low_rank` at most, where there are not more columns of tiles: each does several tiles then. So many keep a
 /// large GPU busy.
-const MOST_ADDING: u64 = 528;
+const MOST_ADDING: u64 = 792;
 /// Bytes that a thread of `convert` loads at once, as in kernels.cu.
 const LOADED_AT_ONCE: u64 = 16;
 /// Blocks of `convert` at most. So many loads keep a link busy, and leave the processors to others.
