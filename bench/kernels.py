@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -85,6 +86,8 @@ def measured(cases: list[Case], rounds: int, device: torch.device) -> dict[str, 
 
 def main() -> None:
     chosen = parse()
+    if not torch.cuda.is_available():
+        sys.exit("kernels.py: needs a GPU")
     torch.manual_seed(0)
     device = torch.device("cuda", torch.cuda.current_device())
     cases = [Case(rows, columns, chosen.rank, device) for rows, columns in SHAPES]

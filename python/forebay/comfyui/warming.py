@@ -123,16 +123,21 @@ def _products() -> Iterator[tuple[int, int, int]]:
         yield tokens, columns * _WIDTH, rows * _WIDTH
 
 
+def _linear(
+    empty: Callable[..., torch.Tensor], tokens: int, columns: int, rows: int, *, has_bias: bool = True
+) -> Callable[[], object]:
+    from torch.nn.functional import linear
+
+    return lambda: linear(empty(1, tokens, columns), empty(rows, columns), empty(rows) if has_bias else None)
+
+
 def _of_blocks(device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[], object]]:
     """What transformers of images are made of."""
     import torch
     from torch.nn import functional
 
     empty = functools.partial(torch.empty, dtype=dtype, device=device)
-
-    def linear(tokens: int, columns: int, rows: int) -> Callable[[], object]:
-        return lambda: functional.linear(empty(1, tokens, columns), empty(rows, columns), empty(rows))
-
+    linear = functools.partial(_linear, empty)
     # The first has the libraries start, for which everything waits.
     yield from itertools.starmap(linear, _products())
     yield linear(1, 256, _WIDTH)
@@ -246,11 +251,9 @@ def _of_others(device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[]
     from torch.nn import functional
 
     empty = functools.partial(torch.empty, dtype=dtype, device=device)
-
-    def linear(tokens: int, columns: int, rows: int) -> Callable[[], object]:
-        return lambda: functional.linear(empty(1, tokens, columns), empty(rows, columns))
-
-    yield from itertools.starmap(linear, (shape for shape in _products() if shape[0] > 1))
+    for shape in _products():
+        if shape[0] > 1:
+            yield _linear(empty, *shape, has_bias=False)
     image, one = empty(1, _TOKENS[0], _WIDTH), empty(1, 1, _WIDTH)
     yield lambda: functional.silu(image) * image + image
     yield lambda: torch.tanh(one)

@@ -36,8 +36,6 @@ _BLOCK = 256
 """Threads of a block of torch's generators on a GPU."""
 _AT_ONCE = 8
 """Elements that the engine works on at once: a row is a multiple of them."""
-
-
 _NUMBERS = 8
 """Float32 of each weight: its scale, what is multiplied with in its place, and behind 16 bytes the largest magnitude."""
 _LARGEST = 4
@@ -112,6 +110,7 @@ class Float8Patch:
             _known[key] = known
         elif known == "scaled":
             found = self._scaled(stored)
+            known = "own" if found is None else known
         elif isinstance(stored, QuantizedTensor):
             found = self._own_result(stored)
             self._round_to(found._params)
