@@ -152,37 +152,50 @@ def to_device(patches: Iterable[LowRank], device: torch.device) -> list[Placed]:
     """
     placed: list[Placed] = []
     together: list[_Packed] = []
+    through = _Through(device)
     for patch in patches:
         packed = patch._packed(device)
         nbytes = sum(one.nbytes for one in together) + packed.nbytes
         if together and (packed.device != together[0].device or nbytes > _COPIED_AT_ONCE):
-            placed += _copied(together, device)
+            placed += _copied(together, through)
             together = []
         together.append(packed)
-    return placed + _copied(together, device)
+    return placed + _copied(together, through)
 
 
-def _copied(together: list[_Packed], device: torch.device) -> list[Placed]:
+def _copied(together: list[_Packed], through: _Through) -> list[Placed]:
     if not together:
         return []
-    parts = [part for one in together for part in one.parts]
-    joined = _behind_one_another(parts) if together[0].device.type == "cpu" else torch.cat(parts)
-    # Pageable memory is read before this returns; what is in the stream is not waited for.
-    memory = joined.to(device, non_blocking=True)
+    memory = through.copied([part for one in together for part in one.parts])
     pieces = memory.split_with_sizes([one.nbytes for one in together])
     return [(piece, one.product(piece.data_ptr())) for piece, one in zip(pieces, together, strict=True)]
 
 
-def _behind_one_another(parts: list[torch.Tensor]) -> torch.Tensor:
-    """Bytes on the CPU, joined by this thread alone. Torch shares that out among threads, for each of which it waits: beside the
-    readers of a model's weights a hundred times as long as copying takes.
+class _Through:
+    """Memory of the host in which bytes are joined on their way to a device.
+
+    They are joined by this thread alone. Torch shares that out among threads, for each of which it waits: beside the readers of a
+    model's weights a hundred times as long as copying takes. Memory that is new each time takes five times as long.
     """
-    joined = torch.empty(sum(part.numel() for part in parts), dtype=torch.uint8)
-    at = joined.data_ptr()
-    for part in parts:
-        ctypes.memmove(at, part.data_ptr(), part.numel())
-        at += part.numel()
-    return joined
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def copied(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        """Bytes that are all on the host or all on the device, joined there, in memory of their own."""
+        if parts[0].device.type != "cpu":
+            return torch.cat(parts)
+        nbytes = sum(part.numel() for part in parts)
+        stays = self._device.type == "cpu"
+        if stays or self._memory.numel() < nbytes:
+            self._memory = torch.empty(nbytes if stays else max(nbytes, _COPIED_AT_ONCE), dtype=torch.uint8)
+        at = self._memory.data_ptr()
+        for part in parts:
+            ctypes.memmove(at, part.data_ptr(), part.numel())
+            at += part.numel()
+        # Pageable memory is read before this returns; what is in the stream is not waited for.
+        return self._memory[:nbytes].to(self._device, non_blocking=True)
 
 
 def _joined(tensors: list[torch.Tensor], axis: int) -> torch.Tensor:
