@@ -24,8 +24,6 @@ from forebay.low_rank import LowRank, multiplied, to_device
 
 SHAPES = (3072, 3072), (9216, 3072), (12288, 3072), (3072, 12288), (21504, 3072), (3072, 15360), (18432, 3072)
 KERNELS = "requantize", "random_bytes", "look_up", "add_terms"
-THREADS = 2048
-"""Of torch's generator, for each multiprocessor."""
 
 
 def parse() -> argparse.Namespace:
@@ -66,7 +64,10 @@ class Case:
 def measured(cases: list[Case], rounds: int, device: torch.device) -> dict[str, float]:
     """Picoseconds an element, by the kernel's name. A float8 weight is read twice by one of them."""
     engine, stream = engine_of(device), torch.cuda.current_stream(device).cuda_stream
-    threads = THREADS * torch.cuda.get_device_properties(device).multi_processor_count
+    has = torch.cuda.get_device_properties(device)
+    # Of torch's generator.
+    threads = has.multi_processor_count * has.max_threads_per_multi_processor
+    elements = sum(case.elements for case in cases)
     table = torch.rand(1 << 15, 2, device=device)
     times: dict[str, list[float]] = defaultdict(list)
     for _ in range(rounds + 1):
@@ -79,7 +80,7 @@ def measured(cases: list[Case], rounds: int, device: torch.device) -> dict[str, 
             if event.name.startswith(KERNELS):
                 took[event.name] += event.device_time
         for name, microseconds in took.items():
-            times[name].append(microseconds * 1e6 / sum(case.elements for case in cases))
+            times[name].append(microseconds * 1e6 / elements)
     # The first has the driver translate them.
     return {name: round(statistics.median(values[1:]), 3) for name, values in times.items()}
 

@@ -187,15 +187,14 @@ class _Through:
         if parts[0].device.type != "cpu":
             return torch.cat(parts)
         nbytes = sum(part.numel() for part in parts)
-        stays = self._device.type == "cpu"
-        if stays or self._memory.numel() < nbytes:
-            self._memory = torch.empty(nbytes if stays else max(nbytes, _COPIED_AT_ONCE), dtype=torch.uint8)
+        if self._memory.numel() < nbytes:
+            self._memory = torch.empty(max(nbytes, _COPIED_AT_ONCE), dtype=torch.uint8)
         at = self._memory.data_ptr()
         for part in parts:
             ctypes.memmove(at, part.data_ptr(), part.numel())
             at += part.numel()
         # Pageable memory is read before this returns; what is in the stream is not waited for.
-        return self._memory[:nbytes].to(self._device, non_blocking=True)
+        return self._memory[:nbytes].to(self._device, non_blocking=True, copy=True)
 
 
 def _joined(tensors: list[torch.Tensor], axis: int) -> torch.Tensor:

@@ -167,6 +167,7 @@ struct alignas(16) Pack<E, 8> {
     words[v / 2] = v % 2 ? (words[v / 2] & 0xffffu) | raw << 16 : (words[v / 2] & 0xffff0000u) | raw;
   }
 };
+
 // V elements between two terms: floats, or halves, two of them in a word.
 template <int V, bool HALFS>
 struct Between {

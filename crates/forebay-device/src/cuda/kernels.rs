@@ -23,8 +23,8 @@ const THREADS: u32 = 256;
 const TILE_ROWS: u64 = 32;
 /// Packs of neighbouring elements in a row of such a tile.
 const TILE_PACKS: u32 = 32;
-/// Blocks of `add_low_rank` at most, where there are not more columns of tiles: each does several tiles then. So many keep a
-/// large GPU busy.
+/// Blocks of `add_low_rank` at most, where there are not more columns of tiles: each does several tiles then. So many are
+/// whole rounds of two or three for each of a large GPU's processors.
 const MOST_ADDING: u64 = 792;
 /// Bytes that a thread of `convert` loads at once, as in kernels.cu.
 const LOADED_AT_ONCE: u64 = 16;

@@ -115,8 +115,7 @@ class Float8Patch:
             found = self._own_result(stored)
             self._round_to(found._params)
         # The scale is found once.
-        ways = {"scaled": self._requantized, "requantized": self._requantized, "rounded": self._rounded}
-        self._way = ways.get(known, self._own_result)
+        self._way = self._way_called(known)
         if known != "own":
             self._own = None
         return self._way(stored) if found is None else found
@@ -130,8 +129,13 @@ class Float8Patch:
             if scaled is not None and _is_same(scaled, own) and _are_alike(scaled._params, own._params):
                 return "scaled", own
             self._round_to(own._params)
-        ways = {"requantized": self._requantized, "rounded": self._rounded}
-        return next((name for name, way in ways.items() if _is_same(way(stored), own)), "own"), own
+        names = "requantized", "rounded"
+        return next((name for name in names if _is_same(self._way_called(name)(stored), own)), "own"), own
+
+    def _way_called(self, name: str) -> Callable[[Any], Any]:
+        """What computes a weight whose scale is found."""
+        ways = {"scaled": self._requantized, "requantized": self._requantized, "rounded": self._rounded}
+        return ways.get(name, self._own_result)
 
     def _own_result(self, stored: Any) -> Any:
         """ComfyUI's own."""
@@ -141,10 +145,13 @@ class Float8Patch:
 
     def _round_to(self, params: Any) -> None:
         """From now on a quantized weight gets this scale."""
-        self._params = params
         # The rounded factor that ComfyUI multiplies with, as the engine takes it.
-        self._to_scale = (1.0 / params.scale).to(self._through).to(torch.float32)
-        self._product = multiplied(self._products, self._to_scale.data_ptr())
+        self._multiply(params, (1.0 / params.scale).to(self._through).to(torch.float32))
+
+    def _multiply(self, params: Any, factor: torch.Tensor) -> None:
+        """From now on a quantized weight gets this scale, for which it is multiplied with a float32."""
+        self._params, self._to_scale = params, factor
+        self._product = multiplied(self._products, factor.data_ptr())
         self._streams, self._sum = set(), None
 
     def _scaled(self, stored: Any) -> Any:
@@ -152,9 +159,8 @@ class Float8Patch:
         table = scales(self._device, stored.layout_cls, data_of(stored).dtype, self._through)
         if table is None:
             return None
-        scale, self._to_scale = self._numbers[0], self._numbers[1]
-        self._params = dataclasses.replace(stored._params, scale=scale)
-        self._product, self._sum = multiplied(self._products, self._to_scale.data_ptr()), None
+        scale, factor = self._numbers[:2]
+        self._multiply(dataclasses.replace(stored._params, scale=scale), factor)
         return self._requantized(stored, scaling_of(self._numbers, table))
 
     def _eight_bit_sum(self, stored: Any) -> EightBitSum | None:
