@@ -63,11 +63,30 @@ __device__ __forceinline__ u32 multiply_halves(u32 some, u32 others) {
   return products;
 }
 
-// A factor's element at runtime: 0 float32, 1 float16, 2 bfloat16.
-__device__ __forceinline__ float factor(const void* factors, u64 index, u32 kind) {
-  if (kind == 0) return ((const float*)factors)[index];
-  u16 raw = ((const u16*)factors)[index];
-  return kind == 1 ? load(F16(), raw) : load(Bf16(), raw);
+// The two halves in a word as elements of 16 bits, rounded to nearest even.
+__device__ __forceinline__ u32 halves_to(F16, u32 halves) { return halves; }
+__device__ __forceinline__ u32 halves_to(Bf16, u32 halves) {
+  u32 low = __float_as_uint(half_to_float((u16)halves)), high = __float_as_uint(half_to_float((u16)(halves >> 16)));
+  return __byte_perm(low + 0x7fffu + (low >> 16 & 1u), high + 0x7fffu + (high >> 16 & 1u), 0x7632);
+}
+// The sign bit of each half that is a NaN, beside other bits.
+__device__ __forceinline__ u32 nan_bits(u32 halves) { return (halves & 0x7fff7fffu) + 0x03ff03ffu; }
+
+// N elements of a factor, `step` apart from the first, of which so many are there; others are 0. Its element at runtime: 0 float32,
+// 1 float16, 2 bfloat16. All are on their way at once.
+template <u32 N>
+__device__ __forceinline__ void load_factor(
+    float (&values)[N], const void* factor, u64 first, u64 step, u32 there, u32 kind) {
+  if (kind == 0) {
+#pragma unroll
+    for (u32 n = 0; n < N; n++) values[n] = n < there ? ((const float*)factor)[first + n * step] : 0.0f;
+    return;
+  }
+  u16 raw[N];
+#pragma unroll
+  for (u32 n = 0; n < N; n++) raw[n] = n < there ? ((const u16*)factor)[first + n * step] : 0;
+#pragma unroll
+  for (u32 n = 0; n < N; n++) values[n] = kind == 1 ? load(F16(), raw[n]) : load(Bf16(), raw[n]);
 }
 
 // ---- elements of eight bits: see Requantize in transform.rs
@@ -224,6 +243,26 @@ struct Between<V, true> {
   }
 };
 
+// What comes of the elements between.
+template <typename E, int V, bool HALFS>
+__device__ __forceinline__ void store_all(Pack<E, V>& pack, const Between<V, HALFS>& between) {
+#pragma unroll
+  for (int v = 0; v < V; v++) pack.set(v, between.get(v));
+}
+template <typename E>
+__device__ __forceinline__ void store_all(Pack<E, 8>& pack, const Between<8, true>& between) {
+  u32 nans = 0;
+#pragma unroll
+  for (int w = 0; w < 4; w++) {
+    pack.words[w] = halves_to(E(), between.words[w]);
+    nans |= nan_bits(between.words[w]);
+  }
+  if (nans & 0x80008000u) {
+#pragma unroll
+    for (int v = 0; v < 8; v++) pack.set(v, between.get(v));
+  }
+}
+
 template <typename E>
 struct alignas(8) EightBits {
   u32 words[2];
@@ -278,6 +317,40 @@ __device__ __forceinline__ void add_low_rank(
       mine[r] = column < columns && begin >= 0 && begin < (long long)count;
       if (mine[r]) raw[r] = *(const Pack<E, V>*)(from + begin);
     }
+    // Of `down` and of `up` the ranks from `loaded` on are in shared memory.
+    u32 loaded = 0, begin = 0;
+    auto load_factors = [&] {
+      u32 depth = min(DEPTH, rank - loaded);
+      __syncthreads();
+      {
+        constexpr u32 STEP = THREADS / ROWS, N = DEPTH / STEP;
+        u32 row = threadIdx.x / STEP, k = threadIdx.x % STEP;
+        bool is_there = tile_row + row <= last_row && k < depth;
+        float values[N];
+        load_factor(values, up, (tile_row + row - row_base) * rank + loaded + k, STEP, is_there ? (depth - k + STEP - 1) / STEP : 0, kind);
+#pragma unroll
+        for (u32 n = 0; n < N; n++, k += STEP) {
+          if (k >= depth) break;
+          ups[k][row / EACH].of[row % EACH] = IN_TERMS ? values[n] : __fmul_rn(scale[loaded + k], values[n]);
+        }
+      }
+      if (is_first || !stays) {
+        constexpr u32 STEP = THREADS / COLUMNS, N = 8;
+        u32 j = threadIdx.x % COLUMNS;
+#pragma unroll 1
+        for (u32 k = threadIdx.x / COLUMNS; k < depth; k += STEP * N) {
+          bool is_there = tile_column + j < columns;
+          float values[N];
+          load_factor(values, down, (u64)(loaded + k) * columns + tile_column + j, (u64)STEP * columns, is_there ? (depth - k + STEP - 1) / STEP : 0, kind);
+#pragma unroll
+          for (u32 n = 0; n < N; n++)
+            if (k + n * STEP < depth) downs[k + n * STEP][j % V / W][j / V].of[j % W] = values[n];
+        }
+      }
+      __syncthreads();
+    };
+    // While the elements are on their way.
+    load_factors();
     Between<V, HALFS> between[EACH];
     if constexpr (IN_TERMS) {
 #pragma unroll
@@ -289,8 +362,6 @@ __device__ __forceinline__ void add_low_rank(
       }
     }
     float sum[EACH][V];
-    // Of `down` and of `up` the ranks from `loaded` on are in shared memory.
-    u32 loaded = 0, begin = 0;
 #pragma unroll 1
     for (u32 term = 0; term < (IN_TERMS ? terms : 1); term++) {
       u32 end = IN_TERMS ? ends[term] : rank;
@@ -300,38 +371,21 @@ __device__ __forceinline__ void add_low_rank(
         for (int v = 0; v < V; v++) sum[r][v] = 0.0f;
 #pragma unroll 1
       for (u32 base = begin; base < end;) {
-        if (base == 0 || base == loaded + DEPTH) {
-          u32 depth = min(DEPTH, rank - base);
+        if (base == loaded + DEPTH) {
           loaded = base;
-          __syncthreads();
-#pragma unroll 1
-          for (u32 k = threadIdx.x % 8; k < depth; k += 8) {
-            u32 row = threadIdx.x / 8;
-            float value = 0.0f;
-            if (tile_row + row <= last_row) {
-              value = factor(up, (tile_row + row - row_base) * rank + base + k, kind);
-              if (!IN_TERMS) value = __fmul_rn(scale[base + k], value);
-            }
-            ups[k][row / EACH].of[row % EACH] = value;
-          }
-          if (is_first || !stays) {
-            u32 j = threadIdx.x % COLUMNS;
-#pragma unroll 1
-            for (u32 k = threadIdx.x / COLUMNS; k < depth; k += THREADS / COLUMNS) {
-              float value = 0.0f;
-              if (tile_column + j < columns) value = factor(down, (u64)(base + k) * columns + tile_column + j, kind);
-              downs[k][j % V / W][j / V].of[j % W] = value;
-            }
-          }
-          __syncthreads();
+          load_factors();
         }
         u32 stop = min(end, loaded + DEPTH);
+        const Floats<EACH>* up_at = &ups[base - loaded][warp];
+        const Floats<W>* down_at = &downs[base - loaded][0][lane];
 #pragma unroll 4
-        for (u32 k = base - loaded; k < stop - loaded; k++) {
-          Floats<EACH> u = ups[k][warp];
+        for (u32 k = base; k < stop; k++) {
+          Floats<EACH> u = *up_at;
+          up_at += ROWS / EACH;
 #pragma unroll
           for (int w = 0; w < V / W; w++) {
-            Floats<W> d = downs[k][w][lane];
+            Floats<W> d = *down_at;
+            down_at += 32;
 #pragma unroll
             for (u32 r = 0; r < EACH; r++)
 #pragma unroll
@@ -375,9 +429,11 @@ __device__ __forceinline__ void add_low_rank(
       Pack<E, V>* place = (Pack<E, V>*)(page + at + (long long)r * columns);
       if constexpr (EIGHT) {
         raw[r].round_at_random(between[r], *place);
+      } else if constexpr (IN_TERMS) {
+        store_all<E>(raw[r], between[r]);
       } else {
 #pragma unroll
-        for (int v = 0; v < V; v++) raw[r].set(v, IN_TERMS ? between[r].get(v) : __fadd_rn(raw[r].get(v), sum[r][v]));
+        for (int v = 0; v < V; v++) raw[r].set(v, __fadd_rn(raw[r].get(v), sum[r][v]));
       }
       *place = raw[r];
     }
