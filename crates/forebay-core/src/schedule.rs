@@ -14,7 +14,7 @@ use std::collections::{HashMap, VecDeque};
 /// How far ahead the schedule looks, in uses.
 const HORIZON: usize = 512;
 
-/// How many predicted uses may be skipped before the prediction is thrown away.
+/// How many predicted uses may be skipped before the prediction is thrown away, unless said otherwise.
 const SKIP: usize = 16;
 
 /// How often a weight that was never used may be skipped before it is expected no longer.
@@ -61,13 +61,22 @@ pub struct Schedule {
     /// Uses in a row that nobody expected.
     stray: u32,
     mispredicted: u64,
+    /// How many predicted uses may be skipped before the prediction is thrown away.
+    skip: usize,
 }
 
 impl Schedule {
     /// A schedule that has seen nothing: layout order.
     pub fn new(weights: u32) -> Self {
+        Self::skipping(weights, SKIP)
+    }
+
+    /// As [`new`](Schedule::new), for weights whose first uses may be farther out of their order: up to `skip` others that are
+    /// expected before one stay expected.
+    pub fn skipping(weights: u32, skip: usize) -> Self {
         let mut schedule = Schedule {
             weights,
+            skip,
             next: HashMap::new(),
             after: vec![weights; weights as usize],
             last: (weights, weights),
@@ -89,7 +98,7 @@ impl Schedule {
         debug_assert!(weight < self.weights);
         let mut place = self.place_of(weight);
         if place.is_none() {
-            self.extend_to(SKIP + 1);
+            self.extend_to(self.skip + 1);
             place = self.place_of(weight);
         }
         self.learn(weight);
@@ -152,7 +161,7 @@ impl Schedule {
 
     /// How many nearer uses are expected before this one, if it is.
     fn place_of(&self, weight: u32) -> Option<usize> {
-        self.queue.iter().take(SKIP + 1).position(|expected| expected.weight == weight)
+        self.queue.iter().take(self.skip + 1).position(|expected| expected.weight == weight)
     }
 
     fn learn(&mut self, weight: u32) {
@@ -322,6 +331,18 @@ mod tests {
         }
         assert_eq!(dropped, [0, 1]);
         assert_eq!(ahead(&mut schedule, 2), [30, 31]);
+    }
+
+    #[test]
+    fn as_many_as_may_be_skipped_stay_expected() {
+        for (skip, kept) in [(49, false), (50, true)] {
+            let mut schedule = Schedule::skipping(100, skip);
+            let mut dropped = vec![];
+            schedule.plan_next();
+            schedule.used(50, |w| dropped.push(w));
+            assert_eq!(dropped.is_empty(), kept, "{skip}");
+            assert_eq!(ahead(&mut schedule, 1), [if kept { 1 } else { 51 }], "{skip}");
+        }
     }
 
     #[test]

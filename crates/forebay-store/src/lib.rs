@@ -54,6 +54,6 @@ pub use past_cache::DirectBuffer;
 pub use provenance::{ProcessMaps, mapped_source};
 pub use readers::{ReaderPool, Urgency};
 pub use rows::read_rows;
-pub use safetensors::{TensorEntry, tensor_ranges};
+pub use safetensors::{TensorEntry, ranges_as_used};
 pub use segments::{Segment, read_segments, read_segments_past_cache};
 pub use source::{Memory, MemoryRange, Source, SourceKind};

@@ -74,12 +74,30 @@ pub(crate) fn read_header(file: &Arc<SourceFile>) -> Result<Header> {
     Ok(Header { tensors, metadata })
 }
 
-/// Where the tensors of an open safetensors file are, in the order of their bytes: offsets and lengths.
+/// Where the tensors of an open safetensors file are, in the order in which a model probably uses them: offsets and lengths.
+///
+/// That is the order of their bytes, unless they are sorted by name, as safetensors' own writer sorts those of each dtype:
+/// then it is that of the names with their numbers taken as numbers, so that block 2 comes before block 10.
 ///
 /// # Errors
 /// [`StoreError::NotSafetensors`] for another file, and others as for [`Checkpoint::open`](crate::Checkpoint::open).
-pub fn tensor_ranges(file: &Arc<SourceFile>) -> Result<Vec<(u64, Bytes)>> {
-    Ok(read_header(file)?.tensors.iter().map(|tensor| (tensor.offset, tensor.bytes)).collect())
+pub fn ranges_as_used(file: &Arc<SourceFile>) -> Result<Vec<(u64, Bytes)>> {
+    let mut tensors = read_header(file)?.tensors;
+    if tensors.windows(2).all(|pair| pair[0].dtype != pair[1].dtype || pair[0].name < pair[1].name) {
+        tensors.sort_by(|one, other| parts_of(&one.name).cmp(parts_of(&other.name)));
+    }
+    Ok(tensors.iter().map(|tensor| (tensor.offset, tensor.bytes)).collect())
+}
+
+/// A part of a tensor's name.
+#[derive(PartialEq, Eq, PartialOrd, Ord)]
+enum NamePart<'a> {
+    Number(u64),
+    Text(&'a str),
+}
+
+fn parts_of(name: &str) -> impl Iterator<Item = NamePart<'_>> {
+    name.split('.').map(|part| part.parse().map_or(NamePart::Text(part), NamePart::Number))
 }
 
 /// The header's text, and where the tensors' bytes start.

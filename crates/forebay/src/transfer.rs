@@ -58,16 +58,18 @@ impl Engine {
     pub unsafe fn read_to_device(&self, part: &FilePart, to: OnDevice) -> Result<()> {
         let shared = self.shared();
         shared.state.lock().check()?;
+        let mut begun = Bytes::ZERO;
         if let Some(readers) = self.readers() {
             let make_room = |bytes| self.make_room(bytes).map(drop);
             // SAFETY: as the caller promises.
-            let read = unsafe { self.ahead.read(shared, &readers, part, to, make_room) };
-            if let Some(read) = read {
-                return read;
-            }
+            begun = unsafe { self.ahead.read(shared, &readers, part, to, make_room) }?;
         }
-        let from = part.clone();
-        self.for_each_chunk(part.bytes, move |shared, reader, at, len| {
+        let (from, rest) = (part.clone(), part.bytes - begun);
+        if rest == Bytes::ZERO {
+            return Ok(());
+        }
+        self.for_each_chunk(rest, move |shared, reader, at, len| {
+            let at = begun + at;
             let addr = to.addr.offset(at);
             let read = |bytes: &mut [u8]| from.read(at, bytes);
             // SAFETY: as the caller promises.

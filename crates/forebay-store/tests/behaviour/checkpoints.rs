@@ -2,9 +2,10 @@
 
 use std::collections::HashMap;
 use std::fmt::Write;
+use std::path::Path;
 
-use forebay_store::{Checkpoint, StoreError};
-use safetensors::SafeTensors;
+use forebay_store::{Checkpoint, SourceFile, StoreError, ranges_as_used};
+use safetensors::{Dtype, SafeTensors};
 
 use crate::data::{Random, Tensor, folder, serialize, tensors, write};
 
@@ -53,6 +54,45 @@ fn a_single_file_reads_as_it_was_written() {
         assert_eq!(&bytes[range], theirs.tensor(&entry.name).unwrap().data());
     }
     assert!(checkpoint.tensors().is_sorted_by_key(|entry| entry.offset), "entries follow the file");
+}
+
+/// The names of a file's tensors in the order in which they are expected to be used.
+fn names_as_used(path: &Path) -> Vec<String> {
+    let checkpoint = Checkpoint::open(path).unwrap();
+    let named = |(offset, _): (u64, _)| {
+        let entry = checkpoint.tensors().iter().find(|entry| entry.offset == offset);
+        entry.expect("a tensor begins there").name.clone()
+    };
+    ranges_as_used(&SourceFile::open(path).unwrap()).unwrap().into_iter().map(named).collect()
+}
+
+#[test]
+fn tensors_that_their_writer_sorted_are_expected_by_the_numbers_in_their_names() {
+    let (folder, mut random) = (folder(), Random::new());
+    let mut tensor = |name: &str, dtype| Tensor::random(&mut random, name, dtype, &[3]);
+    let mut sorted = vec![];
+    for block in ["10", "2", "x", "1"] {
+        sorted.push(tensor(&format!("blocks.{block}.a.scale"), Dtype::F32));
+        sorted.push(tensor(&format!("blocks.{block}.a.weight"), Dtype::F16));
+        sorted.push(tensor(&format!("blocks.{block}.b.weight"), Dtype::F16));
+    }
+    let path = write(folder.path(), "sorted.safetensors", &serialize(&sorted, None));
+    let expected = ["1", "2", "10", "x"]
+        .map(|block| ["a.scale", "a.weight", "b.weight"].map(|name| format!("blocks.{block}.{name}")));
+    assert_eq!(names_as_used(&path), expected.concat());
+}
+
+#[test]
+fn tensors_in_an_order_of_their_own_are_expected_in_that() {
+    let folder = folder();
+    let names = ["blocks.2.mod", "blocks.2.attn", "blocks.10.mod", "blocks.10.attn"];
+    let entries = names.iter().enumerate().map(|(number, name)| {
+        format!(r#""{name}":{{"dtype":"U8","shape":[1],"data_offsets":[{number},{}]}}"#, number + 1)
+    });
+    let header = format!("{{{}}}", entries.collect::<Vec<_>>().join(","));
+    let bytes = [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &[0; 4]].concat();
+    let path = write(folder.path(), "own.safetensors", &bytes);
+    assert_eq!(names_as_used(&path), names);
 }
 
 #[test]
