@@ -58,12 +58,13 @@ fn a_single_file_reads_as_it_was_written() {
 
 /// The names of a file's tensors in the order in which they are expected to be used.
 fn names_as_used(path: &Path) -> Vec<String> {
-    let checkpoint = Checkpoint::open(path).unwrap();
+    let checkpoint = Checkpoint::open(path).expect("a whole file");
     let named = |(offset, _): (u64, _)| {
         let entry = checkpoint.tensors().iter().find(|entry| entry.offset == offset);
         entry.expect("a tensor begins there").name.clone()
     };
-    ranges_as_used(&SourceFile::open(path).unwrap()).unwrap().into_iter().map(named).collect()
+    let file = SourceFile::open(path).expect("it was written");
+    ranges_as_used(&file).expect("a whole file").into_iter().map(named).collect()
 }
 
 #[test]
