@@ -77,18 +77,16 @@ def tensors(width: int, quantized: bool) -> dict[str, int]:
 
 
 def uses() -> Iterator[str]:
-    """The tensors that ComfyUI reads, as Flux uses them: no scales and no formats."""
-    for n in range(DOUBLE):
-        for name in (*USED, *USED_LAST):
-            yield from (f"double_blocks.{n}.{name}.weight", f"double_blocks.{n}.{name}.bias")
-            if name.endswith("qkv"):
-                norm = f"double_blocks.{n}.{name.removesuffix('qkv')}norm."
-                yield from (norm + "query_norm.weight", norm + "key_norm.weight")
-    for n in range(SINGLE):
-        for name in ("modulation.lin", "linear1", "norm.query_norm", "norm.key_norm", "linear2"):
-            yield f"single_blocks.{n}.{name}.weight"
-            if not name.startswith("norm"):
-                yield f"single_blocks.{n}.{name}.bias"
+    """The tensors that ComfyUI reads, as Flux uses them: no scales, no formats, and no norms, for layers of up to 16 KiB are
+    loaded in another way."""
+    layers = [f"double_blocks.{n}.{name}" for n in range(DOUBLE) for name in (*USED, *USED_LAST)]
+    layers += [
+        f"single_blocks.{n}.{name}"
+        for n in range(SINGLE)
+        for name in ("modulation.lin", "linear1", "linear2")
+    ]
+    for layer in layers:
+        yield from (f"{layer}.weight", f"{layer}.bias")
 
 
 def write(path: Path, sizes: dict[str, int]) -> dict[str, tuple[int, int]]:

@@ -30,11 +30,15 @@ const REFUSED_FOR: Duration = Duration::from_secs(10);
 /// What is read at once, at most.
 const MOST_AT_ONCE: Bytes = Bytes::mib(16);
 /// Smaller tensors are not read ahead: scales and formats of quantized weights, which ComfyUI does not ask for in this way. What
-/// nobody asks for stays in the ring for a while, and what is behind it was read twice: of a Flux in scaled float8 1.8 times
+/// nobody asks for stays in the ring for a while, and what is behind it was read twice: of a Flux in scaled float8 2.5 times
 /// what was asked for (`bench/reading.py`).
 const LEAST: Bytes = Bytes::new(128);
 /// How many tensors may be asked for after one that lies behind them: those of a block of a large model, sorted by name.
 const SKIP: usize = 64;
+/// What is smaller may turn out not to be asked for, as the norms' weights are by ComfyUI: once so many tensors behind it were, it is
+/// given up, for the ring has no room behind what stays in it.
+const TINY: Bytes = Bytes::kib(64);
+const MOST_PASSED: u8 = 8;
 /// Files whose order of use is remembered.
 const MOST_FILES: usize = 16;
 
@@ -68,6 +72,8 @@ struct Known {
 struct Staged {
     slots: Vec<Arc<Slot>>,
     read: Bytes,
+    /// Tensors that were asked for before it, though they are staged behind it or not at all.
+    passed: u8,
 }
 
 /// Who reads, and for whom.
@@ -174,7 +180,7 @@ impl Inner {
         mut to: OnDevice,
     ) -> Result<Bytes> {
         let Some(known) = self.files.last_mut() else { return Ok(Bytes::ZERO) };
-        let Staged { mut slots, mut read } = known.used(number);
+        let Staged { mut slots, mut read, .. } = known.used(number);
         loop {
             // SAFETY: the caller's promise.
             match unsafe { self.go_on(readers, part, to, &mut slots, &mut read) } {
@@ -319,7 +325,24 @@ impl Known {
         let mut dropped = Vec::new();
         self.schedule.used(number, |other| dropped.push(other));
         dropped.into_iter().for_each(|other| self.unstage(other).give_up());
-        self.unstage(number)
+        let found = self.unstage(number);
+        self.pass_by(&found);
+        found
+    }
+
+    /// Another tensor is asked for before those that are staged in front of it.
+    fn pass_by(&mut self, asked_for: &Staged) {
+        let mut given_up = Vec::new();
+        for (&number, staged) in &mut self.staged {
+            let is_tiny = self.parts[number as usize].1 < TINY;
+            if is_tiny && staged.begins() < asked_for.begins() {
+                staged.passed += 1;
+                if staged.passed > MOST_PASSED {
+                    given_up.push(number);
+                }
+            }
+        }
+        given_up.into_iter().for_each(|number| self.unstage(number).give_up());
     }
 
     /// What of a tensor was read ahead, which is no longer kept here.
@@ -337,6 +360,11 @@ impl Known {
 }
 
 impl Staged {
+    /// Where it begins in the ring; behind everything if it does not.
+    fn begins(&self) -> u64 {
+        self.slots.first().map_or(u64::MAX, |slot| slot.begins())
+    }
+
     /// Nobody will ask for it.
     fn give_up(self) {
         self.slots.iter().for_each(|slot| slot.give_up());
@@ -448,6 +476,26 @@ mod tests {
         let ahead = files.staged();
         assert!(ahead.len() > 1 && ahead.iter().all(|(_, read)| *read == Bytes::mib(1)), "{ahead:?}");
         (0..6).try_for_each(|number| files.read(number))?;
+        files.target.unpin_everywhere(files.addr, Files::ROOM)?;
+        Ok(())
+    }
+
+    #[test]
+    fn what_is_small_and_passed_by_again_and_again_is_given_up_and_read_when_asked_for() -> Tried {
+        let contents: Vec<Vec<u8>> =
+            (0..40).map(|n| vec![n + 1; if n == 1 { 256 } else { 1 << 18 }]).collect();
+        let files = Files::new(Bytes::mib(128), contents)?;
+        let is_staged = |number: u32| files.staged().iter().any(|(n, _)| *n == number);
+        files.read(0)?;
+        for number in 2..=1 + usize::from(MOST_PASSED) {
+            files.read(number)?;
+            assert!(is_staged(1), "{number}: {:?}", files.staged());
+        }
+        for number in 2 + usize::from(MOST_PASSED)..34 {
+            files.read(number)?;
+            assert!(!is_staged(1) && is_staged(number as u32 + 1), "{number}: {:?}", files.staged());
+        }
+        files.read(1)?;
         files.target.unpin_everywhere(files.addr, Files::ROOM)?;
         Ok(())
     }

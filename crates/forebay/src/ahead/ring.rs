@@ -220,6 +220,11 @@ impl Drop for Memory {
 }
 
 impl Slot {
+    /// Its place among all bytes that were ever taken.
+    pub(super) fn begins(&self) -> u64 {
+        self.begins
+    }
+
     pub(super) fn len(&self) -> Bytes {
         self.len
     }
