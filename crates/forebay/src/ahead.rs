@@ -2,7 +2,8 @@
 //!
 //! A safetensors file says where its tensors are, and a [`Schedule`] which is asked for next. The readers bring them into a
 //! ring of device memory while the caller does something else, so that a call has nothing to do but to enqueue a copy on the
-//! device. What is asked for in another order is dropped and read when it is asked for.
+//! device. What is asked for early, and has no room beside what was read ahead, is read directly to its place; what is asked for
+//! far from where it was expected has everything read ahead dropped.
 
 mod ring;
 

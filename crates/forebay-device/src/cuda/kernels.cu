@@ -327,7 +327,9 @@ __device__ __forceinline__ void add_low_rank(
         u32 row = threadIdx.x / STEP, k = threadIdx.x % STEP;
         bool is_there = tile_row + row <= last_row && k < depth;
         float values[N];
-        load_factor(values, up, (tile_row + row - row_base) * rank + loaded + k, STEP, is_there ? (depth - k + STEP - 1) / STEP : 0, kind);
+        load_factor(
+            values, up, (tile_row + row - row_base) * rank + loaded + k, STEP,
+            is_there ? (depth - k + STEP - 1) / STEP : 0, kind);
 #pragma unroll
         for (u32 n = 0; n < N; n++, k += STEP) {
           if (k >= depth) break;
@@ -341,7 +343,9 @@ __device__ __forceinline__ void add_low_rank(
         for (u32 k = threadIdx.x / COLUMNS; k < depth; k += STEP * N) {
           bool is_there = tile_column + j < columns;
           float values[N];
-          load_factor(values, down, (u64)(loaded + k) * columns + tile_column + j, (u64)STEP * columns, is_there ? (depth - k + STEP - 1) / STEP : 0, kind);
+          load_factor(
+              values, down, (u64)(loaded + k) * columns + tile_column + j, (u64)STEP * columns,
+              is_there ? (depth - k + STEP - 1) / STEP : 0, kind);
 #pragma unroll
           for (u32 n = 0; n < N; n++)
             if (k + n * STEP < depth) downs[k + n * STEP][j % V / W][j / V].of[j % W] = values[n];
