@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 import time
@@ -16,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from stack import process_io
+from tensor_file import data_offsets, write_tensors
 
 import forebay
 from forebay import _forebay
@@ -89,40 +90,19 @@ def uses() -> Iterator[str]:
         yield from (f"{layer}.weight", f"{layer}.bias")
 
 
-def write(path: Path, sizes: dict[str, int]) -> dict[str, tuple[int, int]]:
-    """Writes the file. Where each tensor is in it."""
-    header, end = {}, 0
-    for name, size in sizes.items():
-        header[name] = {"dtype": "U8", "shape": [size], "data_offsets": [end, end + size]}
-        end += size
-    head = json.dumps(header).encode()
-    block = os.urandom(1 << 20)
-    with path.open("wb") as file:
-        file.write(len(head).to_bytes(8, "little") + head)
-        for start in range(0, end, len(block)):
-            file.write(block[: end - start])
-    return {name: (8 + len(head) + entry["data_offsets"][0], sizes[name]) for name, entry in header.items()}
-
-
-def bytes_read() -> int:
-    return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
-
-
-def measured(
-    path: Path, places: dict[str, tuple[int, int]], memory: int, passes: int
-) -> list[dict[str, float]]:
-    engine = forebay.Engine("host", budget=memory // 4, capacity=memory)
-    wanted = [places[name] for name in uses()]
+def measured(path: Path, memory: int, passes: int) -> list[dict[str, float]]:
+    engine, places = forebay.Engine("host", budget=memory // 4, capacity=memory), data_offsets(path)
+    wanted = [(begin, end - begin) for begin, end in map(places.__getitem__, uses())]
     asked = sum(size for _, size in wanted)
     target = torch.empty(max(size for _, size in wanted), dtype=torch.uint8)
     rows = []
     with path.open("rb") as file:
         for _ in range(passes):
-            before, began = bytes_read(), time.perf_counter()
+            before, began = process_io("rchar"), time.perf_counter()
             for offset, size in wanted:
                 _forebay.read_to_device(engine, file.fileno(), offset, size, target.data_ptr(), 0)
                 time.sleep(size / RATE)
-            took, read = time.perf_counter() - began, bytes_read() - before
+            took, read = time.perf_counter() - began, process_io("rchar") - before
             rows.append({"asked_bytes": asked, "read": round(read / asked, 3), "s": round(took, 2)})
     return rows
 
@@ -139,7 +119,8 @@ def main() -> None:
             sizes = tensors(chosen.width, quantized)
             for order, laid_out in (("as made", sizes), ("sorted by name", dict(sorted(sizes.items())))):
                 name = f"{'scaled float8' if quantized else 'bfloat16'}, {order}"
-                result[name] = measured(path, write(path, laid_out), memory, chosen.passes)
+                write_tensors(path, laid_out)
+                result[name] = measured(path, memory, chosen.passes)
                 told = ", ".join(f"{row['read']:.2f} in {row['s']:.2f} s" for row in result[name])
                 print(f"{name:30} bytes read of those asked for, by pass: {told}", flush=True)
     if chosen.out:

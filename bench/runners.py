@@ -6,7 +6,6 @@ import argparse
 import functools
 import gc
 import importlib
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ import torch
 from children import Row, reason_of
 from safetensors.torch import load_file
 from stack import GIB, Block
+from tensor_file import data_offsets
 from torch import nn
 
 import forebay
@@ -434,15 +434,6 @@ def machine(chosen: argparse.Namespace) -> Row:
         "link_bytes_s": stack.link_rate(),
         **stack.machine(),
     }
-
-
-def data_offsets(path: Path) -> dict[str, tuple[int, int]]:
-    """Where each tensor of a safetensors file begins and ends, in the file."""
-    with path.open("rb") as file:
-        nbytes = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(nbytes))
-    header.pop("__metadata__", None)
-    return {name: tuple(8 + nbytes + at for at in entry["data_offsets"]) for name, entry in header.items()}
 
 
 def pinned_file(path: Path) -> torch.Tensor:

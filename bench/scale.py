@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 from stack import GIB, HEAD, link_rate, parse, plain_run, streamed_run, table_row, write_weights
+from tensor_file import write_tensors
 
 KINDS = [10, 1_000, 100_000]
 """Tensors in a file."""
@@ -65,7 +65,8 @@ def by_number(own: argparse.Namespace, result: dict[str, Any]) -> None:
     print(f"{'tensors':>9} {'first':>9} {'x limit':>8} {'later':>9} {'x limit':>8} {'waits':>8}")
     for count in KINDS:
         path = own.folder / "forebay-tensors.safetensors"
-        write_tensors(path, count, int(own.tensor_gb * 1e9) // count // 512 * 512)
+        nbytes = int(own.tensor_gb * 1e9) // count // 512 * 512
+        write_tensors(path, {f"layers.{i}.weight": nbytes for i in range(count)})
         command = [own.cli, "bench", path, "--free", str(path.stat().st_size // 4), "--steps", "4", "--json"]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         report = json.loads(done.stdout)
@@ -80,25 +81,6 @@ def by_number(own: argparse.Namespace, result: dict[str, Any]) -> None:
             f"{last['times_limit']:8.2f} {last['waits']:8}",
             flush=True,
         )
-
-
-def write_tensors(path: Path, count: int, nbytes: int) -> None:
-    header = {
-        f"layers.{i}.weight": {
-            "dtype": "U8",
-            "shape": [nbytes],
-            "data_offsets": [i * nbytes, (i + 1) * nbytes],
-        }
-        for i in range(count)
-    }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    block = os.urandom(1 << 24)
-    with path.open("wb", buffering=0) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        left = count * nbytes
-        while left:
-            left -= file.write(block[: min(left, len(block))])
 
 
 if __name__ == "__main__":

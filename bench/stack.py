@@ -265,8 +265,13 @@ def engine_cpu_s() -> float:
 
 def disk_bytes() -> int:
     """Bytes that this process had read from disk so far."""
+    return process_io("read_bytes")
+
+
+def process_io(count: str) -> int:
+    """What Linux has counted of this process's input and output."""
     lines = Path("/proc/self/io").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("read_bytes")).split()[1])
+    return int(next(line for line in lines if line.startswith(f"{count}:")).split()[1])
 
 
 def streamed_run(

@@ -213,12 +213,12 @@ impl Inner {
             *read += slot.len();
             slots.push(slot);
         }
-        let gone = || EngineError::Invalid("what is read ahead has no memory".to_owned());
         if slots.is_empty() {
             return Ok(None);
         }
         self.plan(readers)?;
         slots.iter().try_for_each(|slot| slot.wait())?;
+        let gone = || EngineError::Invalid("what is read ahead has no memory".to_owned());
         let ring = self.ring.as_mut().ok_or_else(gone)?;
         // SAFETY: the place is the caller's promise.
         if let Err(error) = unsafe { ring.copy(slots, to.addr, to.stream) } {

@@ -7,7 +7,7 @@ use std::path::Path;
 use forebay_store::{Checkpoint, SourceFile, StoreError, ranges_as_used};
 use safetensors::{Dtype, SafeTensors};
 
-use crate::data::{Random, Tensor, folder, serialize, tensors, write};
+use crate::data::{Random, Tensor, folder, serialize, tensors, with_header, write};
 
 #[track_caller]
 fn assert_holds(checkpoint: &Checkpoint, tensors: &[Tensor]) {
@@ -91,8 +91,7 @@ fn tensors_in_an_order_of_their_own_are_expected_in_that() {
         format!(r#""{name}":{{"dtype":"U8","shape":[1],"data_offsets":[{number},{}]}}"#, number + 1)
     });
     let header = format!("{{{}}}", entries.collect::<Vec<_>>().join(","));
-    let bytes = [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &[0; 4]].concat();
-    let path = write(folder.path(), "own.safetensors", &bytes);
+    let path = write(folder.path(), "own.safetensors", &with_header(header.as_bytes(), &[0; 4]));
     assert_eq!(names_as_used(&path), names);
 }
 
