@@ -18,6 +18,7 @@ from torch import nn
 from forebay._forebay import Engine
 from forebay.attachment import Attachment, attach
 from forebay.comfyui.native import HOST_BUDGET
+from forebay.comfyui.native.float8_linear import Float8Linear, launching_directly
 from forebay.comfyui.native.patches import Patches
 from forebay.comfyui.native.quantized import ManagedQuantized, quantized_of
 from forebay.converting import STORED, USED
@@ -60,6 +61,7 @@ class Loaded:
         self.device = device
         self._model = model
         self._quantized: list[ManagedQuantized] = []
+        self._layers: list[Float8Linear] = []
         self._attachment: Attachment | None = None
         self._patches: Patches | None = None
         try:
@@ -84,6 +86,8 @@ class Loaded:
                 )
                 for quantized in self._quantized:
                     quantized.stand_in()
+                directly = map(launching_directly, self._quantized)
+                self._layers += [layer for layer in directly if layer is not None]
         except BaseException:
             self.unload()
             raise
@@ -135,6 +139,8 @@ class Loaded:
         if self._patches is not None:
             self._patches.withdraw()
             self._patches = None
+        while self._layers:
+            self._layers.pop().remove()
         if self._attachment is not None:
             # What was put in the place of its weights goes with their memory.
             self._attachment.detach()

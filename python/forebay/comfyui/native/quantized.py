@@ -42,6 +42,8 @@ class ManagedQuantized:
     layer is made of their stand-ins. What computes gets one that is made of plain tensors.
 
     Attributes:
+        module: The layer.
+        name: The weight's name there.
         original: The weight as it was.
         tensor: What stands in the layer, made of stand-ins.
         data_name: The name of its data in the model that is attached.
@@ -49,13 +51,13 @@ class ManagedQuantized:
 
     def __init__(self, path: str, module: nn.Module, name: str, weight: Any) -> None:
         """Takes the weight out of its layer and lays its parts where :func:`forebay.attach` finds them."""
+        self.module = module
+        self.name = name
         self.original = weight
         self.tensor: Any = None
         self._unpinned: Any = None
         self._stand_ins: dict[str, torch.Tensor] = {}
         self._weights: list[Weight] = []
-        self._module = module
-        self._name = name
         self._params = weight._params
         self._scale: torch.Tensor | None = None
         self._holder = nn.Module()
@@ -91,17 +93,17 @@ class ManagedQuantized:
 
     def stand_in(self) -> None:
         """Puts a quantized tensor of stand-ins into the layer."""
-        del self._module._modules[self._holder_name]
+        del self.module._modules[self._holder_name]
         self._stand_ins = {name: getattr(self._holder, name) for name in (_DATA, *self._fields)}
         self._weights = [part._weight for part in self._stand_ins.values() if isinstance(part, ForebayTensor)]
         self._put()
-        self._module.__dict__.setdefault(_ATTRIBUTE, {})[self._name] = self
+        self.module.__dict__.setdefault(_ATTRIBUTE, {})[self.name] = self
 
     def restore(self) -> None:
         """Puts the layer's own weight back, once the model is detached."""
-        self._module.__dict__.pop(_ATTRIBUTE, None)
-        self._module._modules.pop(self._holder_name, None)
-        self._module._parameters[self._name] = self.original
+        self.module.__dict__.pop(_ATTRIBUTE, None)
+        self.module._modules.pop(self._holder_name, None)
+        self.module._parameters[self.name] = self.original
         self._unpinned, self._stand_ins, self._weights = None, {}, []
 
     def plain(self) -> Any:
@@ -162,7 +164,7 @@ class ManagedQuantized:
             tensor = self._made_of(self._holder._parameters)
         tensor._is_param = True
         self.tensor, self._unpinned = tensor, None
-        self._module._parameters[self._name] = tensor
+        self.module._parameters[self.name] = tensor
 
     def _made_of(self, parts: Any) -> Any:
         fields = {name: parts[name] for name in self._fields}
