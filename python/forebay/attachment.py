@@ -216,9 +216,10 @@ class Attachment:
 
         They are added on the device whenever a page is filled, in float32 and rounded once to the weight's dtype, so the
         weights are what merging on the CPU gives, whatever is resident. Only weights whose adapters change are filled
-        again. Stored weights stay as they are: ``state_dict()`` does not see adapters. Uses that begin after this
-        returned see all of it; do not run the model meanwhile on other threads if that matters. A table with an adapter
-        (an embedding) is used as a whole, and a model with adapters is not kept by ``detach(keep=True)``.
+        again; those that had none get theirs where they are. Stored weights stay as they are: ``state_dict()`` does not
+        see adapters. Uses that begin after this returned see all of it; do not run the model meanwhile on other threads if
+        that matters. A table with an adapter (an embedding) is used as a whole, and a model with adapters is not kept by
+        ``detach(keep=True)``.
 
         Args:
             loras: Pairs of a file (``.safetensors``, or what ``torch.load`` reads) or state dict, and a strength. The

@@ -277,6 +277,22 @@ impl Policy {
         !self.is_stale(page)
     }
 
+    /// What a page holds is to be changed where it is: it counts as on its way until it is [`filled`](Policy::filled), or
+    /// [`failed`](Policy::failed). `false`, and nothing has changed, where it is not filled, pinned or out of date.
+    pub fn amend(&mut self, page: PageRef, pins: &mut impl Pins) -> bool {
+        self.steps += 1;
+        let entry = *self.vbar(page.vbar).page(page.page);
+        if matches!(entry.place, Place::Absent | Place::Filling) || entry.stale || !pins.claim(page) {
+            return false;
+        }
+        let vbar = self.vbar(page.vbar);
+        let rank = vbar.ranks.rank(page.page);
+        vbar.resident.remove(rank);
+        vbar.page(page.page).place = Place::Filling;
+        self.begin_life(page, pins);
+        true
+    }
+
     /// Whether a page still holds what was [outdated](Policy::outdate).
     pub fn is_stale(&mut self, page: PageRef) -> bool {
         self.vbar(page.vbar).page(page.page).stale
@@ -387,15 +403,19 @@ impl Policy {
         let demanded = purpose == Purpose::Demand;
         let vbar = self.vbar(page.vbar);
         vbar.held += 1;
-        let kept = vbar.is_kept(page.page);
         let entry = vbar.page(page.page);
         (entry.place, entry.frame, entry.serial) = (Place::Filling, frame, serial);
-        if kept {
+        self.begin_life(page, pins);
+        out.push(Command::Map { page, frame, serial, demanded });
+    }
+
+    /// A page without contents will be kept or streamed, as the watermark says.
+    fn begin_life(&mut self, page: PageRef, pins: &mut impl Pins) {
+        if self.vbar(page.vbar).is_kept(page.page) {
             pins.set_resident(page);
         } else {
             pins.set_streamed(page);
         }
-        out.push(Command::Map { page, frame, serial, demanded });
     }
 
     /// Takes a page's frame away.

@@ -75,6 +75,10 @@ enum Event {
         vbar: u8,
         page: u8,
     },
+    Amend {
+        vbar: u8,
+        page: u8,
+    },
     FreeFrom {
         vbar: u8,
         units: u8,
@@ -146,6 +150,7 @@ fn event() -> impl Strategy<Value = Event> {
         5 => (0u8..50).prop_map(|units| Event::SetBudget { units }),
         2 => (0u8..12).prop_map(|units| Event::MakeRoom { units }),
         2 => (vbar.clone(), page.clone()).prop_map(|(vbar, page)| Event::Discard { vbar, page }),
+        3 => (vbar.clone(), page.clone()).prop_map(|(vbar, page)| Event::Amend { vbar, page }),
         2 => (vbar.clone(), 0u8..12).prop_map(|(vbar, units)| Event::FreeFrom { vbar, units }),
         3 => (vbar.clone(), 0u8..26).prop_map(|(vbar, rank)| Event::SetFloor { vbar, rank }),
         3 => (vbar.clone(), 0u8..26).prop_map(|(vbar, rank)| Event::LowerWatermark { vbar, rank }),
@@ -220,6 +225,7 @@ fn run(world: &mut World, event: &Event) -> Checked {
         Event::SetBudget { units } => world.set_budget(UNIT * u64::from(units)),
         Event::MakeRoom { units } => world.make_room(UNIT * u64::from(units)),
         Event::Discard { vbar, page: n } => world.discard(page(world, vbar, n)),
+        Event::Amend { vbar, page: n } => world.amend(page(world, vbar, n)),
         Event::FreeFrom { vbar, units } => world.free_from(id(vbar), UNIT * u64::from(units)),
         Event::SetFloor { vbar, rank } => world.set_floor(id(vbar), rank.into()),
         Event::LowerWatermark { vbar, rank } => world.lower_watermark(id(vbar), rank.into()),

@@ -88,6 +88,34 @@ impl Script {
 }
 
 #[test]
+fn a_page_that_is_changed_where_it_is_keeps_its_frame_and_leaves_nobody_a_page_that_is_not_there() {
+    let mut script = Script::new();
+    let page = script.page();
+    assert!(!script.policy.amend(page, &mut script.pins), "it is not there");
+    assert_eq!(script.demand(), Outcome::Granted);
+    assert!(!script.policy.amend(page, &mut script.pins), "it is not filled");
+    script.fill();
+    assert!(!script.policy.amend(page, &mut script.pins), "it is in use");
+    script.release();
+    script.out.clear();
+    assert!(script.policy.amend(page, &mut script.pins));
+    assert!(!script.policy.amend(page, &mut script.pins), "it is not there yet");
+    assert_eq!(script.demand(), Outcome::Granted);
+    script.fill();
+    script.release();
+    assert_eq!(script.out, [], "nothing is mapped or retired");
+    assert!(script.policy.amend(page, &mut script.pins));
+    assert!(!script.outdate(), "it leaves once it is there");
+    script.fill();
+    assert_eq!(script.policy.held_pages(script.id), 0);
+    script.is_filled_anew();
+    script.pins.pin(page);
+    assert!(!script.outdate());
+    script.pins.unpin(page);
+    assert!(!script.policy.amend(page, &mut script.pins), "it is out of date");
+}
+
+#[test]
 fn a_page_that_nobody_uses_leaves_at_once() {
     let mut script = Script::new();
     assert!(script.outdate(), "it is not there");

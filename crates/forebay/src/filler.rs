@@ -359,16 +359,12 @@ pub(crate) fn finished(
     state.filling.remove(&vbar.serial(page));
     match result {
         Ok(()) => {
-            vbar.cell(page).set_filled();
             if vbar.layout.is_none() {
                 vbar.cell(page).set_ready();
-            } else {
-                state.landing.push_back(at);
-                if state.went_through_ring(at) {
-                    shared.register.notify_one();
-                }
+            } else if state.went_through_ring(at) {
+                shared.register.notify_one();
             }
-            state.decide(|policy, books, out| policy.filled(at, books, out));
+            state.arrived(vbar, page);
         }
         Err(error) => {
             if let Some(EngineError::Device(device)) = &error
@@ -380,7 +376,7 @@ pub(crate) fn finished(
             let filled =
                 frame.and_then(|frame| state.books.frames.get(&frame)).map(|book| Arc::clone(&book.filled));
             let entry = state.books.page(at);
-            entry.leaving = filled.into_iter().collect();
+            entry.leaving.extend(filled);
             entry.error = error;
             state.decide(|policy, _, out| policy.failed(at, out));
         }

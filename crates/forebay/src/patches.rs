@@ -2,26 +2,29 @@
 //!
 //! A page is patched in a stream of its own, so that the copy engine goes on with the next page meanwhile. The set of
 //! patches is read under the copy lock, in which everything of a page is enqueued: a page has one set's patches, all of
-//! them, once. Where the set changes, the pages of the weights that it touches are out of date and filled again.
+//! them, once. Where the set changes, the pages of the weights that it touches are out of date. What has products now and
+//! had nothing gets them where it is, behind its last uses; all else is filled again.
 
 use std::any::Any;
 use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
-use forebay_core::{Bytes, PageRef};
+use forebay_core::{Bytes, PageRef, Serial};
 use forebay_device::{
     AddLowRank, Convert, DeviceAddr, Element, Event, Factors, Requantize, Scale, Stream, StreamHandle,
     Transform,
 };
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 
 use crate::acquire::Use;
 use crate::attachment::Attachment;
 use crate::computed::{Compute, is_computed};
+use crate::filler::{self, incomplete};
 use crate::layout::{Class, Layout};
-use crate::state::Shared;
+use crate::state::{Shared, State};
 use crate::vbar::Vbar;
 use crate::{Engine, EngineError, Result};
 
@@ -142,6 +145,36 @@ pub(crate) struct Part {
     pub(crate) end: Bytes,
 }
 
+/// A change of patches that is in force.
+struct Changed {
+    /// The weights whose patches changed, or that are to be filled anew without.
+    touched: HashSet<u32>,
+    /// The set that is in force.
+    now: Arc<PatchSet>,
+    /// See [`added_to`].
+    added_to: HashMap<u32, Option<Serial>>,
+}
+
+/// A page that is changed where it is: claimed, and counted as being filled.
+struct Amended {
+    page: PageRef,
+    filled: Arc<Event>,
+    /// What must be complete before it is written to.
+    before: Vec<Arc<Event>>,
+}
+
+impl Amended {
+    /// Behind the decision that claimed it.
+    fn new(state: &mut State, page: PageRef) -> Self {
+        let entry = state.books.page(page);
+        let (before, frame) = (std::mem::take(&mut entry.leaving), entry.frame.expect("it is filled"));
+        let filled = Arc::clone(&state.books.frames[&frame].filled);
+        let serial = state.books.vbar(page.vbar).vbar.serial(page.page.0);
+        state.filling.insert(serial);
+        Amended { page, filled, before }
+    }
+}
+
 /// What is left to be done to a page.
 pub(crate) enum Completed {
     /// Nothing.
@@ -162,8 +195,9 @@ pub(crate) enum Incomplete {
 
 impl Attachment {
     /// Patches weights anew: each of these with what is given, or with nothing. Their pages that are on the device leave and
-    /// are filled again when used; what uses a page keeps it as it was, and is waited for. Uses that begin after this
-    /// returned find the weights as they are to be. Other weights are not touched.
+    /// are filled again when used, those excepted whose weights only get products and had no patch before: they stay, and get
+    /// them behind their last uses. What uses a page keeps it as it was, and is waited for. Uses that begin after this returned
+    /// find the weights as they are to be. Other weights are not touched.
     ///
     /// The factors are written by work that is in `how.stream` by now.
     ///
@@ -174,15 +208,13 @@ impl Attachment {
     /// in force then, and the weights that are named change when they are let go.
     pub fn change_patches(&self, changes: Vec<(usize, Option<Patch>)>, how: Use<'_>) -> Result<()> {
         changes.iter().try_for_each(|(weight, patch)| self.check_patch(*weight, patch.as_ref()))?;
-        let touched: Vec<usize> = changes.iter().map(|(weight, _)| *weight).collect();
+        let touched: HashSet<u32> = changes.iter().map(|(weight, _)| *weight as u32).collect();
         let shared = self.engine().shared();
         if changes.iter().any(|(_, patch)| patch.as_ref().is_some_and(|patch| !patch.products.is_empty())) {
             shared.load_kernels()?;
         }
-        let former = shared.swap_patches(self.vbar(), changes, how.stream)?;
-        // Without any lock: its memory may belong to another language's objects.
-        drop(former);
-        self.renew(&touched, how)
+        let changed = shared.swap_patches(self.vbar(), changes, touched, how.stream)?;
+        self.renew(&changed, how)
     }
 
     /// Whether a weight has a patch.
@@ -238,18 +270,20 @@ impl Attachment {
     /// [`EngineError::Interrupted`] as there.
     pub fn refill(&self, weights: &[usize], how: Use<'_>) -> Result<()> {
         weights.iter().try_for_each(|&weight| self.placed(weight).map(drop))?;
-        self.renew(weights, how)
+        let touched = weights.iter().map(|&weight| weight as u32).collect();
+        self.renew(&Changed { touched, now: self.vbar().patches.current(), added_to: HashMap::new() }, how)
     }
 
-    /// Has the pages of weights filled again, and waits for those who use them as they are.
-    fn renew(&self, weights: &[usize], how: Use<'_>) -> Result<()> {
+    /// Has the pages of weights changed, or filled again, and waits for those who use them as they are.
+    fn renew(&self, changed: &Changed, how: Use<'_>) -> Result<()> {
         let shared = self.engine().shared();
-        let pages = |weight: usize| {
-            let placed = self.layout().weights[weight];
-            (placed.first_page..=placed.last_page).map(|page| self.vbar().page_ref(page))
+        let vbar = self.vbar();
+        let pages = |weight: u32| {
+            let placed = self.layout().weights[weight as usize];
+            (placed.first_page..=placed.last_page).map(|page| vbar.page_ref(page))
         };
         let mut state = shared.state.lock();
-        let id = self.vbar().id;
+        let id = vbar.id;
         if !state.is_open(id) {
             return Ok(()); // a detached model's pages leave anyway
         }
@@ -257,11 +291,29 @@ impl Attachment {
             state.recall(&lent);
         }
         let mut seen = HashSet::new();
-        let of = weights.iter().flat_map(|&weight| pages(weight).map(move |page| (weight, page)));
-        let mut held: Vec<(usize, PageRef)> = of.filter(|(_, page)| seen.insert(*page)).collect();
+        let of = changed.touched.iter().flat_map(|&weight| pages(weight).map(move |page| (weight, page)));
+        let mut held: Vec<(u32, PageRef)> = of.filter(|(_, page)| seen.insert(*page)).collect();
+        let mut amended = Vec::new();
         // In one decision: pages that leave together share the events that are waited for.
-        state.decide(|policy, books, out| held.retain(|(_, page)| !policy.outdate(*page, books, out)));
+        state.decide(|policy, books, out| {
+            held.retain(|&(_, page)| {
+                let serial = vbar.serial(page.page.0);
+                match changed.added_to.get(&page.page.0) {
+                    Some(complete) if *complete != Some(serial) => return false,
+                    Some(_) if policy.amend(page, books) => {
+                        amended.push(page);
+                        return false;
+                    }
+                    _ => {}
+                }
+                !policy.outdate(page, books, out)
+            });
+        });
+        let amended: Vec<Amended> = amended.into_iter().map(|page| Amended::new(&mut state, page)).collect();
         shared.work.notify_one();
+        MutexGuard::unlocked(&mut state, || {
+            amended.into_iter().for_each(|page| shared.amend(vbar, page, changed));
+        });
         // Nothing is lent as a whole meanwhile.
         state.waiting += 1;
         let left = shared.wait_until_let_go(&mut state, how, |state| {
@@ -273,7 +325,7 @@ impl Attachment {
         shared.changed.notify_all();
         let Some(waited_s) = left? else { return Ok(()) };
         let mut names: Vec<_> =
-            held.iter().map(|(weight, _)| self.layout().names[*weight].as_str()).collect();
+            held.iter().map(|(weight, _)| self.layout().names[*weight as usize].as_str()).collect();
         names.dedup();
         let (model, weights) = (self.name().to_owned(), names.join(", "));
         Err(EngineError::StillInUse { model, weights, device: shared.id, waited_s })
@@ -281,14 +333,15 @@ impl Attachment {
 }
 
 impl Shared {
-    /// Puts patches in force for every page that is completed from now on. Gives what was in force, which nothing on the
-    /// device reads any more.
+    /// Puts patches in force for every page that is completed from now on. Drops what was in force once nothing on the device
+    /// reads it any more.
     fn swap_patches(
         &self,
         vbar: &Vbar,
         changes: Vec<(usize, Option<Patch>)>,
+        touched: HashSet<u32>,
         written_on: StreamHandle,
-    ) -> Result<Arc<PatchSet>> {
+    ) -> Result<Changed> {
         let (written, done) = (Event::new(Arc::clone(&self.device))?, Event::new(Arc::clone(&self.device))?);
         // SAFETY: a stream exists as long as anything remembers its handle.
         unsafe { written.record(written_on) }?;
@@ -305,15 +358,55 @@ impl Shared {
                 None => drop(new.remove(&(weight as u32))),
             }
         }
-        let former = std::mem::replace(&mut *set, Arc::new(new));
+        let now = Arc::new(new);
+        let former = std::mem::replace(&mut *set, Arc::clone(&now));
         drop(set);
+        let added_to = added_to(vbar, &touched, &former, &now);
         drop(copies);
         if let Err(error) = done.synchronize() {
             // Nobody can know whether the factors are still read.
             std::mem::forget(former);
             return Err(error.into());
         }
-        Ok(former)
+        // Without any lock: its memory may belong to another language's objects.
+        drop(former);
+        Ok(Changed { touched, now, added_to })
+    }
+
+    /// Adds to a page what changed, and has it count as filled again.
+    fn amend(&self, vbar: &Vbar, Amended { page, filled, before }: Amended, changed: &Changed) {
+        let number = page.page.0;
+        let copies = self.copy.lock();
+        // What has other patches by now is filled anew with those.
+        let added = vbar.patches.is(&changed.now).then(|| {
+            self.patch_behind(&filled, |patching| {
+                // SAFETY: the stream lives as long as `self`.
+                before.iter().try_for_each(|event| unsafe { event.wait_on(patching) })?;
+                let is_touched = |weight: u32| changed.touched.contains(&weight);
+                self.transform_page(vbar, &changed.now, number, is_touched, patching)
+            })
+        });
+        drop(copies);
+        let result = match added {
+            Some(result) => result.map_err(|error| Some(incomplete(self, error))),
+            None => Err(None),
+        };
+        let mut state = self.state.lock();
+        match result {
+            Ok(()) => {
+                state.books.recycle(before);
+                state.filling.remove(&vbar.serial(number));
+                state.arrived(vbar, number);
+                drop(state);
+                self.changed.notify_all();
+            }
+            Err(error) => {
+                // Not all of this was waited for.
+                state.books.page(page).leaving = before;
+                drop(state);
+                filler::finished(self, vbar, number, Err(error));
+            }
+        }
     }
 
     /// A driver may take a while at the first transform that is no copy: not under a lock.
@@ -357,17 +450,28 @@ impl Shared {
         page: u32,
         filled: &Event,
     ) -> std::result::Result<(), Incomplete> {
-        let Some(layout) = &vbar.layout else { return Ok(()) };
-        let transforms = transforms(set, layout, vbar, page);
-        if transforms.is_empty() {
+        vbar.completed[page as usize].store(vbar.serial(page).0, Ordering::Release);
+        if !vbar.layout.as_ref().is_some_and(|layout| has_products(set, layout, vbar, page)) {
             return Ok(());
         }
-        self.patch_behind(filled, |patching| {
-            transforms.iter().try_for_each(|transform| {
-                // SAFETY: the page is mapped, and everything in it written by now in the stream's order; the factors are
-                // kept as long as the set is in force, and until what is in this stream by then is done.
-                unsafe { self.device.transform(transform, patching) }.map_err(Into::into)
-            })
+        self.patch_behind(filled, |patching| self.transform_page(vbar, set, page, |_| true, patching))
+    }
+
+    /// Adds what is to be added to some weights' parts of a page, in the patching stream, of which everything else in the page is
+    /// behind. Under the copy lock.
+    fn transform_page(
+        &self,
+        vbar: &Vbar,
+        set: &PatchSet,
+        page: u32,
+        of: impl Fn(u32) -> bool,
+        patching: StreamHandle,
+    ) -> Result<()> {
+        let Some(layout) = &vbar.layout else { return Ok(()) };
+        transforms(set, layout, vbar, page, of).iter().try_for_each(|transform| {
+            // SAFETY: the page is mapped, and everything in it written by now in the stream's order; the factors are
+            // kept as long as the set is in force, and until what is in this stream by then is done.
+            unsafe { self.device.transform(transform, patching) }.map_err(Into::into)
         })
     }
 
@@ -427,13 +531,51 @@ pub(crate) fn computes(set: &PatchSet, weight: u32) -> bool {
     set.get(&weight).is_some_and(|patch| patch.computed.is_some())
 }
 
-/// What is to be added to a page.
-fn transforms(set: &PatchSet, layout: &Layout, vbar: &Vbar, page: u32) -> Vec<Transform> {
+/// The pages that need nothing but products of the set that is in force now: none of their weights that changed had anything
+/// before, and none is computed. With the serial of what was complete; what was not will have the products by itself. Under the
+/// copy lock.
+fn added_to(
+    vbar: &Vbar,
+    touched: &HashSet<u32>,
+    former: &PatchSet,
+    now: &PatchSet,
+) -> HashMap<u32, Option<Serial>> {
+    let Some(layout) = &vbar.layout else { return HashMap::new() };
+    let adds = |weight: u32| {
+        !former.contains_key(&weight) && now.get(&weight).is_some_and(|patch| patch.computed.is_none())
+    };
+    let touched_pages = touched.iter().flat_map(|&weight| {
+        let placed = layout.weights[weight as usize];
+        placed.first_page..=placed.last_page
+    });
+    let pages: HashSet<u32> = touched_pages.collect();
+    let adds_to = |page: &u32| {
+        parts_of(layout, vbar, *page).all(|part| !touched.contains(&part.weight) || adds(part.weight))
+    };
+    let complete = |page: u32| {
+        let serial = vbar.serial(page);
+        (vbar.completed[page as usize].load(Ordering::Acquire) == serial.0).then_some(serial)
+    };
+    pages.into_iter().filter(adds_to).map(|page| (page, complete(page))).collect()
+}
+
+/// Whether anything is to be added to a page.
+fn has_products(set: &PatchSet, layout: &Layout, vbar: &Vbar, page: u32) -> bool {
+    !set.is_empty()
+        && parts_of(layout, vbar, page)
+            .any(|part| set.get(&part.weight).is_some_and(|patch| !patch.products.is_empty()))
+}
+
+/// What is to be added to some weights' parts of a page.
+fn transforms(
+    set: &PatchSet,
+    layout: &Layout,
+    vbar: &Vbar,
+    page: u32,
+    of: impl Fn(u32) -> bool,
+) -> Vec<Transform> {
     let mut transforms = Vec::new();
-    if set.is_empty() {
-        return transforms;
-    }
-    for part in parts_of(layout, vbar, page) {
+    for part in parts_of(layout, vbar, page).filter(|part| of(part.weight)) {
         let Some(patch) = set.get(&part.weight) else { continue };
         let (size, offset) = (patch.element.size().get(), layout.weights[part.weight as usize].offset);
         let (first, end) = ((part.start - offset).get() / size, (part.end - offset).get() / size);

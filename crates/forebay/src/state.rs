@@ -336,6 +336,16 @@ impl State {
         }
     }
 
+    /// Everything that fills a page is enqueued.
+    pub(crate) fn arrived(&mut self, vbar: &Vbar, page: u32) {
+        vbar.cell(page).set_filled();
+        let at = vbar.page_ref(page);
+        if vbar.layout.is_some() {
+            self.landing.push_back(at);
+        }
+        self.decide(|policy, books, out| policy.filled(at, books, out));
+    }
+
     /// Marks pages whose copies have completed, so that their uses need no look at an event.
     pub(crate) fn land(&mut self) {
         while let Some(&page) = self.landing.front() {

@@ -24,6 +24,8 @@ pub(crate) struct Vbar {
     pub(crate) cells: Box<[PageCell]>,
     /// Written under the state lock when a page is mapped; stable while the page is pinned.
     pub(crate) serials: Box<[AtomicU64]>,
+    /// The serials of what was completed with the patches in force at that time. Under the copy lock.
+    pub(crate) completed: Box<[AtomicU64]>,
     /// What the pages are filled from; `None` where the user fills them.
     pub(crate) layout: Option<Layout>,
     pub(crate) trace: Trace,
@@ -54,6 +56,7 @@ impl Vbar {
             page_size,
             cells: (0..pages).map(|_| PageCell::default()).collect(),
             serials: (0..pages).map(|_| AtomicU64::new(0)).collect(),
+            completed: (0..pages).map(|_| AtomicU64::new(0)).collect(),
             trace: Trace::new(layout.as_ref().map_or(0, |layout| layout.scheduled.len())),
             layout,
             counters: Counters::default(),

@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use common::faulty::{Call, Failure, Faulty};
 use common::gate::Gate;
 use common::on_device::{Given, OnDevice};
 use common::{Consumer, Random, Rig, Weights};
@@ -227,7 +228,7 @@ fn weights_are_as_the_set_in_force_says_at_every_budget() {
 }
 
 #[test]
-fn a_change_refills_what_it_touches() {
+fn what_is_only_added_to_is_changed_where_it_is_and_all_else_that_a_change_touches_is_refilled() {
     let mut random = Random::seeded();
     let weights = weights(&mut random);
     let rig = Rig::new();
@@ -235,21 +236,92 @@ fn a_change_refills_what_it_touches() {
     let model = weights.attach(&engine, "model");
     let (mut consumer, mut now) = (rig.consumer(), copy_of(&weights));
     pass(&model, &now, &mut consumer);
-    let before = model.stats().filled;
+    let mut refilled = |model: &Attachment, patch: Option<Patch>, contents: &Arc<Vec<u8>>, weight: usize| {
+        let before = model.stats().filled;
+        now.contents[weight] = Arc::clone(contents);
+        model.change_patches(vec![(weight, patch)], Use::on(consumer.stream())).unwrap();
+        for _ in 0..2 {
+            pass(model, &now, &mut consumer);
+        }
+        model.stats().filled.get() - before.get()
+    };
     let (patch, contents) = patched(&mut random, &rig.device, &weights.contents[4], &[0..9]);
-    now.contents[4] = contents;
-    model.change_patches(vec![(4, Some(patch))], Use::on(consumer.stream())).unwrap();
-    pass(&model, &now, &mut consumer);
+    assert_eq!(refilled(&model, Some(patch), &contents, 4), 0, "the first patch");
+    let (patch, contents) = patched(&mut random, &rig.device, &weights.contents[5], &[3..70, 90..200]);
+    assert_eq!(refilled(&model, Some(patch), &contents, 5), 0, "beside a weight that has one");
     // The weight, and what else is on its first and last page.
-    let refilled = model.stats().filled.get() - before.get();
-    assert!(
-        (SIZES[4] as u64..=SIZES[4] as u64 + 2 * Bytes::mib(2).get()).contains(&refilled),
-        "{refilled} of {} bytes",
-        SIZES[4]
-    );
-    let before = model.stats().filled;
-    pass(&model, &now, &mut consumer);
-    assert_eq!(model.stats().filled, before, "resident pages keep their patches");
+    let touched = SIZES[4] as u64..=SIZES[4] as u64 + 2 * Bytes::mib(2).get();
+    let (patch, contents) = patched(&mut random, &rig.device, &weights.contents[4], &[2..11]);
+    let bytes = refilled(&model, Some(patch), &contents, 4);
+    assert!(touched.contains(&bytes), "{bytes} of {} bytes for another one in its place", SIZES[4]);
+    let bytes = refilled(&model, None, &weights.contents[4], 4);
+    assert!(touched.contains(&bytes), "{bytes} of {} bytes without", SIZES[4]);
+    let (patch, contents) = patched(&mut random, &rig.device, &weights.contents[4], &[0..9]);
+    assert_eq!(refilled(&model, Some(patch), &contents, 4), 0, "one again");
+    drop(model);
+}
+
+#[test]
+fn each_page_has_its_patches_once_however_much_of_the_model_was_read_by_then() {
+    let mut random = Random::seeded();
+    let weights = weights(&mut random);
+    let rig = Rig::new();
+    let all = [0, 3, 5];
+    let patches = all.map(|weight| {
+        let rows = (SIZES[weight] / 2) as u32 / COLUMNS;
+        (weight, patched(&mut random, &rig.device, &weights.contents[weight], &[0..rows]))
+    });
+    let engine = rig.engine(Bytes::mib(64));
+    for round in 0..60 {
+        let model = weights.attach(&engine, "model");
+        let (mut consumer, mut now) = (rig.consumer(), copy_of(&weights));
+        model.prefetch();
+        std::thread::sleep(Duration::from_micros(random.below(1 + 40 * round)));
+        let mut changes = Vec::new();
+        for (weight, (patch, contents)) in &patches {
+            now.contents[*weight] = Arc::clone(contents);
+            changes.push((*weight, Some(patch.clone())));
+        }
+        model.change_patches(changes, Use::on(consumer.stream())).unwrap();
+        pass(&model, &now, &mut consumer);
+    }
+}
+
+#[test]
+fn what_could_not_be_added_to_a_page_is_there_when_that_was_filled_anew() {
+    let mut random = Random::seeded();
+    let weights = weights(&mut random);
+    for call in [Call::Transform, Call::Wait, Call::Record] {
+        for skipped in 0.. {
+            let rig = Rig::new();
+            let device = Faulty::new(Arc::clone(&rig.device));
+            let engine = common::engine_on(Arc::clone(&device) as _, Bytes::mib(64));
+            let model = weights.attach(&engine, "model");
+            let (mut consumer, mut now) = (rig.consumer(), copy_of(&weights));
+            pass(&model, &now, &mut consumer);
+            let (patch, contents) = patched(&mut random, &rig.device, &weights.contents[4], &[0..6000]);
+            // Work from before, that the pages are read by.
+            let gate = Gate::close(&rig, consumer.stream());
+            consumer.use_weight(&model, &now, 4).unwrap();
+            device.fail(call, Failure::Refused, skipped, 1);
+            let written = rig.stream();
+            match model.change_patches(vec![(4, Some(patch))], Use::on(written.handle())) {
+                Ok(()) => now.contents[4] = contents,
+                Err(error) => assert!(error.to_string().contains("injected"), "{error}"),
+            }
+            gate.open();
+            let hits = device.hits();
+            device.fail(call, Failure::Refused, 0, 0);
+            engine.settle().unwrap();
+            for _ in 0..2 {
+                pass(&model, &now, &mut consumer);
+            }
+            if hits == 0 {
+                assert!(skipped > 2, "{call:?} is part of it");
+                break;
+            }
+        }
+    }
 }
 
 #[test]

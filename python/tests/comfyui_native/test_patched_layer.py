@@ -69,6 +69,16 @@ def _patched(path: Path, seed: int = 7) -> Any:
     return with_lora(model, checkpoints.lora(model, seed, every=2))
 
 
+def _diffed(path: Path) -> Any:
+    """A clone with a patch that is no product of low rank."""
+    model = load(path).clone()
+    key = "diffusion_model.single_blocks.1.linear1.weight"
+    shape = model.model.diffusion_model.single_blocks[1].linear1.weight.shape
+    difference = torch.randn(shape, generator=torch.Generator().manual_seed(2)) * 0.02
+    assert model.add_patches({key: ("diff", (difference,))}, 0.7) == [key]
+    return model
+
+
 def _expected(path: Path, legacy: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """With and without a LoRA."""
     with legacy():
@@ -85,12 +95,31 @@ def test_weights_are_read_while_patches_are_made_unless_they_would_be_read_again
         return forebay.attach(*args, **kwargs)
 
     monkeypatch.setattr(loaded, "attach", noted)
-    for file in (path, checkpoints.write(folder, "flux", "bf16")):
+    files = [path, *(checkpoints.write(folder, "flux", stored) for stored in ("fp8", "bf16"))]
+    for file in files:
         for budget in (1 << 32, _some_of(file)):
-            for made in (load, _patched):
+            for made in (load, _patched, _diffed):
                 with native(budget):
                     management.load_models_gpu([made(file)])
-    assert at_once == [True, False, True, True, True, False, True, False]
+    of_scaled = [True, False, False, True, True, True]
+    # What is stored as float8 is used as bfloat16 here.
+    of_others = [True, True, False] * 4
+    assert at_once == of_scaled + of_others
+
+
+def test_patches_are_added_to_what_was_read_by_then(
+    folder: Path, legacy: Any, native: Callable[..., Any]
+) -> None:
+    file = checkpoints.write(folder, "flux", "bf16")
+    with legacy():
+        expected = sample(_patched(file), "flux", _STEPS)
+    for budget in (1 << 32, _some_of(file) / 2):
+        with native(budget):
+            for _ in range(3):
+                model = _patched(file)
+                management.load_models_gpu([model])
+                assert support.same(sample(model, "flux", _STEPS), expected)
+                management.unload_all_models()
 
 
 def test_what_stays_is_computed_once(

@@ -75,6 +75,8 @@ pub(crate) enum Asked {
     Leave(PageRef),
     FreeFrom(VbarId),
     Discard(PageRef),
+    /// The page is changed where it is.
+    Amend(PageRef),
     LowerTo(VbarId, u32),
     Close(VbarId),
 }
@@ -257,6 +259,11 @@ impl Pins for Books {
     }
 
     fn claim(&mut self, page: PageRef) -> bool {
+        if matches!(self.asked, Asked::Amend(asked) if asked == page) {
+            let entry = self.page_mut(page);
+            entry.filled &= entry.pins > 0;
+            return entry.pins == 0;
+        }
         self.tried.push(page);
         let vbar = self.vbar(page.vbar);
         if vbar.kept(self.page(page)) {

@@ -18,7 +18,7 @@ impl Books {
     /// The pages of which one has to be the next to lose its frame. Empty: no frame may be taken.
     pub(crate) fn victims(&self) -> Vec<PageRef> {
         match &self.asked {
-            Asked::Nothing => vec![],
+            Asked::Nothing | Asked::Amend(_) => vec![],
             Asked::Demand(pages) if self.undoing => {
                 pages.iter().copied().filter(|&page| self.must_leave(page)).collect()
             }

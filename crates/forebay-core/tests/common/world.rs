@@ -276,6 +276,19 @@ impl World {
         Ok(())
     }
 
+    /// Changes a page where it is: what it is filled with afterwards comes with [`fill`](World::fill).
+    pub(crate) fn amend(&mut self, page: PageRef) -> Checked {
+        let before = *self.books.page(page);
+        let can = before.backed && before.filled && before.pins == 0;
+        let amended = self.call(Asked::Amend(page), |policy, books, _| policy.amend(page, books))?;
+        ensure!(amended == can, "{page} was {before:?}, and was it amended? {amended}");
+        if amended {
+            ensure!(self.books.page(page).backed, "{page} has no memory any more");
+            self.filling.push(page);
+        }
+        Ok(())
+    }
+
     /// Begins to remove a VBAR.
     pub(crate) fn close(&mut self, id: VbarId) -> Checked {
         self.books.vbar_mut(id).closing = true;

@@ -19,7 +19,7 @@ from forebay._forebay import Engine
 from forebay.attachment import Attachment, attach
 from forebay.comfyui.native import HOST_BUDGET
 from forebay.comfyui.native.float8_linear import Float8Linear, launching_directly
-from forebay.comfyui.native.patches import Patches
+from forebay.comfyui.native.patches import Patches, are_added
 from forebay.comfyui.native.quantized import ManagedQuantized, quantized_of
 from forebay.converting import STORED, USED
 from forebay.engines import engine
@@ -46,13 +46,15 @@ def engine_for(device: torch.device) -> Engine:
 class Loaded:
     """The weights of one model on one device."""
 
-    def __init__(self, model: nn.Module, device: torch.device, *, patched: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, device: torch.device, patches: Mapping[str, Sequence[Any]] | None = None
+    ) -> None:
         """Attaches a model. Its weights stay where they are: in the mapped file, where they came from one.
 
         Args:
             model: The model.
             device: Where to.
-            patched: Whether it is about to be patched.
+            patches: ComfyUI's, by the weights' names in the model, of which :meth:`patch` is about to be told.
 
         Raises:
             OutOfMemoryError: Where not even its small weights fit.
@@ -74,15 +76,20 @@ class Loaded:
                     if isinstance(parameter, QuantizedTensor)
                 ]
                 dtypes = _model_dtypes(model)
-                self._size = _size(model, dtypes)
+                parameters = dict(model.named_parameters())
+                used = {name: dtypes.get(name, parameter.dtype) for name, parameter in parameters.items()}
+                self._size = sum(
+                    parameter.numel() * used[name].itemsize for name, parameter in parameters.items()
+                )
                 fits, is_quantized = _fits(self._size, device), bool(self._quantized)
                 self._attachment = attach(
                     model,
                     engine_for(device),
                     dtype=dtypes or None,
-                    whole=patched and is_quantized,
-                    # What is patched as it is filled would be filled twice; quantized weights that do not fit are patched when used.
-                    prefetch=not patched or (is_quantized and not fits),
+                    whole=bool(patches) and is_quantized,
+                    # What is added goes to what was read by then. Quantized weights that do not fit are patched when they are used.
+                    # What else is computed as it is filled would be filled twice.
+                    prefetch=not patches or are_added(patches, used) or (is_quantized and not fits),
                 )
                 for quantized in self._quantized:
                     quantized.stand_in()
@@ -179,14 +186,6 @@ def _model_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
             if buffer is not None and dtype is not None and buffer.dtype != dtype:
                 module._buffers[name] = buffer.to(dtype)
     return dtypes
-
-
-def _size(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> int:
-    """Bytes of all weights as they are on the device."""
-    return sum(
-        parameter.numel() * dtypes.get(name, parameter.dtype).itemsize
-        for name, parameter in model.named_parameters()
-    )
 
 
 def _fits(size: int, device: torch.device) -> bool:

@@ -92,7 +92,7 @@ class ForebayModelPatcher(ModelPatcherDynamic):  # type: ignore[misc]
                 loaded = None
             if loaded is None:
                 collector.postpone()
-                loaded = Loaded(self.model, device, patched=bool(self.patches))
+                loaded = Loaded(self.model, device, self.patches)
                 _log.info("%s: %s", type(self.model).__name__, loaded.attachment)
             else:
                 loaded.adopt()

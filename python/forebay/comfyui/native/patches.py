@@ -236,6 +236,19 @@ class Patches:
         return products if is_same else None
 
 
+def are_added(patches: Mapping[str, Sequence[Any]], dtypes: Mapping[str, torch.dtype]) -> bool:
+    """Whether patches are nothing but products that the engine adds, as far as the patches tell.
+
+    Args:
+        patches: ComfyUI's, by the weights' names.
+        dtypes: Those that weights are used in. Of quantized weights there is none.
+    """
+    return all(
+        dtypes.get(key) in USED and all(_term(patch) is not None for patch in of_weight)
+        for key, of_weight in patches.items()
+    )
+
+
 def _term(patch: Any) -> tuple[torch.Tensor, torch.Tensor, float] | None:
     """The factors of the usual LoRA, and the number that ComfyUI multiplies their product with."""
     strength, adapter, strength_model, offset, function = patch
