@@ -46,7 +46,8 @@ streamed blocks that are stored as float8 and used as bf16, all through the ring
 
 **ComfyUI** (`bench/comfyui.py`) samples random weights of the real shapes under its own offloading, comfy-aimdo and Forebay.
 `bench/starve.cu` has one stream copy without a pause, and times what others copy meanwhile.
-`bench/loading.py` times how long the driver takes to load kernels beside what readers do.
+`bench/loading.py` times how long the driver takes to load kernels beside what readers do, and `bench/launching.py` what a layer of scaled
+float8 takes of the thread that launches kernels.
 
 **Pressure** (`bench/pressure.py`) runs stacks of up to four times a card in it while activations and another process take its
 memory. **Switches** (`bench/switch.py`) are from one model that does not fit to another, and
