@@ -293,6 +293,8 @@ impl Attachment {
         let mut seen = HashSet::new();
         let of = changed.touched.iter().flat_map(|&weight| pages(weight).map(move |page| (weight, page)));
         let mut held: Vec<(u32, PageRef)> = of.filter(|(_, page)| seen.insert(*page)).collect();
+        // As they are used, and neighbours are unmapped together.
+        held.sort_unstable_by_key(|(_, page)| page.page);
         let mut amended = Vec::new();
         // In one decision: pages that leave together share the events that are waited for.
         state.decide(|policy, books, out| {
