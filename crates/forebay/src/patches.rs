@@ -287,8 +287,18 @@ impl Attachment {
         if !state.is_open(id) {
             return Ok(()); // a detached model's pages leave anyway
         }
+        let mut waited = Ok(None);
         if let Some(lent) = state.books.vbar(id).lent.clone() {
             state.recall(&lent);
+            // What is lent is pinned until it is given back, and cannot be changed where it is.
+            if !changed.added_to.is_empty() {
+                waited = shared.wait_while_used(&mut state, how, |state| {
+                    !state.is_open(id) || state.books.vbar(id).lent.is_none()
+                });
+                if !state.is_open(id) {
+                    return Ok(());
+                }
+            }
         }
         let mut seen = HashSet::new();
         let of = changed.touched.iter().flat_map(|&weight| pages(weight).map(move |page| (weight, page)));
@@ -316,13 +326,15 @@ impl Attachment {
         MutexGuard::unlocked(&mut state, || {
             amended.into_iter().for_each(|page| shared.amend(vbar, page, changed));
         });
-        // Nothing is lent as a whole meanwhile.
-        state.waiting += 1;
-        let left = shared.wait_until_let_go(&mut state, how, |state| {
+        let mut are_gone = |state: &mut State| {
             held.retain(|(_, page)| state.is_open(id) && state.policy.is_stale(*page));
             held.is_empty()
-        });
-        state.waiting -= 1;
+        };
+        let left = match waited {
+            Ok(Some(waited_s)) if !are_gone(&mut state) => Ok(Some(waited_s)),
+            Ok(_) => shared.wait_while_used(&mut state, how, are_gone),
+            Err(error) => Err(error),
+        };
         drop(state);
         shared.changed.notify_all();
         let Some(waited_s) = left? else { return Ok(()) };
@@ -335,6 +347,19 @@ impl Attachment {
 }
 
 impl Shared {
+    /// Waits until pages are let go. Nothing is lent as a whole meanwhile. Where they were not, the seconds waited.
+    fn wait_while_used(
+        &self,
+        state: &mut MutexGuard<'_, State>,
+        how: Use<'_>,
+        is_done: impl FnMut(&mut State) -> bool,
+    ) -> Result<Option<f64>> {
+        state.waiting += 1;
+        let waited = self.wait_until_let_go(state, how, is_done);
+        state.waiting -= 1;
+        waited
+    }
+
     /// Puts patches in force for every page that is completed from now on. Drops what was in force once nothing on the device
     /// reads it any more.
     fn swap_patches(
