@@ -422,16 +422,11 @@ impl Shared {
             if cell.load().is_ready() {
                 continue;
             }
-            let frame = state.books.page(vbar.page_ref(*page)).frame;
-            let Some(filled) =
-                frame.and_then(|frame| state.books.frames.get(&frame)).map(|book| &book.filled)
-            else {
-                continue;
-            };
+            let Some(filled) = state.books.filled(vbar.page_ref(*page)) else { continue };
             if filled.is_complete()? {
                 cell.set_ready();
             } else {
-                pending.push(Arc::clone(filled));
+                pending.push(filled);
             }
         }
         Ok(pending)

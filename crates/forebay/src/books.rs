@@ -117,6 +117,12 @@ impl Books {
         &mut self.vbar(page.vbar).pages[page.page.as_usize()]
     }
 
+    /// What says that a page's bytes are there, if it has memory.
+    pub(crate) fn filled(&mut self, page: PageRef) -> Option<Arc<Event>> {
+        let frame = self.page(page).frame?;
+        self.frames.get(&frame).map(|book| Arc::clone(&book.filled))
+    }
+
     pub(crate) fn vbar(&mut self, id: VbarId) -> &mut VbarBook {
         self.vbars.get_mut(&id).expect("a VBAR with pages has a book")
     }

@@ -372,9 +372,7 @@ pub(crate) fn finished(
             {
                 state.books.lost(device.clone().into());
             }
-            let frame = state.books.page(at).frame;
-            let filled =
-                frame.and_then(|frame| state.books.frames.get(&frame)).map(|book| Arc::clone(&book.filled));
+            let filled = state.books.filled(at);
             let entry = state.books.page(at);
             entry.leaving.extend(filled);
             entry.error = error;

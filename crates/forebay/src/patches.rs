@@ -166,9 +166,8 @@ struct Amended {
 impl Amended {
     /// Behind the decision that claimed it.
     fn new(state: &mut State, page: PageRef) -> Self {
-        let entry = state.books.page(page);
-        let (before, frame) = (std::mem::take(&mut entry.leaving), entry.frame.expect("it is filled"));
-        let filled = Arc::clone(&state.books.frames[&frame].filled);
+        let before = std::mem::take(&mut state.books.page(page).leaving);
+        let filled = state.books.filled(page).expect("it is filled");
         let serial = state.books.vbar(page.vbar).vbar.serial(page.page.0);
         state.filling.insert(serial);
         Amended { page, filled, before }
@@ -426,6 +425,7 @@ impl Shared {
                 state.arrived(vbar, number);
                 drop(state);
                 self.changed.notify_all();
+                self.nudge_mover();
             }
             Err(error) => {
                 // Not all of this was waited for.
