@@ -235,6 +235,7 @@ def test_copies_are_kept_of_what_is_read_again_within_a_node(comfy, file, copies
                 read_file_to_device(*part, stream(), target.data_ptr(), made.id, mark_cold=False)
             else:
                 kept.add(weight)
+                weights.read_file_slice(opened, 3 * MIB * weight, 3 * MIB, weights.size - 3 * MIB - 1024)
 
     for _ in range(3):
         step()
@@ -243,12 +244,40 @@ def test_copies_are_kept_of_what_is_read_again_within_a_node(comfy, file, copies
     step()
     assert not kept
     step()
-    assert len(kept) == 1, "one was read again, and another is copied for it"
-    for _ in range(4):
-        step()
-    assert len(kept) == 3
+    assert len(kept) == 1, "two were read again, and another is copied for them"
+    step()
+    assert len(kept) == 3, "what is read into a copy counts as well"
     patches.extend(MIB, register=False)
     assert patches.size == MIB
+
+
+def test_what_is_read_again_is_worth_no_copies_of_the_next_nodes_weights(comfy, file, copies) -> None:
+    opened, contents = file
+    made = comfy(64)
+    weights = HostBuffer(0, 64 * MIB, 1 << 30)
+    target = torch.zeros(contents.numel(), dtype=torch.uint8, device=made.device)
+    for offset, ends_node in ((0, False), (0, True), (3 * MIB, True), (3 * MIB, False)):
+        with pytest.raises(RuntimeError, match="no copy"):
+            weights.extend(3 * MIB, register=False)
+        read_file_to_device(opened, offset, 3 * MIB, stream(), target.data_ptr(), made.id)
+        if ends_node:
+            model_vbar.vbars_reset_watermark_limits()
+
+
+def test_what_takes_another_weights_copy_has_a_file(
+    comfy, file, copies, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, _ = file
+    comfy(64)
+    weights = HostBuffer(0, 64 * MIB, 1 << 30)
+    monkeypatch.setenv(host_buffer.LIMIT, "1")
+    weights.extend(3 * MIB, register=False)
+    monkeypatch.delenv(host_buffer.LIMIT)
+    for _ in range(3):
+        with pytest.raises(RuntimeError):
+            weights.extend(3 * MIB, register=False)
+        weights.read_file_slice(opened, 0, 3 * MIB)  # where that of another weight is
+        model_vbar.vbars_reset_watermark_limits()
 
 
 def test_copies_are_kept_of_weights_that_no_file_has(comfy, file, copies) -> None:

@@ -2,9 +2,13 @@
 
 It asks for a copy of every weight that it moves to the device, before it moves it, and spends its first step on making them.
 Here the first read of a weight makes none: files are read ahead of ComfyUI's calls. What it then reads again within the same
-node is what does not fit on the device. Each byte of that is worth a byte of copies, which cost once and save time in every
-step, so that after a few steps there are copies of what is streamed, and of that alone. Weights that no file has would be
-copied from memory that is not pinned: of these there is a copy from the second time on.
+node is what does not fit on the device. Each byte of that, whether it goes to the device alone or into a copy as well, is worth a
+byte of copies, which cost once and save time in every step. So one step makes copies of what is streamed, and of that alone, and
+the next node's model has none in its first step, whatever its weights have in common with this one's.
+
+Weights that no file has would be copied from memory that is not pinned: of these there is a copy from the second time on. They
+show by not being read after the refusal. What ComfyUI reads into the copy of another weight, which it takes away from that where it
+is refused one, has a file.
 """
 
 from __future__ import annotations
@@ -43,7 +47,7 @@ class Copies:
         return False
 
     def note_read(self, part: Part, nbytes: int) -> None:
-        """So many bytes were read from a file to the device."""
+        """So many bytes were read from a file, to the device or into a copy."""
         self._read += nbytes
         if part in self._read_in_node:
             self._worth += nbytes
@@ -52,6 +56,7 @@ class Copies:
     def end_node(self) -> None:
         """A node of ComfyUI's has ended: what the next one reads it reads for the first time."""
         self._read_in_node.clear()
+        self._worth = 0
 
 
 copies = Copies()

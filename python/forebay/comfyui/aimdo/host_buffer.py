@@ -155,6 +155,8 @@ class HostBuffer:
         else:
             engine = devices.context(device).engine
             self._buffer.read(descriptor, file_offset, size, offset, engine, address, _stream(stream))
+        if self._holds_weights:
+            _note_read(descriptor, file_offset, size)
 
 
 def read_file_to_device(
@@ -178,8 +180,7 @@ def read_file_to_device(
     """
     arguments = _arguments(file, file_offset, size, device_ptr)
     _forebay.read_to_device(devices.context(device).engine, *arguments, _stream(stream))
-    file_now = os.fstat(arguments[0])
-    copies.note_read((file_now.st_dev, file_now.st_ino, file_offset), size)
+    _note_read(*arguments[:3])
 
 
 def write_device_to_file(
@@ -219,6 +220,11 @@ def _arguments(file: Any, file_offset: int, size: int, address: int) -> tuple[in
     if address == 0:
         raise ValueError("memory has an address other than 0")
     return descriptor, file_offset, size, address
+
+
+def _note_read(descriptor: int, file_offset: int, size: int) -> None:
+    file_now = os.fstat(descriptor)
+    copies.note_read((file_now.st_dev, file_now.st_ino, file_offset), size)
 
 
 def _descriptor(file: Any) -> int:
