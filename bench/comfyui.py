@@ -19,6 +19,8 @@ where they are loaded before the first step begins (``started``), no time.
 
 Where the thread that launches kernels is the limit, a step takes as long as the processor's speed makes it, which on shared machines
 changes from one step to the next. What it waits for others does not: how long it slept is told beside. For the GPU it waits awake.
+One system (``turns``) runs seven steps on the cell's card and seven with all of it resident, in turn in one process, for which the
+device has to be free: its limit is what its own steps take with all resident, or the link.
 
 What runs is a tool that starts ComfyUI without a server (``--tool``), over a checkout (``--comfyui``, a folder or a tar.gz
 of one). ``bench/comfyui_wheels.sh`` gathers both and what ComfyUI imports, for a machine without a network.
@@ -41,7 +43,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from pathlib import Path
 
@@ -49,6 +51,7 @@ import children
 from card import Card
 from children import Child, Outcome, Row
 from comfyui_cells import GROUPS, LEGACY, LOADED, SYSTEMS, Cell
+from in_turn import Cards, Turns, of_turns, over_limit
 from touch import touch
 
 GIB = 1 << 30
@@ -211,7 +214,7 @@ class Runs:
                     if self._is_late():
                         yield job, Outcome(reason=f"not begun: {self._chosen.until:.0f} s are over")
                     else:
-                        yield job, self._released(child, self._bytes_of(job.cell))
+                        yield job, self._released(child, self._bytes_of(job))
 
     def _is_late(self) -> bool:
         return time.monotonic() > self._end
@@ -247,10 +250,11 @@ class Runs:
             child.release()
         return child.watch(self._chosen.timeout)
 
-    def _bytes_of(self, cell: Cell) -> int:
-        """Of its card; 0 where that is all there are."""
-        nbytes = int(cell.card * GIB)
-        return nbytes if nbytes < self.machine["memory_bytes"] else 0
+    def _bytes_of(self, job: Job) -> int:
+        """Of its card; 0 where that is all there are, or it makes the card small by itself."""
+        nbytes = int(job.cell.card * GIB)
+        is_all = SYSTEMS[job.system].in_turn or nbytes >= self.machine["memory_bytes"]
+        return 0 if is_all else nbytes
 
 
 def child(chosen: argparse.Namespace) -> int:
@@ -277,8 +281,9 @@ def child(chosen: argparse.Namespace) -> int:
             importlib.import_module("forebay.comfyui.native").install()
         sys.meta_path.insert(0, Gate())
         action = load_whole if system.loads_before else wait_for_kernels if system.waits_before else None
+        card_bytes = int(cell.card * GIB) if system.in_turn else None
         # Importing Forebay, and torch with it, would change the order in which the others start.
-        samplings = watch_sampling(action) if system.native or action else []
+        samplings = watch_sampling(action, card_bytes) if system.native or action else []
         sys.argv = [str(chosen.tool), *map(str, arguments), "--", *system.comfy]
         try:
             runpy.run_path(str(chosen.tool), run_name="__main__")
@@ -297,10 +302,14 @@ class Sampled:
     """What was done before it."""
     ran_s: list[float] = field(default_factory=list)
     """For each step, how long its thread ran: whoever launches kernels waits for the GPU awake, and for a lock asleep."""
+    turns: Turns | None = None
+    """On which of two cards each step ran."""
 
 
-def watch_sampling(action: Callable[[object], None] | None) -> list[Sampled]:
-    """Has something done with each model before it samples, and its steps watched. Filled as they are."""
+def watch_sampling(action: Callable[[object], None] | None, card_bytes: int | None = None) -> list[Sampled]:
+    """Has something done with each model before it samples, and its steps watched; those on a card of so many bytes in turn with
+    others on all of the device. Filled as they are.
+    """
     from forebay.comfyui.native.arrival import on_import
 
     samplings: list[Sampled] = []
@@ -317,15 +326,21 @@ def watch_sampling(action: Callable[[object], None] | None) -> list[Sampled]:
                 began = time.perf_counter()
                 action(model)
                 sampled.before_s = time.perf_counter() - began
+            cards = Cards(card_bytes) if card_bytes is not None else None
+            sampled.turns = cards and cards.turns
             last = time.thread_time()
 
             def after_step(*of_step: object) -> object:
                 nonlocal last
                 before, last = last, time.thread_time()
                 sampled.ran_s.append(last - before)
-                return callback(*of_step)
+                found = callback(*of_step)
+                if cards is not None:
+                    cards.after_step()
+                return found
 
-            return sample(model, *args, callback=after_step, **kwargs)
+            with contextlib.closing(cards) if cards is not None else contextlib.nullcontext():
+                return sample(model, *args, callback=after_step, **kwargs)
 
         module.sample = watched
 
@@ -356,6 +371,8 @@ def completed(report: Row, samplings: list[Sampled]) -> Row:
     for phase, sampled in zip(phases, samplings, strict=False):
         phase["step_s"][0] -= sampled.before_s
         phase["ran_s"] = sampled.ran_s
+        if sampled.turns is not None:
+            phase["turns"] = asdict(sampled.turns)
     return report
 
 
@@ -405,6 +422,13 @@ def row_of(cell: Cell, system: str, outcome: Outcome, steps: int) -> Row:
     slept = [max(0.0, step - awake) for step, awake in zip(later, ran, strict=False)]
     weights = sum(gib for phase in phases for gib in phase.get("file_gib", [])) * GIB / cell.instances
     loaded = [model["loaded_gib"] for phase in sampled[-1:] for model in phase.get("models", [])]
+    resident = max(loaded, default=0) * GIB
+    turns_s: list[float] = []
+    for phase in sampled:
+        if turns := phase.get("turns"):
+            turns_s, resident = of_turns(phase["step_s"], turns["on_small"]), turns["resident_bytes"]
+            # Of both cards: who slept when is not told apart.
+            later, slept = turns_s[2::2], []
     return {
         **row,
         "first_s": [phase["step_s"][0] for phase in first_round],
@@ -414,7 +438,8 @@ def row_of(cell: Cell, system: str, outcome: Outcome, steps: int) -> Row:
         "steps_s": [phase["step_s"] for phase in sampled],
         "ran_s": [phase["ran_s"] for phase in sampled if "ran_s" in phase],
         "weights_bytes": weights,
-        "resident_bytes": max(loaded, default=0) * GIB,
+        "resident_bytes": resident,
+        "turns_s": turns_s,
         "pinned_bytes": max(phase.get("pinned_gib", 0) for phase in phases) * GIB,
         "device_bytes": max(phase.get("vram_used_gib", 0) for phase in phases) * GIB,
         "torch_peak_bytes": max(phase.get("torch_peak_gib", 0) for phase in phases) * GIB,
@@ -454,6 +479,11 @@ def gathered(machine: Row, rows: list[Row]) -> Row:
             starts = itertools.zip_longest(row["first_s"], kernels, fillvalue=0.0)
             limits = [max(start + more["limit_s"], reading) for _, start in starts]
             more["first_limit_s"] = statistics.mean(limits[: len(row["first_s"])])
+        if row.get("turns_s") and link:
+            # Its own steps say what there is to compute, at the processor's speed then.
+            moved = max(0, row["weights_bytes"] - row["resident_bytes"])
+            over = over_limit(row["turns_s"], moved / link)
+            more |= {"limit_s": row["later_s"] / over} if over else {}
         compared.append({**row, **more})
     command = " ".join(["python", *sys.argv])
     return {"command": command, "date": date.today().isoformat(), **machine, "rows": compared}

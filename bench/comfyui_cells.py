@@ -19,6 +19,8 @@ class System:
     """Loads a model before its first step begins."""
     waits_before: bool = False
     """Begins once the usual kernels are loaded, as where ComfyUI has been running for some seconds."""
+    in_turn: bool = False
+    """On the cell's card in turn with one that holds everything: see ``in_turn.py``."""
     environment: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -39,6 +41,7 @@ SYSTEMS = {
     ),
     "native": System("Forebay, native", native=True),
     "started": System("Forebay, native, ComfyUI started before", native=True, waits_before=True),
+    "turns": System("Forebay, native, in turn with all resident", native=True, in_turn=True),
     "cold": System(
         "Forebay, native, kernels loaded when used", native=True, environment=(("FOREBAY_COMFYUI_WARM", "0"),)
     ),

@@ -164,3 +164,64 @@ def test_later_steps_tell_how_long_their_thread_slept(comfyui: ModuleType) -> No
         if "5.00 |" in line
     ]
     assert told == ["0.000", "0.007", ""]
+
+
+def test_each_turn_is_held_against_its_neighbours(comfyui: ModuleType) -> None:
+    in_turn = importlib.import_module("in_turn")
+    # The processor's speed halves behind the third turn. What settles, and the last turn, which is cut off, do not count.
+    turns = [5.0, 1.0, 1.1, 2.0, 2.2, 2.0, 9.0]
+    steps = [value for turn in turns for value in [7.0] * in_turn.SETTLING + [turn] * in_turn.SETTLED]
+    on_small = [n // in_turn.STEPS % 2 == 0 for n in range(len(steps))]
+    phase = {"phase": "sample", "s": 1, "step_s": steps[:-1]}
+    phase["turns"] = {"on_small": on_small[:-1], "resident_bytes": 5}
+    found = comfyui.row_of(
+        comfyui.Cell.parse("flux-bf16-12"), "turns", comfyui.Outcome(rows=[{"phases": [phase]}]), 49
+    )
+    assert found["turns_s"] == turns[:-1]
+    assert (found["later_s"], found["slept_s"], found["resident_bytes"]) == (pytest.approx(1.65), None, 5)
+    over = in_turn.over_limit(found["turns_s"], 0.5)
+    assert over == pytest.approx((1.1 / 1.5 + 2.2 / 2) / 2)
+    # Where the link takes longer than to compute, that is the limit.
+    assert in_turn.over_limit(found["turns_s"], 4.0) == pytest.approx((1.1 + 2.2) / 2 / 4)
+    assert in_turn.over_limit(turns[:3], 0.5) is None
+    rows = [row("flux-bf16-12", "turns", "a", turns_s=turns[:-1], later_s=1.65, resident_bytes=5e9)]
+    [of_turns] = comfyui.gathered(MACHINE, rows)["rows"]
+    # 15 GB at 10 GB/s.
+    assert of_turns["limit_s"] == pytest.approx(1.65 / ((1.1 / 1.5 + 2.2 / 2) / 2))
+
+
+class FakeEngine:
+    """Of a device of 100 bytes."""
+
+    headroom = 10
+
+    def __init__(self) -> None:
+        self.set: list[float] = []
+
+    def memory(self) -> tuple[int, int]:
+        return 90, 100
+
+    def set_budget(self, *, headroom: float) -> None:
+        self.set.append(headroom)
+
+    def stats(self) -> dict[str, int]:
+        return {"held": 100 - int(self.set[-1])}
+
+
+def test_cards_change_behind_each_turn(comfyui: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_turn, engine = importlib.import_module("in_turn"), FakeEngine()
+    monkeypatch.setattr("forebay.engines.engine", lambda _device: engine)
+    cards = in_turn.Cards(40)
+    assert engine.set == [70]
+    for _ in range(in_turn.STEPS - 1):
+        cards.after_step()
+    assert engine.set == [70]
+    for _ in range(2 * in_turn.STEPS):
+        cards.after_step()
+    assert engine.set == [70, 10, 70]
+    cards.close()
+    assert engine.set == [70, 10, 70, 10]
+    assert cards.turns.resident_bytes == 30
+    assert cards.turns.on_small == [True] * in_turn.STEPS + [False] * in_turn.STEPS + [True] * (
+        in_turn.STEPS - 1
+    )

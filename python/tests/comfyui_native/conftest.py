@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 if ROOT:
     from forebay.comfyui import substitute
+    from forebay.comfyui.aimdo import control
 
     substitute.install()
     sys.path.insert(0, ROOT)
@@ -83,12 +84,16 @@ def native() -> Iterator[Callable[..., Any]]:
         gc.collect()
         engine.set_budget(budget=budget)
         native.install()
+        if support.DEVICE != "host":
+            # As main.py begins: what ComfyUI moves by itself asks for the device.
+            assert control.init() and control.init_devices(iter([support.TORCH_DEVICE.index or 0]))
         try:
             yield engine
         finally:
             comfy.model_management.unload_all_models()
             comfy.model_management.current_loaded_models.clear()
             native.uninstall()
+            control.deinit()
 
     yield attached
     engine.set_budget(budget=1 << 32)
