@@ -1,26 +1,32 @@
 """What a layer of scaled float8 takes of the thread that launches kernels: ComfyUI's own forward, and native mode's.
 
 Layers small enough for a GPU to keep up with the thread, all of them on the device, run in turn in each way: as ComfyUI runs them where
-all is loaded, as it runs them on weights that are managed, and as native mode runs them. Microseconds a layer, medians of rounds.
+all is loaded, as it runs them on weights that are managed, and as native mode runs them; there also with a LoRA, as where a model does
+not fit: what was computed once is in the weight's place, as of weights that stay, or it is computed each time, as of those that do not.
+Microseconds a layer, medians of rounds.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from stack import setting
 
 PLAIN, OWN, NATIVE = "ComfyUI, all loaded", "ComfyUI, managed weights", "native"
+IN_PLACE, COMPUTED = "native, a LoRA in place", "native, a LoRA each time"
 _BUDGET = 1 << 30
+_RANK = 16
 
 
 def parse() -> argparse.Namespace:
@@ -74,6 +80,37 @@ def layers(count: int, width: int) -> torch.nn.Sequential:
     return model.requires_grad_(False)
 
 
+def lora(count: int, width: int) -> dict[str, list[Any]]:
+    """ComfyUI's patches for such layers."""
+    from comfy.weight_adapter import LoRAAdapter
+
+    generator = torch.Generator().manual_seed(3)
+
+    def adapter() -> LoRAAdapter:
+        shapes = (width, _RANK), (_RANK, width)
+        up, down = ((torch.randn(shape, generator=generator) * 0.02).bfloat16() for shape in shapes)
+        return LoRAAdapter(set(), (up, down, float(_RANK), None, None, None))
+
+    return {f"{n}.weight": [(0.8, adapter(), 1.0, None, None)] for n in range(count)}
+
+
+@contextlib.contextmanager
+def little_memory(device: torch.device, nbytes: int) -> Iterator[None]:
+    """In which a model of so many bytes does not fit."""
+    from forebay.comfyui import native
+    from forebay.comfyui.native.loaded import engine_for
+
+    engine, little = engine_for(device), nbytes * 3 // 4
+    headroom, budget = engine.headroom, engine.budget
+    of_host = {native.HOST_BUDGET: str(little)} if device.type == "cpu" else {}
+    engine.set_budget(budget=little)
+    try:
+        with mock.patch.dict(os.environ, of_host):
+            yield
+    finally:
+        engine.set_budget(**({"budget": budget} if headroom is None else {"headroom": headroom}))
+
+
 def measured(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
     """Microseconds a layer, by the way it runs.
 
@@ -81,9 +118,17 @@ def measured(args: argparse.Namespace, device: torch.device) -> dict[str, float]
         RuntimeError: Where what layers give is not the same.
     """
     from forebay.comfyui.native.loaded import Loaded
+    from forebay.comfyui.native.patches import Patches
 
-    plain, model = layers(args.layers, args.width).to(device), layers(args.layers, args.width)
-    loaded = Loaded(model, device)
+    plain = layers(args.layers, args.width).to(device)
+    model, in_place, computed = (layers(args.layers, args.width) for _ in range(3))
+    loaded, patches = [Loaded(model, device)], lora(args.layers, args.width)
+    with little_memory(device, args.layers * args.width**2):
+        for patched in (in_place, computed):
+            loaded.append(Loaded(patched, device, patches))
+            stays = contextlib.nullcontext() if patched is in_place else nowhere_to_put(Patches)
+            with stays:
+                loaded[-1].patch(patches)
     value = (
         torch.randn(1, args.tokens, args.width, generator=torch.Generator().manual_seed(2))
         .bfloat16()
@@ -97,6 +142,8 @@ def measured(args: argparse.Namespace, device: torch.device) -> dict[str, float]
         PLAIN: lambda: each(lambda layer: layer(value), plain),
         OWN: lambda: each(lambda layer: type(layer).forward(layer, value), model),
         NATIVE: lambda: each(lambda layer: layer(value), model),
+        IN_PLACE: lambda: each(lambda layer: layer(value), in_place),
+        COMPUTED: lambda: each(lambda layer: layer(value), computed),
     }
     times: dict[str, list[float]] = {way: [] for way in ways}
     try:
@@ -107,13 +154,19 @@ def measured(args: argparse.Namespace, device: torch.device) -> dict[str, float]
                 start = time.perf_counter()
                 results.append(run())
                 times[way].append((time.perf_counter() - start) / args.layers * 1e6)
-            for found in results[1:]:
-                if not all(map(torch.equal, found, results[0])):
-                    raise RuntimeError("layers give something else than ComfyUI's own")
+            for found, expected in ((1, 0), (2, 0), (4, 3)):
+                if not all(map(torch.equal, results[found], results[expected])):
+                    raise RuntimeError(f"layers give something else: {[*ways][found]}, {[*ways][expected]}")
     finally:
-        loaded.unload()
+        for one in loaded:
+            one.unload()
     # The first rounds load kernels and fill pages.
     return {way: statistics.median(took[3:]) for way, took in times.items()}
+
+
+def nowhere_to_put(patches: type) -> Any:
+    """A context in which nothing that is computed may stay in its weight's place."""
+    return mock.patch.object(patches, "_own_memory", return_value=None)
 
 
 def synchronize(device: torch.device) -> None:
