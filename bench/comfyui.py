@@ -43,7 +43,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 
@@ -51,7 +51,7 @@ import children
 from card import Card
 from children import Child, Outcome, Row
 from comfyui_cells import GROUPS, LEGACY, LOADED, SYSTEMS, Cell
-from in_turn import Cards, Turns, of_turns, over_limit
+from in_turn import Cards, of_turns, over_limit
 from touch import touch
 
 GIB = 1 << 30
@@ -302,8 +302,8 @@ class Sampled:
     """What was done before it."""
     ran_s: list[float] = field(default_factory=list)
     """For each step, how long its thread ran: whoever launches kernels waits for the GPU awake, and for a lock asleep."""
-    turns: Turns | None = None
-    """On which of two cards each step ran."""
+    cards: Cards | None = None
+    """Those on which it ran in turn."""
 
 
 def watch_sampling(action: Callable[[object], None] | None, card_bytes: int | None = None) -> list[Sampled]:
@@ -326,8 +326,7 @@ def watch_sampling(action: Callable[[object], None] | None, card_bytes: int | No
                 began = time.perf_counter()
                 action(model)
                 sampled.before_s = time.perf_counter() - began
-            cards = Cards(card_bytes) if card_bytes is not None else None
-            sampled.turns = cards and cards.turns
+            sampled.cards = cards = Cards(card_bytes) if card_bytes is not None else None
             last = time.thread_time()
 
             def after_step(*of_step: object) -> object:
@@ -371,8 +370,8 @@ def completed(report: Row, samplings: list[Sampled]) -> Row:
     for phase, sampled in zip(phases, samplings, strict=False):
         phase["step_s"][0] -= sampled.before_s
         phase["ran_s"] = sampled.ran_s
-        if sampled.turns is not None:
-            phase["turns"] = asdict(sampled.turns)
+        if sampled.cards is not None:
+            phase["turns"] = {"resident_bytes": sampled.cards.resident_bytes}
     return report
 
 
@@ -426,7 +425,7 @@ def row_of(cell: Cell, system: str, outcome: Outcome, steps: int) -> Row:
     turns_s: list[float] = []
     for phase in sampled:
         if turns := phase.get("turns"):
-            turns_s, resident = of_turns(phase["step_s"], turns["on_small"]), turns["resident_bytes"]
+            turns_s, resident = of_turns(phase["step_s"]), turns["resident_bytes"]
             # Of both cards: who slept when is not told apart.
             later, slept = turns_s[2::2], []
     return {
@@ -469,21 +468,19 @@ def gathered(machine: Row, rows: list[Row]) -> Row:
         reference = references.of(cell, row["system"])
         if row.get("hashes") and reference:
             more["same"] = row["hashes"] == reference
-        compute = computing.get(cell.model)
-        if row.get("later_s") and compute and link:
-            moved = max(0, row["weights_bytes"] - row["resident_bytes"])
-            more["limit_s"] = max(compute, moved / link)
-            reading = row["weights_bytes"] / link
-            more["again_limit_s"] = max(compute, reading)
-            kernels = [] if SYSTEMS[row["system"]].waits_before else starting.get(cell.model, [])
-            starts = itertools.zip_longest(row["first_s"], kernels, fillvalue=0.0)
-            limits = [max(start + more["limit_s"], reading) for _, start in starts]
-            more["first_limit_s"] = statistics.mean(limits[: len(row["first_s"])])
-        if row.get("turns_s") and link:
-            # Its own steps say what there is to compute, at the processor's speed then.
-            moved = max(0, row["weights_bytes"] - row["resident_bytes"])
-            over = over_limit(row["turns_s"], moved / link)
-            more |= {"limit_s": row["later_s"] / over} if over else {}
+        if row.get("later_s") and link:
+            compute, reading = computing.get(cell.model), row["weights_bytes"] / link
+            streaming = max(0, row["weights_bytes"] - row["resident_bytes"]) / link
+            if compute:
+                more["limit_s"] = max(compute, streaming)
+                more["again_limit_s"] = max(compute, reading)
+                kernels = [] if SYSTEMS[row["system"]].waits_before else starting.get(cell.model, [])
+                starts = itertools.zip_longest(row["first_s"], kernels, fillvalue=0.0)
+                limits = [max(start + more["limit_s"], reading) for _, start in starts]
+                more["first_limit_s"] = statistics.mean(limits[: len(row["first_s"])])
+            if over := over_limit(row.get("turns_s", []), streaming):
+                # Its own steps say what there is to compute, at the processor's speed then.
+                more["limit_s"] = row["later_s"] / over
         compared.append({**row, **more})
     command = " ".join(["python", *sys.argv])
     return {"command": command, "date": date.today().isoformat(), **machine, "rows": compared}

@@ -7,10 +7,8 @@ same process's card small and large again: each turn on the small one is held ag
 
 from __future__ import annotations
 
-import itertools
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 STEPS = 7
 """Of a turn."""
@@ -19,16 +17,16 @@ SETTLING = 3
 SETTLED = STEPS - SETTLING
 
 
-@dataclass
-class Turns:
-    """Which steps ran on the small card, and what was resident then. The first ones do."""
-
-    on_small: list[bool] = field(default_factory=list)
-    resident_bytes: int = 0
+def is_on_small(step: int) -> bool:
+    """Whether a step, counted from 0, runs on the small card: those of the first turn do."""
+    return step // STEPS % 2 == 0
 
 
 class Cards:
     """The device's engine, on a card of so many bytes from now on, and on all of the device in turn.
+
+    Attributes:
+        resident_bytes: What was resident at the end of the latest turn on the small card.
 
     Raises:
         RuntimeError: Where it has a fixed budget.
@@ -44,30 +42,27 @@ class Cards:
         _, total = self._engine.memory()
         self._small = self._large + max(0, total - card_bytes)
         self._engine.set_budget(headroom=self._small)
-        self.turns = Turns()
+        self._steps = 0
+        self.resident_bytes = 0
 
     def after_step(self) -> None:
         """After each step."""
-        turns = self.turns
-        number = len(turns.on_small)
-        is_small = number // STEPS % 2 == 0
-        turns.on_small.append(is_small)
-        if (number + 1) % STEPS:
+        self._steps += 1
+        if self._steps % STEPS:
             return
-        if is_small:
-            turns.resident_bytes = int(self._engine.stats()["held"])
-        self._engine.set_budget(headroom=self._large if is_small else self._small)
+        if is_on_small(self._steps - 1):
+            self.resident_bytes = int(self._engine.stats()["held"])
+        self._engine.set_budget(headroom=self._small if is_on_small(self._steps) else self._large)
 
     def close(self) -> None:
         """Leaves it on all of the device."""
         self._engine.set_budget(headroom=self._large)
 
 
-def of_turns(steps_s: Sequence[float], on_small: Sequence[bool]) -> list[float]:
+def of_turns(steps_s: Sequence[float]) -> list[float]:
     """The median step of each turn that ran to its end, as it settled: small, large, small and so on."""
-    grouped = itertools.groupby(zip(on_small, steps_s, strict=False), key=lambda step: step[0])
-    turns = [[seconds for _, seconds in steps] for _, steps in grouped]
-    return [statistics.median(steps[SETTLING:]) for steps in turns if len(steps) == STEPS]
+    ends = range(STEPS, len(steps_s) + 1, STEPS)
+    return [statistics.median(steps_s[end - SETTLED : end]) for end in ends]
 
 
 def over_limit(turns_s: Sequence[float], link_s: float) -> float | None:

@@ -124,11 +124,11 @@ def measured(args: argparse.Namespace, device: torch.device) -> dict[str, float]
     model, in_place, computed = (layers(args.layers, args.width) for _ in range(3))
     loaded, patches = [Loaded(model, device)], lora(args.layers, args.width)
     with little_memory(device, args.layers * args.width**2):
-        for patched in (in_place, computed):
-            loaded.append(Loaded(patched, device, patches))
-            stays = contextlib.nullcontext() if patched is in_place else nowhere_to_put(Patches)
-            with stays:
-                loaded[-1].patch(patches)
+        loaded += [Loaded(patched, device, patches) for patched in (in_place, computed)]
+        loaded[1].patch(patches)
+        # There is no place to put what is computed of the other's.
+        with mock.patch.object(Patches, "_own_memory", return_value=None):
+            loaded[2].patch(patches)
     value = (
         torch.randn(1, args.tokens, args.width, generator=torch.Generator().manual_seed(2))
         .bfloat16()
@@ -162,11 +162,6 @@ def measured(args: argparse.Namespace, device: torch.device) -> dict[str, float]
             one.unload()
     # The first rounds load kernels and fill pages.
     return {way: statistics.median(took[3:]) for way, took in times.items()}
-
-
-def nowhere_to_put(patches: type) -> Any:
-    """A context in which nothing that is computed may stay in its weight's place."""
-    return mock.patch.object(patches, "_own_memory", return_value=None)
 
 
 def synchronize(device: torch.device) -> None:

@@ -12,6 +12,8 @@ import support
 import torch
 
 import forebay
+from forebay.comfyui.aimdo import host_buffer, model_vbar
+from forebay.comfyui.aimdo.copies import Copies
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +35,16 @@ def engine() -> Callable[..., forebay.Engine]:
         return forebay.Engine(support.DEVICE, budget=budget_mib * support.MIB, readers=2, **poison)
 
     return make
+
+
+@pytest.fixture
+def copies(monkeypatch: pytest.MonkeyPatch) -> Copies:
+    """Which weights ComfyUI keeps copies of, as before it asked for the first, without a limit by the user."""
+    made = Copies()
+    for module in (host_buffer, model_vbar):
+        monkeypatch.setattr(module, "copies", made)
+    monkeypatch.delenv(host_buffer.LIMIT, raising=False)
+    return made
 
 
 @pytest.fixture

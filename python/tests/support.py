@@ -15,6 +15,8 @@ import forebay
 MIB = 1 << 20
 DEVICE = os.environ.get("FOREBAY_TEST_DEVICE") or "host"
 TORCH_DEVICE = torch.device("cpu" if DEVICE == "host" else DEVICE)
+COMFY_DEVICE = "host" if DEVICE == "host" else TORCH_DEVICE.index or 0
+"""As ``control.init_devices`` takes it."""
 
 # Some of cuDNN's convolutions add in the order in which threads come: plain torch itself differs from run to run.
 torch.backends.cudnn.deterministic = True

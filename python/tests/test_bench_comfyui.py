@@ -171,9 +171,8 @@ def test_each_turn_is_held_against_its_neighbours(comfyui: ModuleType) -> None:
     # The processor's speed halves behind the third turn. What settles, and the last turn, which is cut off, do not count.
     turns = [5.0, 1.0, 1.1, 2.0, 2.2, 2.0, 9.0]
     steps = [value for turn in turns for value in [7.0] * in_turn.SETTLING + [turn] * in_turn.SETTLED]
-    on_small = [n // in_turn.STEPS % 2 == 0 for n in range(len(steps))]
     phase = {"phase": "sample", "s": 1, "step_s": steps[:-1]}
-    phase["turns"] = {"on_small": on_small[:-1], "resident_bytes": 5}
+    phase["turns"] = {"resident_bytes": 5}
     found = comfyui.row_of(
         comfyui.Cell.parse("flux-bf16-12"), "turns", comfyui.Outcome(rows=[{"phases": [phase]}]), 49
     )
@@ -221,7 +220,6 @@ def test_cards_change_behind_each_turn(comfyui: ModuleType, monkeypatch: pytest.
     assert engine.set == [70, 10, 70]
     cards.close()
     assert engine.set == [70, 10, 70, 10]
-    assert cards.turns.resident_bytes == 30
-    assert cards.turns.on_small == [True] * in_turn.STEPS + [False] * in_turn.STEPS + [True] * (
-        in_turn.STEPS - 1
-    )
+    assert cards.resident_bytes == 30
+    on_small = [in_turn.is_on_small(step) for step in range(3 * in_turn.STEPS - 1)]
+    assert on_small == [True] * in_turn.STEPS + [False] * in_turn.STEPS + [True] * (in_turn.STEPS - 1)

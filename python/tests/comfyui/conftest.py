@@ -13,8 +13,6 @@ import forebay
 from forebay import engines
 from forebay.comfyui.aimdo import control
 
-ID = "host" if support.DEVICE == "host" else int(support.DEVICE.partition(":")[2] or 0)
-
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -34,7 +32,7 @@ def comfy(fresh: None, engine: Callable[..., forebay.Engine], monkeypatch: pytes
         made = engine(budget_mib)
         monkeypatch.setitem(engines._engines, made.device, made)
         assert control.init()
-        assert control.init_devices(iter([ID]))
-        return SimpleNamespace(id=ID, device=support.TORCH_DEVICE, engine=made)
+        assert control.init_devices(iter([support.COMFY_DEVICE]))
+        return SimpleNamespace(id=support.COMFY_DEVICE, device=support.TORCH_DEVICE, engine=made)
 
     return make

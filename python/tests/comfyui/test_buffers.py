@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 from support import MIB
 
 from forebay.comfyui.aimdo import host_buffer, model_vbar
-from forebay.comfyui.aimdo.copies import Copies
 from forebay.comfyui.aimdo.host_buffer import HostBuffer, read_file_to_device
 from forebay.comfyui.aimdo.model_mmap import ModelMMAP
 from forebay.comfyui.aimdo.model_vbar import ModelVBAR, vbar_fault, vbar_unpin
@@ -207,15 +206,6 @@ def test_host_buffers_together_grow_no_further_than_their_limit(
     monkeypatch.setenv(host_buffer.LIMIT, "0")
     with pytest.raises(RuntimeError, match="together"):
         HostBuffer(1)
-
-
-@pytest.fixture
-def copies(monkeypatch: pytest.MonkeyPatch) -> Copies:
-    made = Copies()
-    for module in (host_buffer, model_vbar):
-        monkeypatch.setattr(module, "copies", made)
-    monkeypatch.delenv(host_buffer.LIMIT, raising=False)
-    return made
 
 
 def test_copies_are_kept_of_what_is_read_again_within_a_node(comfy, file, copies) -> None:

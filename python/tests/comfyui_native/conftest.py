@@ -86,7 +86,7 @@ def native() -> Iterator[Callable[..., Any]]:
         native.install()
         if support.DEVICE != "host":
             # As main.py begins: what ComfyUI moves by itself asks for the device.
-            assert control.init() and control.init_devices(iter([support.TORCH_DEVICE.index or 0]))
+            assert control.init() and control.init_devices(iter([support.COMFY_DEVICE]))
         try:
             yield engine
         finally:

@@ -18,11 +18,10 @@ import comfy.pinned_memory as pinning
 import support
 import torch
 
-from forebay.comfyui.aimdo import control, host_buffer, model_vbar
+from forebay.comfyui.aimdo import control, model_vbar
 from forebay.comfyui.aimdo.copies import HELD_AHEAD, Copies
 from forebay.comfyui.aimdo.host_buffer import HostBuffer, read_file_to_device
 
-_ID = "host" if support.DEVICE == "host" else int(support.DEVICE.partition(":")[2] or 0)
 _BYTES = 2 << 20
 _PADDED = _BYTES + 512
 _LAYERS = 12
@@ -48,7 +47,7 @@ class _Model:
             pinning.pin_memory(layer, size=_PADDED)
             pin = pinning.get_pin(layer)
             if pin is None:
-                read_file_to_device(*part, 0, self._target.data_ptr(), _ID)
+                read_file_to_device(*part, 0, self._target.data_ptr(), support.COMFY_DEVICE)
             else:
                 self.buffer.read_file_slice(*part, offset=pin.data_ptr() - self.buffer.get_raw_address())
 
@@ -58,15 +57,12 @@ class _Model:
 
 
 @pytest.fixture
-def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[_Model]]:
+def models(tmp_path: Path, copies: Copies, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[_Model]]:
     """Two, on a device whose registering of memory always succeeds."""
-    copies = Copies()
-    for module in (host_buffer, model_vbar):
-        monkeypatch.setattr(module, "copies", copies)
     registers = SimpleNamespace(cudaHostRegister=lambda *_: 0, cudaHostUnregister=lambda *_: 0)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: registers)
     monkeypatch.setattr(comfy.model_management, "MAX_PINNED_MEMORY", 1 << 40)
-    assert control.init() and control.init_devices(iter([_ID]))
+    assert control.init() and control.init_devices(iter([support.COMFY_DEVICE]))
     made = [_Model(tmp_path / name) for name in ("first", "second")]
     yield made
     for model in made:
