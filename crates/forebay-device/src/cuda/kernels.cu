@@ -303,9 +303,13 @@ __device__ __forceinline__ void add_low_rank(
   bool stays = rank <= DEPTH;
   float times_first = EIGHT && eights.times ? *eights.times : 1.0f;
   u32 largest = 0;
+  // Neighbouring tiles for each block: rows far apart, in memory that was just mapped, slow copies into the next pages down.
+  u64 tile_rows = (last_row - first_row) / ROWS + 1;
+  u64 begin_row = first_row + tile_rows * blockIdx.x / gridDim.x * ROWS;
+  u64 end_row = first_row + tile_rows * (blockIdx.x + 1) / gridDim.x * ROWS;
 #pragma unroll 1
-  for (u64 tile_row = first_row + (u64)blockIdx.x * ROWS; tile_row <= last_row; tile_row += (u64)gridDim.x * ROWS) {
-    bool is_first = tile_row == first_row + (u64)blockIdx.x * ROWS;
+  for (u64 tile_row = begin_row; tile_row < end_row; tile_row += ROWS) {
+    bool is_first = tile_row == begin_row;
     // Where this thread's elements begin, counted from `page`: before it for a row that began on the page before.
     long long at = (long long)((tile_row + warp * EACH) * columns + column) - (long long)first;
     Pack<E, V> raw[EACH] = {};
