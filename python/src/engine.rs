@@ -234,6 +234,12 @@ impl Engine {
         py.detach(|| self.inner.end_read_ahead());
     }
 
+    /// Gives back what is registered of a file for `read_to_device`, told by its device and inode; without them of any file.
+    #[pyo3(signature = (file=None))]
+    fn forget_file(&self, py: Python<'_>, file: Option<(u64, u64)>) {
+        py.detach(|| self.inner.forget_file(file));
+    }
+
     /// Waits until everything decided so far is done.
     fn settle(&self, py: Python<'_>) -> PyResult<()> {
         py.detach(|| self.inner.settle()).map_err(raised)

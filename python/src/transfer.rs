@@ -4,7 +4,7 @@ use std::os::fd::BorrowedFd;
 
 use forebay::device::{DeviceAddr, DeviceId, StreamHandle};
 use forebay::store::{MappedFile, SourceFile};
-use forebay::{Bytes, FilePart, OnDevice};
+use forebay::{Bytes, FilePart, OnDevice, ReadBy};
 use pyo3::exceptions::{PyOSError, PyValueError};
 use pyo3::prelude::*;
 
@@ -12,7 +12,8 @@ use crate::dlpack::capsule;
 use crate::engine::Engine;
 use crate::errors::{raised, source};
 
-/// Reads a part of an open file to an address on the engine's device, in a stream.
+/// Reads a part of an open file to an address on the engine's device, in a stream. Whether the copy engine reads it by itself, from
+/// the page cache.
 #[pyfunction]
 pub(crate) fn read_to_device(
     py: Python<'_>,
@@ -22,11 +23,12 @@ pub(crate) fn read_to_device(
     nbytes: u64,
     address: u64,
     stream: u64,
-) -> PyResult<()> {
+) -> PyResult<bool> {
     let part = file_part(descriptor, file_offset, nbytes)?;
     let engine = engine.get().inner();
     // SAFETY: the package passes memory and streams of torch's on this device.
-    py.detach(|| unsafe { engine.read_to_device(&part, on_device(address, stream)) }).map_err(raised)
+    let read = py.detach(|| unsafe { engine.read_to_device(&part, on_device(address, stream)) });
+    read.map(|by| by == ReadBy::CopyEngine).map_err(raised)
 }
 
 /// Writes memory on the engine's device to a part of an open file, behind what is in the stream.

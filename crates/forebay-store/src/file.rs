@@ -22,7 +22,7 @@ use crate::error::{Result, StoreError};
 pub struct SourceFile {
     file: File,
     path: PathBuf,
-    opened: Stamp,
+    opened: FileStamp,
     /// For reads past the page cache, opened at the first one.
     direct: OnceLock<Option<File>>,
 }
@@ -57,7 +57,7 @@ impl SourceFile {
         if !metadata.is_file() {
             return Err(StoreError::NotRegular { path, kind: kind_of(&metadata) });
         }
-        Ok(Arc::new(SourceFile { file, path, opened: Stamp::of(&metadata), direct: OnceLock::new() }))
+        Ok(Arc::new(SourceFile { file, path, opened: FileStamp::of(&metadata), direct: OnceLock::new() }))
     }
 
     /// The path the file was opened by. Another file may be there by now.
@@ -73,6 +73,11 @@ impl SourceFile {
     /// Whether the file was empty when it was opened.
     pub fn is_empty(&self) -> bool {
         self.opened.len == 0
+    }
+
+    /// What it was like when it was opened. Files with equal stamps have equal contents.
+    pub fn stamp(&self) -> FileStamp {
+        self.opened
     }
 
     /// The device the file is on.
@@ -147,7 +152,7 @@ impl SourceFile {
     /// [`StoreError::Changed`] where its length or its modification time is another, [`StoreError::Read`] where
     /// it cannot be asked.
     pub fn verify(&self) -> Result<()> {
-        let now = self.stamp().map_err(|error| StoreError::Read {
+        let now = self.stamp_now().map_err(|error| StoreError::Read {
             path: self.path.clone(),
             offset: 0,
             len: 0,
@@ -182,12 +187,12 @@ impl SourceFile {
     }
 
     fn truncated(&self, wanted: u64) -> StoreError {
-        let length = self.stamp().map_or(self.opened.len, |now| now.len);
+        let length = self.stamp_now().map_or(self.opened.len, |now| now.len);
         StoreError::Truncated { path: self.path.clone(), tensor: None, wanted, length }
     }
 
-    fn stamp(&self) -> io::Result<Stamp> {
-        self.file.metadata().map(|metadata| Stamp::of(&metadata))
+    fn stamp_now(&self) -> io::Result<FileStamp> {
+        self.file.metadata().map(|metadata| FileStamp::of(&metadata))
     }
 }
 
@@ -210,19 +215,23 @@ pub enum Advice {
     DontNeed,
 }
 
-/// What tells one state of a file from another.
-#[derive(Clone, Copy, Debug)]
-struct Stamp {
-    len: u64,
-    mtime_ns: i128,
-    dev: u64,
-    inode: u64,
+/// What tells one state of a file from another, and from those of other files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct FileStamp {
+    /// Bytes.
+    pub len: u64,
+    /// The modification time, in nanoseconds since the epoch.
+    pub mtime_ns: i128,
+    /// The device that the file is on.
+    pub dev: u64,
+    /// The inode on that device.
+    pub inode: u64,
 }
 
-impl Stamp {
-    fn of(metadata: &Metadata) -> Stamp {
+impl FileStamp {
+    fn of(metadata: &Metadata) -> FileStamp {
         let mtime_ns = i128::from(metadata.mtime()) * 1_000_000_000 + i128::from(metadata.mtime_nsec());
-        Stamp { len: metadata.len(), mtime_ns, dev: metadata.dev(), inode: metadata.ino() }
+        FileStamp { len: metadata.len(), mtime_ns, dev: metadata.dev(), inode: metadata.ino() }
     }
 }
 

@@ -48,7 +48,7 @@ mod source;
 pub use checkpoint::Checkpoint;
 pub use dtype::{Dtype, UnknownDtypeName};
 pub use error::{IoReason, Result, StoreError};
-pub use file::{Advice, SourceFile};
+pub use file::{Advice, FileStamp, SourceFile};
 pub use mapped::MappedFile;
 pub use past_cache::DirectBuffer;
 pub use provenance::{ProcessMaps, mapped_source};

@@ -135,10 +135,7 @@ impl Source {
             (
                 SourceKind::File { file, offset },
                 SourceKind::File { file: other_file, offset: other_offset },
-            ) => {
-                let stamp = |file: &SourceFile| (file.dev(), file.inode(), file.len(), file.mtime_ns());
-                stamp(file) == stamp(other_file) && offset == other_offset && self.bytes == other.bytes
-            }
+            ) => file.stamp() == other_file.stamp() && offset == other_offset && self.bytes == other.bytes,
             _ => false,
         }
     }

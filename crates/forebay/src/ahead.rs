@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use forebay_core::{Bytes, Schedule};
 use forebay_device::Device;
-use forebay_store::{ReaderPool, SourceFile, Urgency, ranges_as_used};
+use forebay_store::{FileStamp, ReaderPool, SourceFile, Urgency, ranges_as_used};
 use parking_lot::Mutex;
 
 use self::ring::{Ring, Slot};
@@ -40,6 +40,9 @@ const SKIP: usize = 64;
 /// given up, for the ring has no room behind what stays in it.
 const TINY: Bytes = Bytes::kib(64);
 const MOST_PASSED: u8 = 8;
+/// Parts of another file that are asked for one after the other before it is the one at hand. Until then they are read directly: a
+/// LoRA's factors are asked for between the weights, and what is read ahead of these stays.
+const ASIDE: u32 = 8;
 /// Files whose order of use is remembered.
 const MOST_FILES: usize = 16;
 
@@ -51,8 +54,10 @@ pub(crate) struct Ahead(Mutex<Inner>);
 struct Inner {
     ring: Option<Ring>,
     refused: Option<Instant>,
-    /// The one that was used last comes last.
+    /// The one at hand comes last.
     files: Vec<Known>,
+    /// Another one, and how many of its parts were asked for since the one at hand was.
+    aside: Option<(FileStamp, u32)>,
 }
 
 /// A file that parts were asked of.
@@ -101,15 +106,18 @@ impl Ahead {
         make_room: impl FnOnce(Bytes) -> Result<()>,
     ) -> Result<Bytes> {
         let mut inner = self.0.lock();
+        if inner.is_aside(&part.file) {
+            return Ok(Bytes::ZERO);
+        }
         let Some(number) = inner.find(part) else { return Ok(Bytes::ZERO) };
         if inner.ring.is_none() {
             if inner.refused.is_some_and(|refused| refused.elapsed() < REFUSED_FOR) {
                 return Ok(Bytes::ZERO);
             }
-            let made = ring_size(&*shared.device).and_then(|size| match Ring::new(&shared.device, size) {
+            let made = ring_size(&*shared.device).and_then(|size| match Ring::new(shared, size) {
                 Err(error) if error.is_out_of_memory() => {
                     make_room(size)?;
-                    Ring::new(&shared.device, size)
+                    Ring::new(shared, size)
                 }
                 made => made,
             });
@@ -144,6 +152,18 @@ impl Ahead {
 }
 
 impl Inner {
+    /// Whether a file is another than the one at hand, and not to take its place yet.
+    fn is_aside(&mut self, file: &SourceFile) -> bool {
+        let stamp = file.stamp();
+        self.aside = match (self.files.last(), self.aside) {
+            (None, _) => None,
+            (Some(last), _) if last.is_of((file.dev(), file.inode())) => None,
+            (_, Some((other, count))) if other == stamp => Some((other, count + 1)),
+            _ => Some((stamp, 1)),
+        };
+        self.aside.is_some_and(|(_, count)| count <= ASIDE)
+    }
+
     /// The number of a tensor of the file that was used last by then.
     fn find(&mut self, part: &FilePart) -> Option<u32> {
         let same = |known: &Known| known.is(&part.file);
@@ -152,8 +172,7 @@ impl Inner {
             None => {
                 // The same file as it was before it was written to.
                 self.files.retain_mut(|known| {
-                    let stays =
-                        (known.file.dev(), known.file.inode()) != (part.file.dev(), part.file.inode());
+                    let stays = !known.is_of((part.file.dev(), part.file.inode()));
                     if !stays {
                         known.take_back();
                     }
@@ -317,8 +336,12 @@ impl Known {
 
     /// Whether it is this file, as it is now.
     fn is(&self, file: &SourceFile) -> bool {
-        let identity = |file: &SourceFile| (file.dev(), file.inode(), file.mtime_ns(), file.len());
-        identity(&self.file) == identity(file)
+        self.file.stamp() == file.stamp()
+    }
+
+    /// Whether it is a file of this device and inode, in whatever state.
+    fn is_of(&self, file: (u64, u64)) -> bool {
+        (self.file.dev(), self.file.inode()) == file
     }
 
     /// A tensor is asked for. What of it was read ahead.
@@ -526,6 +549,41 @@ mod tests {
         unsafe { engine.read_to_device(&part, OnDevice { addr, stream: StreamHandle::DEFAULT }) }?;
         assert_eq!(staged(), [], "what was read of the file as it was is dropped");
         files.target.unpin_everywhere(addr, Files::ROOM)?;
+        Ok(())
+    }
+
+    #[test]
+    fn what_is_read_ahead_stays_while_another_file_is_asked_for_in_between() -> Tried {
+        let of = |value: u8| vec![vec![value; 1 << 20]; 12];
+        // Of which the ring is 4 MiB.
+        let files = Files::new(Bytes::mib(128), of(1))?;
+        let other = tensor_file(&of(2))?;
+        let part = |number: usize| -> std::result::Result<FilePart, Box<dyn Error>> {
+            let file = SourceFile::open(other.path())?;
+            let (offset, bytes) = ranges_as_used(&file)?[number];
+            Ok(FilePart { file, offset, bytes })
+        };
+        let to = OnDevice { addr: files.addr, stream: StreamHandle::DEFAULT };
+        for number in 0..4 {
+            files.read(number)?;
+            let ahead = files.slot_of(number as u32 + 1).ok_or("nothing is read ahead")?;
+            for of_other in 0..3 {
+                // SAFETY: as above.
+                unsafe { files.engine.read_to_device(&part(3 * number + of_other)?, to) }?;
+            }
+            let after = files.slot_of(number as u32 + 1).ok_or("it was dropped")?;
+            assert!(Arc::ptr_eq(&ahead, &after), "it was read again");
+        }
+        let last = || files.engine.ahead.0.lock().files.last().map(|known| known.file.stamp());
+        let at_hand = last();
+        files.read(4)?;
+        for number in 0..=ASIDE as usize {
+            assert_eq!(last(), at_hand, "{number}");
+            // SAFETY: as above.
+            unsafe { files.engine.read_to_device(&part(number)?, to) }?;
+        }
+        assert_eq!(last(), Some(part(0)?.file.stamp()));
+        files.target.unpin_everywhere(files.addr, Files::ROOM)?;
         Ok(())
     }
 }

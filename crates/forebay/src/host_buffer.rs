@@ -12,12 +12,12 @@
 mod helper;
 mod memory;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
 use forebay_core::Bytes;
-use forebay_device::{Device, DeviceError, DeviceId, Event, StreamHandle};
+use forebay_device::{Device, DeviceError, Event, StreamHandle};
 use forebay_store::Urgency;
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
@@ -25,6 +25,7 @@ use self::helper::GiveBack;
 pub(crate) use self::helper::{Helper, run};
 use self::memory::HostMemory;
 use crate::cache::ram::{Cgroup, Ram};
+use crate::copy_ends::CopyEnds;
 use crate::engine::Engine;
 use crate::reader::Reader;
 use crate::{EngineError, Result};
@@ -73,8 +74,7 @@ pub struct HostRange {
     books: Mutex<Books>,
     /// Something was given back.
     changed: Condvar,
-    /// An event for each stream, behind the last copy on it.
-    copied: Mutex<HashMap<(DeviceId, StreamHandle), Arc<Event>>>,
+    copied: CopyEnds,
 }
 
 #[derive(Debug, Default)]
@@ -189,7 +189,7 @@ impl HostRange {
             memory: Arc::new(HostMemory::reserve(limit)?),
             books: Mutex::default(),
             changed: Condvar::new(),
-            copied: Mutex::default(),
+            copied: CopyEnds::default(),
         }))
     }
 
@@ -227,22 +227,7 @@ impl HostRange {
 
     /// Copies of this memory that are now in the stream have ended before it is given back.
     pub(crate) fn note_copies(&self, device: &Arc<dyn Device>, stream: StreamHandle) -> Result<()> {
-        let mut copied = self.copied.lock();
-        let event = match copied.get(&(device.id(), stream)) {
-            Some(event) => Arc::clone(event),
-            None => Arc::new(Event::new(Arc::clone(device))?),
-        };
-        // SAFETY: the stream exists as long as anything remembers its handle (see `StreamHandle`).
-        unsafe { event.record(stream)? };
-        copied.insert((device.id(), stream), event);
-        Ok(())
-    }
-
-    /// The ends of copies that are not complete, as far as they can be asked.
-    fn pending_copies(&self) -> Vec<Arc<Event>> {
-        let mut copied = self.copied.lock();
-        copied.retain(|_, event| !event.is_complete().unwrap_or(false));
-        copied.values().map(Arc::clone).collect()
+        self.copied.note(device, stream)
     }
 
     /// A copy in a range of its own.
@@ -327,7 +312,7 @@ impl HostRange {
         while let Some((start, len)) = books.registered.last_key_value().map(|(start, len)| (*start, *len))
             && start + len > size
         {
-            self.pending_copies().iter().try_for_each(|event| event.synchronize())?;
+            self.copied.pending().iter().try_for_each(|event| event.synchronize())?;
             books.registered.remove(&start);
             let first = self.base().wrapping_add(start.as_usize());
             // SAFETY: registered by this buffer, and the copies that used it have ended.
@@ -397,7 +382,7 @@ impl HostRange {
     /// Gives something back, at once where no device has to do with it.
     fn leave(self: &Arc<Self>, mut books: MutexGuard<'_, Books>, what: GiveBack, end: Bytes) {
         let start = what.start().unwrap_or(end);
-        let copies = self.pending_copies();
+        let copies = self.copied.pending();
         match &self.engine {
             Some(engine) if !what.registered.is_empty() || !copies.is_empty() => {
                 books.leaving.push((start, end));
@@ -451,7 +436,7 @@ impl HostRange {
 
 impl Drop for HostRange {
     fn drop(&mut self) {
-        let copies = self.pending_copies();
+        let copies = self.copied.pending();
         let Some(engine) = &self.engine else {
             if !have_ended(&copies) {
                 std::mem::forget(Arc::clone(&self.memory));

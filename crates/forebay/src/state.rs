@@ -21,6 +21,7 @@ use crate::cache::registering::Registering;
 use crate::computed::Computing;
 use crate::config::{EngineConfig, RingConfig};
 use crate::copier::Copies;
+use crate::copy_ends::CopyEnds;
 use crate::giving_way::GivesWay;
 use crate::room::Squeezed;
 use crate::timeline::Timeline;
@@ -63,6 +64,8 @@ pub(crate) struct Shared {
     pub(crate) patching: Stream,
     pub(crate) computing: Computing,
     pub(crate) copies: Copies,
+    /// Of registered parts of files that the application asks for by itself.
+    pub(crate) part_copies: CopyEnds,
     /// Bytes of pages that are pinned as long as their model is attached.
     pub(crate) reserved: AtomicU64,
     /// Operations that hold weights.
@@ -88,6 +91,8 @@ pub(crate) struct State {
     /// Filled pages whose copies were not complete when last looked at, oldest first.
     pub(crate) landing: VecDeque<PageRef>,
     pub(crate) budget: Budget,
+    /// Of the headroom, what the engine uses itself for a while.
+    of_headroom: Bytes,
     pub(crate) registering: Registering,
     /// Commands that were ever queued, and the serial of the latest page among them.
     decided: u64,
@@ -133,6 +138,7 @@ impl Shared {
                 queue: VecDeque::new(),
                 landing: VecDeque::new(),
                 budget: config.budget,
+                of_headroom: Bytes::ZERO,
                 registering: Registering::new(config.registered),
                 decided: 0,
                 newest: Serial(0),
@@ -160,6 +166,7 @@ impl Shared {
             patching,
             computing: Computing::default(),
             copies: Copies::default(),
+            part_copies: CopyEnds::default(),
             reserved: AtomicU64::new(0),
             operations: AtomicUsize::new(0),
             views: AtomicUsize::new(0),
@@ -174,6 +181,25 @@ impl Shared {
 
     pub(crate) fn reserved(&self) -> Bytes {
         Bytes::new(self.reserved.load(Ordering::Acquire))
+    }
+
+    /// Takes bytes of the device's memory from the headroom, half of it at most, and not from the weights.
+    pub(crate) fn take_of_headroom(self: &Arc<Self>, bytes: Bytes) -> OfHeadroom {
+        self.state.lock().of_headroom += bytes;
+        OfHeadroom { shared: Arc::clone(self), bytes }
+    }
+}
+
+/// See [`Shared::take_of_headroom`].
+#[derive(Debug)]
+pub(crate) struct OfHeadroom {
+    shared: Arc<Shared>,
+    bytes: Bytes,
+}
+
+impl Drop for OfHeadroom {
+    fn drop(&mut self) {
+        self.shared.state.lock().of_headroom -= self.bytes;
     }
 }
 
@@ -420,7 +446,10 @@ impl State {
             Budget::Fixed(bytes) if bytes == now => return Ok(false),
             // A device without room made it fall: it rises as there is room again.
             Budget::Fixed(bytes) => self.usable(device)?.min(bytes).max(now),
-            Budget::Headroom(headroom) => self.usable(device)?.saturating_sub(headroom),
+            Budget::Headroom(headroom) => {
+                let own = self.of_headroom.min(Bytes::new(headroom.get() / 2));
+                self.usable(device)?.saturating_sub(headroom - own)
+            }
         };
         let target = self.squeezed.map_or(target, |squeezed| target.min(squeezed.most));
         let is_whole = self.budget == Budget::Fixed(target);

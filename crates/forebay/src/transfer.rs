@@ -34,6 +34,15 @@ pub struct FilePart {
     pub bytes: Bytes,
 }
 
+/// How bytes of a file get to a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReadBy {
+    /// Through pinned memory, and maybe read ahead.
+    Readers,
+    /// From the page cache, which is registered.
+    CopyEngine,
+}
+
 /// A place on the device, and the stream whose order copies to it or from it follow.
 #[derive(Clone, Copy, Debug)]
 pub struct OnDevice {
@@ -44,9 +53,12 @@ pub struct OnDevice {
 }
 
 impl Engine {
-    /// Reads a part of a file to the device, through pinned memory. Work that is enqueued in the stream after this returns
-    /// finds the bytes. Tensors of a safetensors file are read ahead of the calls that ask for them, in the order in which
-    /// they were asked for before.
+    /// Reads a part of a file to the device. Work that is enqueued in the stream after this returns finds the bytes.
+    ///
+    /// At first they go through pinned memory; tensors of a safetensors file are read ahead of the calls that ask for them, in
+    /// the order in which they were asked for before. A part that is asked for again is registered where it is in the page
+    /// cache, as far as memory is free ([`EngineConfig::registered`](crate::EngineConfig::registered)), and the copy engine reads
+    /// it by itself, until the file is written to or [forgotten](Engine::forget_file).
     ///
     /// # Errors
     /// [`EngineError::Transfer`] where the file cannot be read, and what the device reports. The place then holds arbitrary
@@ -55,9 +67,12 @@ impl Engine {
     /// # Safety
     /// The place is memory of this device and nobody else's until the copies have ended; the stream is one of the device and
     /// lives as long.
-    pub unsafe fn read_to_device(&self, part: &FilePart, to: OnDevice) -> Result<()> {
+    pub unsafe fn read_to_device(&self, part: &FilePart, to: OnDevice) -> Result<ReadBy> {
         let shared = self.shared();
-        shared.state.lock().check()?;
+        // SAFETY: as the caller promises.
+        if unsafe { shared.copy_from_cache(part, to) }? {
+            return Ok(ReadBy::CopyEngine);
+        }
         let mut begun = Bytes::ZERO;
         if let Some(readers) = self.readers() {
             let make_room = |bytes| self.make_room(bytes).map(drop);
@@ -66,7 +81,7 @@ impl Engine {
         }
         let (from, rest) = (part.clone(), part.bytes - begun);
         if rest == Bytes::ZERO {
-            return Ok(());
+            return Ok(ReadBy::Readers);
         }
         self.for_each_chunk(rest, move |shared, reader, at, len| {
             let at = begun + at;
@@ -75,6 +90,14 @@ impl Engine {
             // SAFETY: as the caller promises.
             unsafe { reader.copy_in(shared, len, (addr, to.stream), read) }
         })
+        .map(|()| ReadBy::Readers)
+    }
+
+    /// Nobody asks for parts of a file any more, told by its device and inode: what is registered of it is given back in the
+    /// background. Without one, of any file.
+    pub fn forget_file(&self, file: Option<(u64, u64)>) {
+        self.shared().state.lock().registering.forget_file(file);
+        self.shared().register.notify_one();
     }
 
     /// Forgets what was read ahead of [`read_to_device`](Engine::read_to_device), and gives the memory for it back. May wait
@@ -185,7 +208,7 @@ impl Attachment {
 
 impl HostBuffer {
     /// Reads a part of a file into the buffer, and returns when the bytes are there. With a place on an engine's device they
-    /// also go there, as by [`Engine::read_to_device`].
+    /// also go there, as by [`Engine::read_to_device`]. What is registered of the part for that is given back: the buffer has it.
     ///
     /// # Errors
     /// As [`Engine::read_to_device`]; [`EngineError::Invalid`] for a part that the buffer does not have.
@@ -196,6 +219,11 @@ impl HostBuffer {
     pub unsafe fn read(&self, part: &FilePart, at: Bytes, to: Option<(&Engine, OnDevice)>) -> Result<()> {
         let range = self.range();
         let engine = to.map(|(engine, _)| engine).or(range.engine().map(|engine| &**engine));
+        if let Some(shared) = engine.map(Engine::shared)
+            && shared.state.lock().registering.part_copied(part)
+        {
+            shared.register.notify_one();
+        }
         match engine {
             Some(engine) if to.is_some() || part.bytes > LEAST_SHARED => {
                 // SAFETY: as the caller promises.

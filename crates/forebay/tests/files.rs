@@ -5,13 +5,17 @@ mod common;
 
 use std::io::Write;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use common::faulty::{Call, Failure, Faulty};
 use common::{Random, Rig};
 use forebay::device::host::HostConfig;
 use forebay::device::{Device, DeviceAddr, Event, Stream};
 use forebay::store::SourceFile;
-use forebay::{Bytes, Engine, ExplicitVbar, FilePart, OnDevice, Use};
+use forebay::{
+    Budget, Bytes, Engine, EngineConfig, ExplicitVbar, FilePart, Growth, HostBuffer, HostBufferOptions,
+    OnDevice, ReadBy, Use,
+};
 
 /// A safetensors file, and each tensor's place in it and bytes.
 struct Tensors {
@@ -69,16 +73,16 @@ impl<'a> Place<'a> {
         Place { engine, device: &rig.device, vbar, addr, stream }
     }
 
-    /// Asks for tensors one after the other, without waiting for copies, each behind the one before.
-    fn check(&self, tensors: &Tensors, order: &[usize]) {
-        let (mut from, mut expected) = (self.addr, Vec::new());
+    /// Asks for tensors one after the other, without waiting for copies, each behind the one before. How many of them the copy
+    /// engine reads by itself.
+    fn check(&self, tensors: &Tensors, order: &[usize]) -> usize {
+        let (mut from, mut expected, mut by_copy_engine) = (self.addr, Vec::new(), 0);
         for &number in order {
             let part = tensors.part(number);
+            let to = OnDevice { addr: from, stream: self.stream.handle() };
             // SAFETY: the place is faulted in, and this test's own.
-            unsafe {
-                self.engine.read_to_device(&part, OnDevice { addr: from, stream: self.stream.handle() })
-            }
-            .unwrap();
+            let by = unsafe { self.engine.read_to_device(&part, to) }.unwrap();
+            by_copy_engine += usize::from(by == ReadBy::CopyEngine);
             expected.extend_from_slice(&tensors.parts[number].1);
             from = from.offset(part.bytes);
         }
@@ -92,6 +96,7 @@ impl<'a> Place<'a> {
         unsafe { event.record(self.stream.handle()) }.unwrap();
         event.synchronize().unwrap();
         assert!(found == expected, "other bytes in the order {order:?}");
+        by_copy_engine
     }
 }
 
@@ -178,8 +183,177 @@ fn several_threads_ask_at_once() {
             let (engine, rig, tensors) = (&engine, &rig, &tensors);
             scope.spawn(move || {
                 let place = Place::new(engine, rig);
-                (0..5).for_each(|_| place.check(tensors, order));
+                for _ in 0..5 {
+                    place.check(tensors, order);
+                }
             });
         }
     });
+}
+
+const ALL: [usize; 6] = [0, 1, 2, 3, 4, 5];
+/// One of these has no bytes.
+const SOME: usize = ALL.len() - 1;
+
+/// Waits for what the engine does in the background.
+fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !is_so() {
+        assert!(start.elapsed() < Duration::from_secs(20), "{what}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Has the tensors asked for until the copy engine reads all of them, once the engine has looked at the host's memory.
+fn register(place: &Place<'_>, tensors: &Tensors) {
+    eventually("nothing is registered", || place.check(tensors, &ALL) == SOME);
+}
+
+#[test]
+fn what_is_asked_for_again_the_copy_engine_reads_by_itself_until_the_file_is_forgotten() {
+    // Copies that are under way when their memory is to be given back.
+    let slow = HostConfig { copy_delay: Duration::from_millis(2), registers: true, ..HostConfig::default() };
+    let rig = Rig::host(slow).unwrap_or_else(Rig::new);
+    let engine = rig.engine(Bytes::mib(128));
+    let mut random = Random::seeded();
+    let [one, other] = [Tensors::new(&mut random, &SIZES), Tensors::new(&mut random, &SIZES)];
+    let place = Place::new(&engine, &rig);
+    let registered = || engine.stats().registered;
+    for _ in 0..3 {
+        for tensors in [&one, &other] {
+            assert_eq!(place.check(tensors, &ALL), 0, "the first time they are read");
+            register(&place, tensors);
+        }
+        let both = registered();
+        assert!(both > Bytes::mib(20), "{both}");
+        assert_eq!((place.check(&one, &ALL), place.check(&other, &ALL)), (SOME, SOME));
+        assert_eq!(registered(), both, "registered once");
+        let file = one.part(0).file;
+        engine.forget_file(Some((file.dev(), file.inode())));
+        assert_eq!(place.check(&one, &ALL), 0, "forgotten");
+        eventually("one file is not given back", || registered() < Bytes::new(both.get() * 2 / 3));
+        assert_eq!(place.check(&other, &ALL), SOME, "the other is not");
+        engine.forget_file(None);
+        eventually("not everything is given back", || registered() == Bytes::ZERO);
+    }
+}
+
+#[test]
+fn what_is_read_ahead_takes_no_memory_from_weights() {
+    let Some(rig) = Rig::host(HostConfig { capacity: Bytes::gib(2), ..HostConfig::default() }) else {
+        return;
+    };
+    let config = EngineConfig { budget: Budget::Headroom(Bytes::mib(512)), ..EngineConfig::default() };
+    let engine = Engine::new(Arc::clone(&rig.device), config).unwrap();
+    let tensors = Tensors::new(&mut Random::seeded(), &SIZES);
+    let place = Place::new(&engine, &rig);
+    let (free, budget) = (engine.memory().unwrap().free, engine.budget().1);
+    place.check(&tensors, &ALL);
+    let ring = free.saturating_sub(engine.memory().unwrap().free);
+    assert_eq!(ring, Bytes::mib(64), "a part of the device is what is read ahead");
+    // The device's memory is looked at five times a second.
+    std::thread::sleep(Duration::from_millis(600));
+    assert_eq!(engine.budget().1, budget);
+    engine.end_read_ahead();
+    std::thread::sleep(Duration::from_millis(600));
+    assert_eq!((engine.memory().unwrap().free, engine.budget().1), (free, budget));
+}
+
+#[test]
+fn what_was_registered_of_a_file_that_changes_is_given_back() {
+    let rig = Rig::new();
+    let engine = rig.engine(Bytes::mib(128));
+    let mut random = Random::seeded();
+    let mut tensors = Tensors::new(&mut random, &SIZES[..6]);
+    let place = Place::new(&engine, &rig);
+    register(&place, &tensors);
+    let other = Tensors::new(&mut random, &SIZES[..6]);
+    std::thread::sleep(Duration::from_millis(20)); // so that its time differs
+    std::fs::write(tensors.file.path(), std::fs::read(other.file.path()).unwrap()).unwrap();
+    tensors.parts = other.parts;
+    assert_eq!(place.check(&tensors, &ALL), 0, "another file");
+    eventually("it stays registered", || engine.stats().registered == Bytes::ZERO);
+    assert_eq!(place.check(&tensors, &ALL), SOME);
+}
+
+#[test]
+fn no_more_is_registered_than_allowed_and_none_where_the_application_has_a_copy() {
+    let rig = Rig::new();
+    let engine = rig.engine(Bytes::mib(128));
+    let tensors = Tensors::new(&mut Random::seeded(), &SIZES);
+    let place = Place::new(&engine, &rig);
+    register(&place, &tensors);
+    let registered = || engine.stats().registered;
+    let all = registered();
+
+    let growth = Growth { register: false, may_move: false };
+    let buffer =
+        HostBuffer::new(Some(&engine), HostBufferOptions { limit: ROOM, ahead: Bytes::ZERO }).unwrap();
+    let part = tensors.part(0);
+    buffer.extend(part.bytes, growth).unwrap();
+    // SAFETY: the buffer is this test's own.
+    unsafe { buffer.read(&part, Bytes::ZERO, None) }.unwrap();
+    eventually("what is copied stays registered", || registered() < all);
+    assert!(registered() + part.bytes + Bytes::mib(1) > all, "{} of {all}", registered());
+
+    let limit = Bytes::mib(4);
+    engine.set_registered(Some(limit));
+    eventually("more is registered than allowed", || registered() <= limit);
+    for _ in 0..3 {
+        let by_copy_engine = place.check(&tensors, &ALL);
+        assert!((1..SOME).contains(&by_copy_engine), "{by_copy_engine}");
+        assert!(registered() <= limit, "{}", registered());
+    }
+    engine.set_registered(Some(Bytes::ZERO));
+    eventually("some is registered", || registered() == Bytes::ZERO);
+    assert_eq!(place.check(&tensors, &ALL), 0);
+}
+
+/// An engine on a device that fails what it is told to.
+fn faulty(rig: &Rig) -> (Arc<Faulty>, Arc<Engine>) {
+    let faulty = Faulty::new(Arc::clone(&rig.device));
+    let config = EngineConfig { budget: Budget::Fixed(Bytes::mib(128)), ..EngineConfig::default() };
+    let device: Arc<dyn Device> = Arc::clone(&faulty) as _;
+    (faulty, Engine::new(device, config).unwrap())
+}
+
+#[test]
+fn what_a_device_refuses_to_register_is_read() {
+    let rig = Rig::new();
+    let (faulty, engine) = faulty(&rig);
+    let tensors = Tensors::new(&mut Random::seeded(), &SIZES);
+    let place = Place::new(&engine, &rig);
+    faulty.fail(Call::RegisterHost, Failure::Refused, 0, u32::MAX);
+    for _ in 0..3 {
+        assert_eq!(place.check(&tensors, &ALL), 0);
+    }
+    eventually("the host's memory was not looked at", || {
+        assert_eq!(place.check(&tensors, &ALL), 0);
+        faulty.hits() == SOME as u32
+    });
+    assert_eq!(place.check(&tensors, &ALL), 0);
+    assert_eq!((faulty.hits(), engine.stats().registered), (SOME as u32, Bytes::ZERO), "each was tried once");
+}
+
+#[test]
+fn what_may_still_be_copied_is_never_given_back_and_ends_with_the_engine() {
+    let rig = Rig::new();
+    let (faulty, engine) = faulty(&rig);
+    let tensors = Tensors::new(&mut Random::seeded(), &SIZES);
+    let place = Place::new(&engine, &rig);
+    register(&place, &tensors);
+    let to = OnDevice { addr: place.addr, stream: place.stream.handle() };
+    faulty.fail(Call::Record, Failure::Refused, 0, 1);
+    // SAFETY: the place is faulted in, and this test's own.
+    unsafe { engine.read_to_device(&tensors.part(0), to) }.unwrap_err();
+    assert_eq!(faulty.hits(), 1);
+    engine.forget_file(None);
+    eventually("it is in the books", || engine.stats().registered == Bytes::ZERO);
+    assert_eq!(place.check(&tensors, &ALL), 0);
+    assert_eq!(place.check(&tensors, &ALL), SOME, "what comes later is registered again");
+    drop(place);
+    let kept = faulty.live().registered;
+    assert!(kept > SOME as i64, "{kept}");
+    drop(engine);
+    assert_eq!(faulty.live().registered, kept, "memory was unregistered that a copy may read");
 }

@@ -7,6 +7,7 @@ import ctypes
 import gc
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ import torch
 from safetensors.torch import save_file
 from support import MIB
 
-from forebay.comfyui.aimdo import host_buffer, model_vbar
+from forebay.comfyui.aimdo import devices, host_buffer, model_vbar
+from forebay.comfyui.aimdo.copies import Copies
 from forebay.comfyui.aimdo.host_buffer import HostBuffer, read_file_to_device
 from forebay.comfyui.aimdo.model_mmap import ModelMMAP
 from forebay.comfyui.aimdo.model_vbar import ModelVBAR, vbar_fault, vbar_unpin
@@ -211,6 +213,7 @@ def test_host_buffers_together_grow_no_further_than_their_limit(
 def test_copies_are_kept_of_what_is_read_again_within_a_node(comfy, file, copies) -> None:
     opened, contents = file
     made = comfy(64)
+    made.engine.set_registered(0)
     weights, patches = HostBuffer(0, 64 * MIB, 1 << 30), HostBuffer(0, 8 * MIB, 1 << 30)
     target = torch.zeros(contents.numel(), dtype=torch.uint8, device=made.device)
     kept: set[int] = set()
@@ -244,6 +247,7 @@ def test_copies_are_kept_of_what_is_read_again_within_a_node(comfy, file, copies
 def test_what_is_read_again_is_worth_no_copies_of_the_next_nodes_weights(comfy, file, copies) -> None:
     opened, contents = file
     made = comfy(64)
+    made.engine.set_registered(0)
     weights = HostBuffer(0, 64 * MIB, 1 << 30)
     target = torch.zeros(contents.numel(), dtype=torch.uint8, device=made.device)
     for offset, ends_node in ((0, False), (0, True), (3 * MIB, True), (3 * MIB, False)):
@@ -268,6 +272,62 @@ def test_what_takes_another_weights_copy_has_a_file(
             weights.extend(3 * MIB, register=False)
         weights.read_file_slice(opened, 0, 3 * MIB)  # where that of another weight is
         model_vbar.vbars_reset_watermark_limits()
+
+
+def test_copies_of_patches_are_kept_from_the_second_step_on(comfy, file, copies) -> None:
+    opened, contents = file
+    made = comfy(64)
+    patches, other = HostBuffer(0, 8 * MIB, 1 << 30), HostBuffer(0, 0, 1 << 30)
+    target = torch.zeros(contents.numel(), dtype=torch.uint8, device=made.device)
+    patches.extend(MIB, register=False)  # of a model that stays on the device
+    for _ in range(2):
+        for kept in (False, True):
+            read_file_to_device(opened, 0, 3 * MIB, stream(), target.data_ptr(), made.id)
+            before = patches.size
+            with contextlib.nullcontext() if kept else pytest.raises(RuntimeError, match="not used again"):
+                patches.extend(MIB, register=False)
+            assert patches.size == before + (MIB if kept else 0)
+            other.extend(MIB, register=False)
+        model_vbar.vbars_reset_watermark_limits()
+
+
+@pytest.mark.parametrize(
+    ("step_s", "reads", "copied"),
+    [
+        pytest.param(0.3, 340, 0, id="the link takes the time"),
+        pytest.param(0.25, 340, 340, id="ComfyUI's thread does"),
+        pytest.param(10.0, 340, 0, id="the GPU does"),
+        pytest.param(0.25, 60, 0, id="what it does besides does"),
+    ],
+)
+def test_copies_are_kept_of_what_is_registered_where_that_makes_steps_shorter(
+    monkeypatch: pytest.MonkeyPatch, step_s: float, reads: int, copied: int
+) -> None:
+    made, now = Copies(), 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    # Some 13 GB a step where the link is busy, 5 where it is not.
+    nbytes = 13_000_000_000 // 340 if step_s == 0.3 else 5_000_000_000 // 340
+    kept: set[int] = set()
+
+    def step(is_registered: bool) -> None:
+        nonlocal now
+        for number in set(range(reads)) - kept:
+            if made.is_needed(nbytes):
+                kept.add(number)
+            else:
+                made.note_read((5, number), nbytes, is_registered)
+            now += step_s / reads
+
+    for is_registered in (False, True, True):
+        step(is_registered)
+        assert not kept
+    for _ in range(20):
+        step(True)
+    assert len(kept) == copied
+    made.end_node()
+    kept.clear()
+    step(True)
+    assert not kept, "the next node's"
 
 
 def test_copies_are_kept_of_weights_that_no_file_has(comfy, file, copies) -> None:
@@ -365,6 +425,29 @@ def test_files_to_the_device(comfy, file) -> None:
     assert torch.equal(tensor[:-5], contents[5:]) and torch.equal(tensor[-5:], contents[:5])
 
 
+@pytest.mark.skipif(support.DEVICE == "host", reason="the host registers nothing by itself")
+def test_what_is_read_again_the_device_reads_by_itself_until_nobody_has_the_file(comfy, file) -> None:
+    opened, contents = file
+    made = comfy(64)
+    mapping = ModelMMAP(opened.name)
+    size = contents.numel()
+
+    def registered() -> int:
+        return int(made.engine.stats()["registered"])
+
+    deadline = time.monotonic() + 20
+    while registered() < size:
+        target = torch.zeros(size, dtype=torch.uint8, device=made.device)
+        read_file_to_device(mapping.get_file_handle(), 0, size, stream(), target.data_ptr(), made.id)
+        synchronize()
+        assert torch.equal(target.cpu(), contents)
+        assert time.monotonic() < deadline, made.engine.stats()
+    del mapping
+    while registered():
+        assert time.monotonic() < deadline, made.engine.stats()
+        time.sleep(0.01)
+
+
 def test_the_device_and_the_host_to_files(comfy, file) -> None:
     opened, contents = file
     made = comfy(64)
@@ -428,6 +511,21 @@ def test_files_that_make_no_sense(comfy, file, tmp_path: Path) -> None:
         host_buffer.write_host_to_file(opened, 0, 1, 0)
     with (tmp_path / "weights").open("rb") as read_only, pytest.raises(RuntimeError, match="write"):
         host_buffer.write_host_to_file(read_only, 0, 1, contents.data_ptr())
+
+
+def test_a_file_that_nobody_has_any_more_is_forgotten(
+    file, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forgotten: list[object] = []
+    monkeypatch.setattr(devices, "forget_file", forgotten.append)
+    opened, _ = file
+    (tmp_path / "other").write_bytes(b"other")
+    mapping, other = ModelMMAP(opened.name), ModelMMAP(tmp_path / "other")
+    stat = os.stat(opened.name)
+    assert not forgotten
+    del mapping
+    gc.collect()
+    assert forgotten == [(stat.st_dev, stat.st_ino)] and other.get()
 
 
 def test_mapped_files(file, tmp_path: Path) -> None:

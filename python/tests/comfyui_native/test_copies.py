@@ -18,7 +18,7 @@ import comfy.pinned_memory as pinning
 import support
 import torch
 
-from forebay.comfyui.aimdo import control, model_vbar
+from forebay.comfyui.aimdo import control, devices, model_vbar
 from forebay.comfyui.aimdo.copies import HELD_AHEAD, Copies
 from forebay.comfyui.aimdo.host_buffer import HostBuffer, read_file_to_device
 
@@ -58,11 +58,12 @@ class _Model:
 
 @pytest.fixture
 def models(tmp_path: Path, copies: Copies, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[_Model]]:
-    """Two, on a device whose registering of memory always succeeds."""
+    """Two, on a device whose registering of buffers always succeeds, and that registers no page cache."""
     registers = SimpleNamespace(cudaHostRegister=lambda *_: 0, cudaHostUnregister=lambda *_: 0)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: registers)
     monkeypatch.setattr(comfy.model_management, "MAX_PINNED_MEMORY", 1 << 40)
     assert control.init() and control.init_devices(iter([support.COMFY_DEVICE]))
+    devices.context(support.COMFY_DEVICE).engine.set_registered(0)
     made = [_Model(tmp_path / name) for name in ("first", "second")]
     yield made
     for model in made:

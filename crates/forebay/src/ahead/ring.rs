@@ -12,7 +12,7 @@ use parking_lot::{Condvar, Mutex};
 
 use crate::reader::Reader;
 use crate::scratch::{Scratch, wait};
-use crate::state::Shared;
+use crate::state::{OfHeadroom, Shared};
 use crate::{EngineError, Result};
 
 /// The queue.
@@ -27,6 +27,8 @@ pub(super) struct Ring {
     filled: Event,
     /// Events to be used again.
     spare: Vec<Event>,
+    /// Its memory is not taken from weights, which get none back before they are prioritized.
+    _of_headroom: OfHeadroom,
 }
 
 /// The memory, and the stream in which it is filled. Whoever fills a part holds it.
@@ -70,12 +72,14 @@ pub(super) struct Filling(Option<Arc<Slot>>);
 impl Ring {
     /// # Errors
     /// What the device reports; that it has no room.
-    pub(super) fn new(device: &Arc<dyn Device>, size: Bytes) -> Result<Self> {
+    pub(super) fn new(shared: &Arc<Shared>, size: Bytes) -> Result<Self> {
+        let (device, of_headroom) = (&shared.device, shared.take_of_headroom(size));
         let (stream, filled) = (Stream::new(Arc::clone(device))?, Event::new(Arc::clone(device))?);
         let backing = Scratch::new(device, size)?;
         let (device, base) = (Arc::clone(device), backing.addr());
         let memory = Arc::new(Memory { device, stream, base, size, backing: Some(backing) });
-        Ok(Ring { memory, slots: VecDeque::new(), taken: 0, filled, spare: Vec::new() })
+        let slots = VecDeque::new();
+        Ok(Ring { memory, slots, taken: 0, filled, spare: Vec::new(), _of_headroom: of_headroom })
     }
 
     /// The most that can be taken at once.

@@ -65,11 +65,18 @@ pub(crate) struct Keeper {
 
 /// Why a page was not registered.
 #[derive(Debug, thiserror::Error)]
-enum NotRegistered {
+pub(super) enum NotRegistered {
     #[error(transparent)]
     Device(#[from] DeviceError),
     #[error(transparent)]
     File(#[from] StoreError),
+}
+
+impl NotRegistered {
+    /// Whether the device registers nothing.
+    pub(super) fn is_for_good(&self) -> bool {
+        matches!(self, NotRegistered::Device(error) if error.is_unsupported())
+    }
 }
 
 impl Keeper {
@@ -88,6 +95,7 @@ impl Keeper {
                 let pages = state.books.take_registered();
                 state.registering.let_go(pages);
                 state.registering.drop_kept();
+                state.registering.forget_file(None);
             }
             if state.registering.has_leaving() {
                 self.give_back(&mut state);
@@ -180,11 +188,9 @@ impl Keeper {
                 }
             }
             Err(error) => {
-                self.refusals += u32::from(matches!(&error, NotRegistered::Device(_)));
-                let gives_up = match &error {
-                    NotRegistered::Device(error) => error.is_unsupported() || self.refusals >= MOST_REFUSALS,
-                    NotRegistered::File(_) => false,
-                };
+                let is_refused = matches!(&error, NotRegistered::Device(_));
+                self.refusals += u32::from(is_refused);
+                let gives_up = error.is_for_good() || (is_refused && self.refusals >= MOST_REFUSALS);
                 if gives_up {
                     state.registering.set_limit(Some(Bytes::ZERO));
                 } else if state.is_open(page.vbar) {
@@ -219,14 +225,15 @@ impl Keeper {
         let bytes: Bytes = leaving.iter().map(RegisteredPage::size).sum();
         MutexGuard::unlocked(state, || {
             match self.wait_for_copies() {
-                Ok(()) => {
+                Ok(()) if self.shared.part_copies.are_known() => {
                     let began = self.shared.timeline.begin();
                     drop(leaving);
                     self.shared.timeline.note(Activity::Unregister, 0, began);
                 }
-                Err(error) => {
-                    // Nobody can know whether they are still read.
-                    tracing::warn!(device = %self.shared.id, %error, "registered memory could not be given back");
+                // Nobody can know whether they are still read.
+                waited => {
+                    let (device, error) = (self.shared.id, waited.err());
+                    tracing::warn!(%device, ?error, "registered memory could not be given back");
                     std::mem::forget(leaving);
                 }
             }
@@ -235,7 +242,7 @@ impl Keeper {
         self.shared.changed.notify_all();
     }
 
-    /// Waits until all copies that are enqueued by now have completed. What the device refuses is tried again: what may still
+    /// Waits until all copies that are enqueued by now have completed, those of parts in whatever streams they are. What the device refuses is tried again: what may still
     /// be read can never be given back.
     fn wait_for_copies(&self) -> forebay_device::Result<()> {
         let wait = || {
@@ -243,7 +250,8 @@ impl Keeper {
             // SAFETY: the copy stream lives as long as `shared`.
             let recorded = unsafe { self.copied.record(stream.handle()) };
             drop(stream);
-            recorded.and_then(|()| self.copied.synchronize())
+            recorded.and_then(|()| self.copied.synchronize())?;
+            self.shared.part_copies.wait()
         };
         for _ in 1..MOST_TRIES {
             match wait() {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use forebay_core::Bytes;
 use forebay_device::{Device, DeviceAddr, DeviceError, HostCopy, Registration, StreamHandle};
-use forebay_store::{MappedFile, Segment, SourceFile, SourceKind, StoreError};
+use forebay_store::{FileStamp, MappedFile, Segment, SourceFile, SourceKind, StoreError};
 
 use crate::Result;
 
@@ -75,9 +75,7 @@ pub(crate) struct PageKey(Vec<RunKey>);
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct RunKey {
-    dev: u64,
-    inode: u64,
-    mtime_ns: i128,
+    file: FileStamp,
     from: u64,
     to: Bytes,
     len: u64,
@@ -120,15 +118,15 @@ impl PagePlan {
         Some(PagePlan { runs, parts })
     }
 
+    /// Of one part of a file, however small.
+    pub(crate) fn of_part(file: &Arc<SourceFile>, from: u64, len: Bytes) -> PagePlan {
+        let end = from.saturating_add(len.get());
+        let run = FileRun { file: Arc::clone(file), from, to: Bytes::ZERO, len: len.get() };
+        PagePlan { runs: vec![run], parts: vec![FilePart { file: Arc::clone(file), from, end }] }
+    }
+
     pub(crate) fn key(&self) -> PageKey {
-        let key = |run: &FileRun| RunKey {
-            dev: run.file.dev(),
-            inode: run.file.inode(),
-            mtime_ns: run.file.mtime_ns(),
-            from: run.from,
-            to: run.to,
-            len: run.len,
-        };
+        let key = |run: &FileRun| RunKey { file: run.file.stamp(), from: run.from, to: run.to, len: run.len };
         PageKey(self.runs.iter().map(key).collect())
     }
 

@@ -7,8 +7,10 @@ use std::time::{Duration, Instant};
 
 use forebay_core::{Bytes, PageRef, PageState, Rank, VbarId};
 
+use super::parts::{Asked, Parts};
 use super::registered::{PageKey, PagePlan, RegisteredPage};
 use crate::state::State;
+use crate::transfer::FilePart;
 
 /// How long what is registered is kept for a model that is gone, in case it is attached again.
 const KEPT: Duration = Duration::from_secs(10);
@@ -31,6 +33,8 @@ pub(crate) struct Registering {
     /// Pages of models that are gone.
     kept: HashMap<PageKey, Arc<RegisteredPage>>,
     kept_since: Option<Instant>,
+    /// What the application asks for by itself.
+    parts: Parts,
     /// Pages that nobody copies from any more, to be given back.
     leaving: Vec<Arc<RegisteredPage>>,
     /// The most that may be registered, as set by the application.
@@ -50,6 +54,7 @@ impl Registering {
             due: BTreeSet::new(),
             kept: HashMap::new(),
             kept_since: None,
+            parts: Parts::default(),
             leaving: Vec::new(),
             limit,
             room: Bytes::ZERO,
@@ -145,6 +150,28 @@ impl Registering {
         self.leaving.extend(mem::take(&mut self.kept).into_values());
     }
 
+    /// A part of a file is asked for.
+    pub(crate) fn ask(&mut self, part: &FilePart) -> Asked {
+        self.parts.ask(part, &mut self.leaving)
+    }
+
+    /// A part was registered, or cannot be.
+    pub(crate) fn part_registered(&mut self, part: &FilePart, made: Option<&Arc<RegisteredPage>>) {
+        let earlier = self.parts.set(part, made);
+        self.leaving.extend(earlier);
+    }
+
+    /// A part of a file has a copy in memory of the application's. Whether something is to be given back.
+    pub(crate) fn part_copied(&mut self, part: &FilePart) -> bool {
+        self.leaving.extend(self.parts.copied(part));
+        self.has_leaving()
+    }
+
+    /// Nothing of a file that is told by its device and inode is asked for any more; without one, of none.
+    pub(crate) fn forget_file(&mut self, file: Option<(u64, u64)>) {
+        self.parts.forget(file, &mut self.leaving);
+    }
+
     /// Lets go of some of what has been kept long enough.
     pub(crate) fn expire(&mut self, most: usize) {
         if self.kept_since.is_some_and(|since| since.elapsed() >= KEPT) {
@@ -236,7 +263,7 @@ impl State {
     }
 
     /// Lets go of `bytes` of registered pages: those of models that are gone, those that are resident, then those of the
-    /// highest ranks.
+    /// highest ranks, and last parts of files that the application asks for by itself.
     pub(crate) fn let_go_of(&mut self, bytes: Bytes) {
         if self.registering.has_kept() {
             return self.registering.drop_kept();
@@ -261,5 +288,7 @@ impl State {
             let registered = self.books.page(page).registered.take();
             self.registering.let_go(registered);
         }
+        let Registering { parts, leaving, .. } = &mut self.registering;
+        parts.let_go(bytes.saturating_sub(gone), leaving);
     }
 }

@@ -97,6 +97,12 @@ def end_read_ahead() -> None:
         context.engine.end_read_ahead()
 
 
+def forget_file(file: tuple[int, int] | None = None) -> None:
+    """Gives back what devices have registered of a file, told by its device and inode; without them of any file."""
+    for context in list(contexts.values()):
+        context.engine.forget_file(file)
+
+
 def _key(device: Any) -> Any:
     if device is None:
         return next(iter(contexts)) if len(contexts) == 1 else None

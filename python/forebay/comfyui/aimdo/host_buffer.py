@@ -45,6 +45,7 @@ class HostBuffer:
         ahead = devices.count("prewarm", prewarm)
         self.mark_cold = mark_cold
         self._holds_weights = ahead >= HELD_AHEAD
+        self._holds_patches = 0 < ahead < HELD_AHEAD
         self._buffer = _forebay.HostBuffer(
             devices.any_engine(), limit=max(limit, size) if limit else 0, ahead=ahead
         )
@@ -79,9 +80,10 @@ class HostBuffer:
         """
         size = devices.count("size", size)
         limit = os.environ.get(LIMIT)
-        if not limit and self._holds_weights and not copies.is_needed(size):
+        if not limit and self._is_refused(size):
             raise RuntimeError(
-                f"no copy of {size} bytes is kept of a weight that is not read again and again ({LIMIT} says how many GiB are)"
+                f"no copy of {size} bytes is kept of what is not used again, or read from the page cache ({LIMIT} says how many "
+                "GiB are)"
             )
         if limit and total_size() + size > float(limit) * 2**30:
             raise RuntimeError(
@@ -91,6 +93,12 @@ class HostBuffer:
             return self._buffer.extend(size, register=register, may_move=reallocate)
         except ValueError as error:
             raise RuntimeError(str(error)) from None
+
+    def _is_refused(self, size: int) -> bool:
+        """Whether what the buffer is asked to hold is worth no copy."""
+        if self._holds_weights:
+            return not copies.is_needed(size)
+        return self._holds_patches and not copies.is_second_step()
 
     def register(self, offset: int, size: int) -> None:
         """Registers a part with the devices.
@@ -156,13 +164,14 @@ class HostBuffer:
             engine = devices.context(device).engine
             self._buffer.read(descriptor, file_offset, size, offset, engine, address, _stream(stream))
         if self._holds_weights:
-            _note_read(descriptor, file_offset, size)
+            copies.note_read((descriptor, file_offset), size)
 
 
 def read_file_to_device(
     file: Any, file_offset: int, size: int, stream: Any, device_ptr: int, device: Any, mark_cold: bool = True
 ) -> None:
-    """Reads a part of a file to a device. Work that is enqueued in the stream afterwards finds the bytes.
+    """Reads a part of a file to a device. Work that is enqueued in the stream afterwards finds the bytes. From the second time on
+    the device reads it from the page cache by itself, as far as that can be registered.
 
     Args:
         file: A descriptor, or an object with ``fileno()``.
@@ -179,8 +188,8 @@ def read_file_to_device(
         OSError: For a descriptor that is not open.
     """
     arguments = _arguments(file, file_offset, size, device_ptr)
-    _forebay.read_to_device(devices.context(device).engine, *arguments, _stream(stream))
-    _note_read(*arguments[:3])
+    is_registered = _forebay.read_to_device(devices.context(device).engine, *arguments, _stream(stream))
+    copies.note_read(arguments[:2], size, is_registered)
 
 
 def write_device_to_file(
@@ -209,8 +218,10 @@ def write_host_to_file(file: Any, file_offset: int, size: int, host_ptr: int) ->
 
 
 def cleanup_file_reader() -> None:
-    """Forgets what was read ahead, and gives the memory for it back."""
+    """Forgets what was read ahead, and gives the memory for it back; registers nothing of any file any more, until it is read
+    again and again."""
     devices.end_read_ahead()
+    devices.forget_file()
 
 
 def _arguments(file: Any, file_offset: int, size: int, address: int) -> tuple[int, int, int, int]:
@@ -220,11 +231,6 @@ def _arguments(file: Any, file_offset: int, size: int, address: int) -> tuple[in
     if address == 0:
         raise ValueError("memory has an address other than 0")
     return descriptor, file_offset, size, address
-
-
-def _note_read(descriptor: int, file_offset: int, size: int) -> None:
-    file_now = os.fstat(descriptor)
-    copies.note_read((file_now.st_dev, file_now.st_ino, file_offset), size)
 
 
 def _descriptor(file: Any) -> int:

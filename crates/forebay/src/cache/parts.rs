@@ -1,0 +1,214 @@
+//! Parts of files that the application asks for by itself, and asks for again in every step: registered at the second time, where
+//! they are in the page cache, so that the copy engine reads them by itself from then on.
+//!
+//! That takes less time than a reader takes to bring the bytes, and no memory. Each part has a mapping of its own.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::sync::Arc;
+
+use forebay_core::Bytes;
+use forebay_store::FileStamp;
+
+use super::keeper::NotRegistered;
+use super::registered::{PagePlan, RegisteredPage};
+use crate::Result;
+use crate::state::Shared;
+use crate::timeline::Activity;
+use crate::transfer::{FilePart, OnDevice};
+
+/// Files whose parts are known.
+const MOST_FILES: usize = 16;
+
+/// Parts that were asked for. Under the state lock.
+#[derive(Debug, Default)]
+pub(crate) struct Parts {
+    /// The one that was asked for last comes last.
+    files: Vec<Known>,
+}
+
+#[derive(Debug)]
+struct Known {
+    file: FileStamp,
+    /// By where they begin, and how long they are.
+    parts: HashMap<(u64, Bytes), Part>,
+}
+
+#[derive(Debug)]
+enum Part {
+    /// It was asked for.
+    Asked,
+    Registered(Arc<RegisteredPage>),
+    /// The device or the system refused.
+    Refused,
+}
+
+/// What is known of a part that is asked for.
+#[derive(Debug)]
+pub(crate) enum Asked {
+    /// Nothing, or that it is not to be registered.
+    First,
+    /// It was asked for before.
+    Again,
+    Registered(Arc<RegisteredPage>),
+}
+
+impl Parts {
+    /// A part is asked for. To `gone` goes what was registered of its file as it was before somebody wrote to it, and of a file
+    /// too many.
+    pub(super) fn ask(&mut self, part: &FilePart, gone: &mut Vec<Arc<RegisteredPage>>) -> Asked {
+        let file = part.file.stamp();
+        let mut known = match self.files.iter().position(|known| known.file == file) {
+            Some(place) => self.files.remove(place),
+            None => {
+                self.forget(Some((file.dev, file.inode)), gone);
+                if self.files.len() == MOST_FILES {
+                    self.files.remove(0).leave(gone);
+                }
+                Known { file, parts: HashMap::new() }
+            }
+        };
+        let asked = match known.parts.entry((part.offset, part.bytes)) {
+            Entry::Vacant(entry) => {
+                entry.insert(Part::Asked);
+                Asked::First
+            }
+            Entry::Occupied(entry) => match entry.get() {
+                Part::Registered(page) => Asked::Registered(Arc::clone(page)),
+                Part::Asked => Asked::Again,
+                Part::Refused => Asked::First,
+            },
+        };
+        self.files.push(known);
+        asked
+    }
+
+    /// A part was registered, or cannot be. What is not kept: the page itself where nothing is known of its file any more.
+    pub(super) fn set(
+        &mut self,
+        part: &FilePart,
+        page: Option<&Arc<RegisteredPage>>,
+    ) -> Option<Arc<RegisteredPage>> {
+        let file = part.file.stamp();
+        let now = page.map_or(Part::Refused, |page| Part::Registered(Arc::clone(page)));
+        let not_kept = match self.files.iter_mut().find(|known| known.file == file) {
+            Some(known) => known.parts.insert((part.offset, part.bytes), now)?,
+            None => now,
+        };
+        not_kept.page()
+    }
+
+    /// A part has a copy in memory of the application's: it is not asked for any more. What was registered of it.
+    pub(super) fn copied(&mut self, part: &FilePart) -> Option<Arc<RegisteredPage>> {
+        let file = part.file.stamp();
+        let known = self.files.iter_mut().find(|known| known.file == file)?;
+        let known = known.parts.get_mut(&(part.offset, part.bytes))?;
+        std::mem::replace(known, Part::Asked).page()
+    }
+
+    /// Nothing is known any more of the file of this device and inode; without one, of any.
+    pub(super) fn forget(&mut self, file: Option<(u64, u64)>, gone: &mut Vec<Arc<RegisteredPage>>) {
+        let is_meant = |known: &mut Known| file.is_none_or(|file| file == (known.file.dev, known.file.inode));
+        self.files.extract_if(.., is_meant).for_each(|known| known.leave(gone));
+    }
+
+    /// Lets go of `bytes` of what is registered, beginning with the file that was asked for longest ago.
+    pub(super) fn let_go(&mut self, bytes: Bytes, gone: &mut Vec<Arc<RegisteredPage>>) {
+        let mut left = bytes;
+        for part in self.files.iter_mut().flat_map(|known| known.parts.values_mut()) {
+            if left == Bytes::ZERO {
+                return;
+            }
+            if matches!(part, Part::Registered(_)) {
+                let page = std::mem::replace(part, Part::Asked).page();
+                left = left.saturating_sub(page.as_ref().map_or(Bytes::ZERO, |page| page.size()));
+                gone.extend(page);
+            }
+        }
+    }
+}
+
+impl Known {
+    fn leave(self, gone: &mut Vec<Arc<RegisteredPage>>) {
+        gone.extend(self.parts.into_values().filter_map(Part::page));
+    }
+}
+
+impl Part {
+    fn page(self) -> Option<Arc<RegisteredPage>> {
+        match self {
+            Part::Registered(page) => Some(page),
+            Part::Asked | Part::Refused => None,
+        }
+    }
+}
+
+impl Shared {
+    /// Has the copy engine read a part from the page cache, if it was asked for before, and is registered or can be now. Whether
+    /// it does.
+    ///
+    /// # Errors
+    /// What the device reports of the copy, and what stopped the engine.
+    ///
+    /// # Safety
+    /// As for [`Engine::read_to_device`](crate::Engine::read_to_device).
+    pub(crate) unsafe fn copy_from_cache(&self, part: &FilePart, to: OnDevice) -> Result<bool> {
+        let Some(page) = self.registered_part(part)? else { return Ok(false) };
+        // SAFETY: nobody gives the page back while it is held here, and whoever does later waits for what is noted below; the
+        // rest is the caller's promise.
+        let copied = unsafe { page.copy_to(&*self.device, to.addr, to.stream) };
+        // Also where the copy was refused: the device says so of earlier ones, too.
+        let noted = self.part_copies.note(&self.device, to.stream);
+        copied.and(noted).map(|()| true)
+    }
+
+    /// A part that is registered, or can be now. Registering is done without a lock; others that ask for the same part
+    /// meanwhile do it as well, and the last page stays.
+    fn registered_part(&self, part: &FilePart) -> Result<Option<Arc<RegisteredPage>>> {
+        let mut state = self.state.lock();
+        state.check()?;
+        let asked = state.registering.ask(part);
+        if state.registering.has_leaving() {
+            self.register.notify_one();
+        }
+        match asked {
+            Asked::Registered(page) => return Ok(Some(page)),
+            Asked::Again if part.bytes > Bytes::ZERO => {}
+            Asked::Again | Asked::First => return Ok(None),
+        }
+        let plan = PagePlan::of_part(&part.file, part.offset, part.bytes);
+        let size = plan.size();
+        if !state.registering.has_room_for(size) {
+            return Ok(None);
+        }
+        // Before others look whether there is room.
+        state.registering.registered(size);
+        drop(state);
+        let made = self.register(&plan);
+        let mut state = self.state.lock();
+        let page = match &made {
+            Ok(page) => Some(Arc::clone(page)),
+            Err(error) => {
+                state.registering.given_back(size);
+                if error.is_for_good() {
+                    state.registering.set_limit(Some(Bytes::ZERO));
+                }
+                None
+            }
+        };
+        state.registering.part_registered(part, page.as_ref());
+        drop(state);
+        if let Err(error) = made {
+            tracing::debug!(device = %self.id, %error, "a part of a file was not registered");
+        }
+        Ok(page)
+    }
+
+    fn register(&self, plan: &PagePlan) -> std::result::Result<Arc<RegisteredPage>, NotRegistered> {
+        let mapped = plan.map()?;
+        let began = self.timeline.begin();
+        let made = mapped.register(&self.device)?;
+        self.timeline.note(Activity::Register, 0, began);
+        Ok(Arc::new(made))
+    }
+}

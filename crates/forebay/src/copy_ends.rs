@@ -1,0 +1,64 @@
+//! When copies out of host memory have ended, in whatever streams they are.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use forebay_device::{self as device, Device, DeviceId, Event, StreamHandle};
+use parking_lot::Mutex;
+
+use crate::Result;
+
+/// An event for each stream, behind the last copy on it.
+#[derive(Debug, Default)]
+pub(crate) struct CopyEnds {
+    events: Mutex<HashMap<(DeviceId, StreamHandle), Arc<Event>>>,
+    /// A device refused an event: nobody can know any more when the copies before it end.
+    is_unknown: AtomicBool,
+}
+
+impl CopyEnds {
+    /// What is in the stream by now is waited for from now on.
+    ///
+    /// # Errors
+    /// What the device reports.
+    pub(crate) fn note(&self, device: &Arc<dyn Device>, stream: StreamHandle) -> Result<()> {
+        let noted = self.record(device, stream);
+        if noted.is_err() {
+            self.is_unknown.store(true, Ordering::Release);
+        }
+        noted.map_err(Into::into)
+    }
+
+    fn record(&self, device: &Arc<dyn Device>, stream: StreamHandle) -> device::Result<()> {
+        let mut events = self.events.lock();
+        let event = match events.get(&(device.id(), stream)) {
+            Some(event) => Arc::clone(event),
+            None => Arc::new(Event::new(Arc::clone(device))?),
+        };
+        // SAFETY: the stream exists as long as anything remembers its handle (see `StreamHandle`).
+        unsafe { event.record(stream)? };
+        events.insert((device.id(), stream), event);
+        Ok(())
+    }
+
+    /// Those that are not complete, as far as they can be asked.
+    pub(crate) fn pending(&self) -> Vec<Arc<Event>> {
+        let mut events = self.events.lock();
+        events.retain(|_, event| !event.is_complete().unwrap_or(false));
+        events.values().map(Arc::clone).collect()
+    }
+
+    /// Waits for all that was noted by now.
+    ///
+    /// # Errors
+    /// What the device reports.
+    pub(crate) fn wait(&self) -> device::Result<()> {
+        self.pending().iter().try_for_each(|event| event.synchronize())
+    }
+
+    /// Whether everything was noted that was to be.
+    pub(crate) fn are_known(&self) -> bool {
+        !self.is_unknown.load(Ordering::Acquire)
+    }
+}
