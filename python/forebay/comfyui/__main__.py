@@ -101,7 +101,8 @@ def _parser() -> argparse.ArgumentParser:
         type=_gib,
         metavar="GIB",
         help="let ComfyUI keep copies of so much of its weights in pinned memory where it moves them by itself; what it does "
-        "not keep is read from the page cache at each use (default: of what it reads again and again)",
+        "not keep the GPU reads from the page cache at each use (default: of what it reads again and again, where that "
+        "makes steps shorter)",
     )
     parser.add_argument(
         "--warm",
