@@ -357,3 +357,31 @@ fn what_may_still_be_copied_is_never_given_back_and_ends_with_the_engine() {
     drop(engine);
     assert_eq!(faulty.live().registered, kept, "memory was unregistered that a copy may read");
 }
+
+#[test]
+fn nothing_stays_registered_when_the_engine_ends_while_it_is_asked() {
+    let rig = Rig::new();
+    let tensors = Tensors::new(&mut Random::seeded(), &SIZES);
+    for round in 0..8 {
+        let (faulty, engine) = faulty(&rig);
+        let place = Place::new(&engine, &rig);
+        register(&place, &tensors);
+        engine.forget_file(None);
+        std::thread::scope(|scope| {
+            for number in 0..3 {
+                let (engine, tensors, stream) = (&engine, &tensors, rig.stream());
+                let to =
+                    OnDevice { addr: place.addr.offset(Bytes::mib(6) * number), stream: stream.handle() };
+                scope.spawn(move || {
+                    // SAFETY: the place is faulted in, and what is in it is looked at by nobody.
+                    while unsafe { engine.read_to_device(&tensors.part(2), to) }.is_ok() {}
+                    drop(stream);
+                });
+            }
+            std::thread::sleep(Duration::from_micros(500 * round));
+            engine.shut_down();
+        });
+        assert_eq!(faulty.live().registered, 0);
+        drop(place);
+    }
+}

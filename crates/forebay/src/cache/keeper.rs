@@ -94,13 +94,15 @@ impl Keeper {
             if state.stop {
                 let pages = state.books.take_registered();
                 state.registering.let_go(pages);
-                state.registering.drop_kept();
-                state.registering.forget_file(None);
+                state.registering.end();
             }
             if state.registering.has_leaving() {
                 self.give_back(&mut state);
             } else if state.stop {
-                return;
+                if !state.registering.is_ending() {
+                    return;
+                }
+                shared.register.wait_for(&mut state, BUSY_POLL);
             } else if !self.look_at_memory(&mut state)
                 && !Self::leave_cache(&mut state)
                 && !self.let_expire(&mut state)

@@ -167,6 +167,10 @@ impl Shared {
     fn registered_part(&self, part: &FilePart) -> Result<Option<Arc<RegisteredPage>>> {
         let mut state = self.state.lock();
         state.check()?;
+        if state.stop {
+            // Without readers, who say so.
+            return Ok(None);
+        }
         let asked = state.registering.ask(part);
         if state.registering.has_leaving() {
             self.register.notify_one();
@@ -178,30 +182,21 @@ impl Shared {
         }
         let plan = PagePlan::of_part(&part.file, part.offset, part.bytes);
         let size = plan.size();
-        if !state.registering.has_room_for(size) {
+        if !state.registering.begin_part(size) {
             return Ok(None);
         }
-        // Before others look whether there is room.
-        state.registering.registered(size);
         drop(state);
         let made = self.register(&plan);
         let mut state = self.state.lock();
-        let page = match &made {
-            Ok(page) => Some(Arc::clone(page)),
-            Err(error) => {
-                state.registering.given_back(size);
-                if error.is_for_good() {
-                    state.registering.set_limit(Some(Bytes::ZERO));
-                }
-                None
-            }
-        };
-        state.registering.part_registered(part, page.as_ref());
-        drop(state);
-        if let Err(error) = made {
-            tracing::debug!(device = %self.id, %error, "a part of a file was not registered");
+        state.registering.end_part(part, size, made.as_ref().ok());
+        if made.as_ref().is_err_and(NotRegistered::is_for_good) {
+            state.registering.set_limit(Some(Bytes::ZERO));
         }
-        Ok(page)
+        drop(state);
+        made.map(Some).or_else(|error| {
+            tracing::debug!(device = %self.id, %error, "a part of a file was not registered");
+            Ok(None)
+        })
     }
 
     fn register(&self, plan: &PagePlan) -> std::result::Result<Arc<RegisteredPage>, NotRegistered> {

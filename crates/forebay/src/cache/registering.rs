@@ -35,6 +35,8 @@ pub(crate) struct Registering {
     kept_since: Option<Instant>,
     /// What the application asks for by itself.
     parts: Parts,
+    /// Parts that are being registered.
+    parts_under_way: usize,
     /// Pages that nobody copies from any more, to be given back.
     leaving: Vec<Arc<RegisteredPage>>,
     /// The most that may be registered, as set by the application.
@@ -55,6 +57,7 @@ impl Registering {
             kept: HashMap::new(),
             kept_since: None,
             parts: Parts::default(),
+            parts_under_way: 0,
             leaving: Vec::new(),
             limit,
             room: Bytes::ZERO,
@@ -155,10 +158,36 @@ impl Registering {
         self.parts.ask(part, &mut self.leaving)
     }
 
-    /// A part was registered, or cannot be.
-    pub(crate) fn part_registered(&mut self, part: &FilePart, made: Option<&Arc<RegisteredPage>>) {
-        let earlier = self.parts.set(part, made);
-        self.leaving.extend(earlier);
+    /// Makes room for a part of so many bytes, which is registered next. Whether there is some.
+    pub(crate) fn begin_part(&mut self, size: Bytes) -> bool {
+        let has_room = self.has_room_for(size);
+        if has_room {
+            self.held += size;
+            self.parts_under_way += 1;
+        }
+        has_room
+    }
+
+    /// A part of so many bytes was registered, or cannot be.
+    pub(crate) fn end_part(&mut self, part: &FilePart, size: Bytes, made: Option<&Arc<RegisteredPage>>) {
+        self.parts_under_way -= 1;
+        if made.is_none() {
+            self.given_back(size);
+        }
+        let not_kept = self.parts.set(part, made);
+        self.leaving.extend(not_kept);
+    }
+
+    /// Nothing is registered any more, and everything given back.
+    pub(crate) fn end(&mut self) {
+        self.set_limit(Some(Bytes::ZERO));
+        self.drop_kept();
+        self.forget_file(None);
+    }
+
+    /// Whether something is still to be given back.
+    pub(crate) fn is_ending(&self) -> bool {
+        self.has_leaving() || self.parts_under_way > 0
     }
 
     /// A part of a file has a copy in memory of the application's. Whether something is to be given back.
