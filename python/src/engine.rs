@@ -240,6 +240,12 @@ impl Engine {
         py.detach(|| self.inner.forget_file(file));
     }
 
+    /// Whether page cache is registered with the device, as far as memory is free.
+    #[getter]
+    fn registers(&self) -> bool {
+        self.inner.registers()
+    }
+
     /// Waits until everything decided so far is done.
     fn settle(&self, py: Python<'_>) -> PyResult<()> {
         py.detach(|| self.inner.settle()).map_err(raised)

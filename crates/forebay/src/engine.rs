@@ -268,6 +268,17 @@ impl Engine {
         self.shared.register.notify_one();
     }
 
+    /// How much page cache is registered with the device.
+    pub(crate) fn registered(&self) -> Bytes {
+        self.shared.state.lock().registering.held()
+    }
+
+    /// Whether page cache is registered with the device, as far as memory is free: the device does not refuse, and the application
+    /// allows it.
+    pub fn registers(&self) -> bool {
+        !self.shared.state.lock().registering.is_off()
+    }
+
     /// Ends the engine before its last owner goes, as a process should before it exits: what is not pinned is given back,
     /// its threads end, and no later call reaches the device. Such calls fail with [`EngineError::Stopped`]. Idempotent.
     pub fn shut_down(&self) {

@@ -24,7 +24,7 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 use self::helper::GiveBack;
 pub(crate) use self::helper::{Helper, run};
 use self::memory::HostMemory;
-use crate::cache::ram::{Cgroup, Ram};
+use crate::cache::ram::Ram;
 use crate::copy_ends::CopyEnds;
 use crate::engine::Engine;
 use crate::reader::Reader;
@@ -251,10 +251,8 @@ impl HostRange {
         let limit = self.memory.limit();
         let wanted = Bytes::new(to.get() + ahead.get() / 2);
         if books.populated < wanted && to > from {
-            check_room(
-                Ram::read().and_then(|ram| ram.cgroup),
-                to.saturating_sub(books.populated.max(from)).max(ahead),
-            )?;
+            let registered = self.engine.as_ref().map_or(Bytes::ZERO, |engine| engine.registered());
+            check_room(Ram::read(), registered, to.saturating_sub(books.populated.max(from)).max(ahead))?;
         }
         if to > books.ready {
             let ready = to.checked_add(ahead).map_or(limit, |ready| ready.min(limit));
@@ -472,11 +470,16 @@ fn have_ended(copies: &[Arc<Event>]) -> bool {
 }
 
 /// Refuses what would have a memory cgroup end the process: there the bytes are better read again from the page cache. What
-/// the machine has is its user's to look at.
-fn check_room(cgroup: Option<Cgroup>, wanted: Bytes) -> Result<()> {
-    let Some(cgroup) = cgroup else { return Ok(()) };
-    let reserve = LEAST_LEFT.min(Bytes::new(cgroup.limit.get() / 16));
-    let free = cgroup.room().saturating_sub(reserve);
+/// the machine has is its user's to look at, but that the kernel calls registered page cache available, which it is not.
+fn check_room(ram: Option<Ram>, registered: Bytes, wanted: Bytes) -> Result<()> {
+    let Some(ram) = ram else { return Ok(()) };
+    let room = match registered {
+        Bytes::ZERO => ram.cgroup.map(|cgroup| cgroup.room()),
+        _ => Some(ram.cache_room()),
+    };
+    let Some(room) = room else { return Ok(()) };
+    let reserve = LEAST_LEFT.min(Bytes::new(ram.limit().get() / 16));
+    let free = room.saturating_sub(registered).saturating_sub(reserve);
     if wanted <= free {
         return Ok(());
     }
@@ -491,14 +494,36 @@ fn machine_memory() -> Bytes {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cache::ram::Cgroup;
 
     #[test]
     fn a_buffer_grows_as_far_as_its_cgroup_has_room_beside_what_is_left_to_others() {
-        let with_room = |room: Bytes| Some(Cgroup::new(Bytes::gib(64), Bytes::gib(64), room));
-        assert!(check_room(None, Bytes::gib(1)).is_ok());
-        assert!(check_room(with_room(Bytes::gib(3)), Bytes::gib(1)).is_ok());
-        let refused = check_room(with_room(Bytes::gib(3)), Bytes::mib(1025)).unwrap_err();
+        let with_room = |room: Bytes| Some(ram(Some(Cgroup::new(Bytes::gib(64), Bytes::gib(64), room))));
+        let check = |ram, wanted| check_room(ram, Bytes::ZERO, wanted);
+        assert!(check(None, Bytes::gib(1)).is_ok());
+        assert!(check(Some(ram(None)), Bytes::gib(100)).is_ok(), "the user's to look at");
+        assert!(check(with_room(Bytes::gib(3)), Bytes::gib(1)).is_ok());
+        let refused = check(with_room(Bytes::gib(3)), Bytes::mib(1025)).unwrap_err();
         assert!(refused.is_out_of_memory());
-        assert!(check_room(with_room(Bytes::gib(1)), Bytes::mib(1)).is_err());
+        assert!(check(with_room(Bytes::gib(1)), Bytes::mib(1)).is_err());
+    }
+
+    #[test]
+    fn registered_page_cache_is_not_there_to_be_had_again() {
+        let (cgroup, registered) =
+            (Cgroup::new(Bytes::gib(64), Bytes::gib(64), Bytes::gib(9)), Bytes::gib(6));
+        assert!(check_room(Some(ram(Some(cgroup))), registered, Bytes::gib(1)).is_ok());
+        assert!(check_room(Some(ram(Some(cgroup))), registered, Bytes::mib(1025)).is_err());
+        assert!(check_room(Some(ram(None)), registered, Bytes::gib(2)).is_ok());
+        assert!(
+            check_room(Some(ram(None)), registered, Bytes::mib(2049)).is_err(),
+            "of 10 GiB that are available"
+        );
+    }
+
+    /// A machine with 10 of 128 GiB available.
+    fn ram(cgroup: Option<Cgroup>) -> Ram {
+        let (total, available) = (Bytes::gib(128), Bytes::gib(10));
+        Ram { total, available, mapped: Bytes::ZERO, cgroup, pressure: 0.0 }
     }
 }

@@ -315,7 +315,7 @@ def test_copies_are_kept_of_what_is_registered_where_that_makes_steps_shorter(
             if made.is_needed(nbytes):
                 kept.add(number)
             else:
-                made.note_read((5, number), nbytes, is_registered)
+                made.note_read((5, number), nbytes, is_registered=is_registered, registers=True)
             now += step_s / reads
 
     for is_registered in (False, True, True):
@@ -352,6 +352,14 @@ def test_as_many_copies_are_kept_as_the_user_says(comfy, copies, monkeypatch: py
     weights = HostBuffer(0, 64 * MIB, 1 << 30)
     weights.extend(3 * MIB, register=False)
     assert weights.size == 3 * MIB
+
+
+def test_no_copies_are_kept_where_there_is_no_memory_to_register_more() -> None:
+    made = Copies()
+    for _ in range(5):
+        for number in range(3):
+            assert not made.is_needed(MIB)
+            made.note_read((5, number), MIB, registers=True)
 
 
 @pytest.mark.parametrize("size", [1, 4096, 3 * MIB + 1, None])

@@ -43,7 +43,7 @@ const QUIET_IN_FIRST_PASS: Duration = Duration::from_secs(1);
 /// (2026-11-29-h200-registering).
 const REST: u32 = 2;
 /// Refusals by the device after which it is not asked any more.
-const MOST_REFUSALS: u32 = 3;
+pub(super) const MOST_REFUSALS: u32 = 3;
 /// How often the end of copies is asked for.
 const MOST_TRIES: u32 = 10;
 /// Pages given back, or given up in the page cache, in one go.
@@ -76,6 +76,11 @@ impl NotRegistered {
     /// Whether the device registers nothing.
     pub(super) fn is_for_good(&self) -> bool {
         matches!(self, NotRegistered::Device(error) if error.is_unsupported())
+    }
+
+    /// Whether the device refused, not the system.
+    pub(super) fn is_the_devices(&self) -> bool {
+        matches!(self, NotRegistered::Device(_))
     }
 }
 
@@ -190,9 +195,8 @@ impl Keeper {
                 }
             }
             Err(error) => {
-                let is_refused = matches!(&error, NotRegistered::Device(_));
-                self.refusals += u32::from(is_refused);
-                let gives_up = error.is_for_good() || (is_refused && self.refusals >= MOST_REFUSALS);
+                self.refusals += u32::from(error.is_the_devices());
+                let gives_up = error.is_for_good() || self.refusals >= MOST_REFUSALS;
                 if gives_up {
                     state.registering.set_limit(Some(Bytes::ZERO));
                 } else if state.is_open(page.vbar) {

@@ -17,8 +17,9 @@ use crate::state::Shared;
 use crate::timeline::Activity;
 use crate::transfer::{FilePart, OnDevice};
 
-/// Files whose parts are known.
+/// Files whose parts are known, and parts of a file.
 const MOST_FILES: usize = 16;
+const MOST_PARTS: usize = 1 << 16;
 
 /// Parts that were asked for. Under the state lock.
 #[derive(Debug, Default)]
@@ -68,6 +69,9 @@ impl Parts {
                 Known { file, parts: HashMap::new() }
             }
         };
+        if known.parts.len() >= MOST_PARTS {
+            gone.extend(known.parts.drain().filter_map(|(_, part)| part.page()));
+        }
         let asked = match known.parts.entry((part.offset, part.bytes)) {
             Entry::Vacant(entry) => {
                 entry.insert(Part::Asked);
@@ -188,10 +192,7 @@ impl Shared {
         drop(state);
         let made = self.register(&plan);
         let mut state = self.state.lock();
-        state.registering.end_part(part, size, made.as_ref().ok());
-        if made.as_ref().is_err_and(NotRegistered::is_for_good) {
-            state.registering.set_limit(Some(Bytes::ZERO));
-        }
+        state.registering.end_part(part, size, made.as_ref());
         drop(state);
         made.map(Some).or_else(|error| {
             tracing::debug!(device = %self.id, %error, "a part of a file was not registered");

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use forebay_core::{Bytes, PageRef, PageState, Rank, VbarId};
 
+use super::keeper::{MOST_REFUSALS, NotRegistered};
 use super::parts::{Asked, Parts};
 use super::registered::{PageKey, PagePlan, RegisteredPage};
 use crate::state::State;
@@ -37,6 +38,8 @@ pub(crate) struct Registering {
     parts: Parts,
     /// Parts that are being registered.
     parts_under_way: usize,
+    /// How many the device refused one after the other.
+    parts_refused: u32,
     /// Pages that nobody copies from any more, to be given back.
     leaving: Vec<Arc<RegisteredPage>>,
     /// The most that may be registered, as set by the application.
@@ -58,6 +61,7 @@ impl Registering {
             kept_since: None,
             parts: Parts::default(),
             parts_under_way: 0,
+            parts_refused: 0,
             leaving: Vec::new(),
             limit,
             room: Bytes::ZERO,
@@ -79,6 +83,11 @@ impl Registering {
     /// What is free by the latest look at the host's memory.
     pub(crate) fn set_room(&mut self, room: Bytes) {
         self.room = room;
+    }
+
+    /// Whether nothing may be registered, or can.
+    pub(crate) fn is_off(&self) -> bool {
+        self.off
     }
 
     /// Bytes registered.
@@ -169,13 +178,25 @@ impl Registering {
     }
 
     /// A part of so many bytes was registered, or cannot be.
-    pub(crate) fn end_part(&mut self, part: &FilePart, size: Bytes, made: Option<&Arc<RegisteredPage>>) {
+    pub(super) fn end_part(
+        &mut self,
+        part: &FilePart,
+        size: Bytes,
+        made: std::result::Result<&Arc<RegisteredPage>, &NotRegistered>,
+    ) {
         self.parts_under_way -= 1;
-        if made.is_none() {
-            self.given_back(size);
-        }
-        let not_kept = self.parts.set(part, made);
+        let not_kept = self.parts.set(part, made.ok());
         self.leaving.extend(not_kept);
+        match made {
+            Ok(_) => self.parts_refused = 0,
+            Err(error) => {
+                self.given_back(size);
+                self.parts_refused += u32::from(error.is_the_devices());
+                if error.is_for_good() || self.parts_refused >= MOST_REFUSALS {
+                    self.set_limit(Some(Bytes::ZERO));
+                }
+            }
+        }
     }
 
     /// Nothing is registered any more, and everything given back.

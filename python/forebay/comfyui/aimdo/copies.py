@@ -6,7 +6,8 @@ node is what does not fit on the device. That the device reads from the page cac
 a copy would save nothing but ComfyUI's own time: it has more to do for a weight that it reads than for one that it has a copy of.
 So a byte that is read again is worth a byte of copies
 
-* where it is not registered, because memory is short or the device refuses, whether it goes to the device alone or into a copy as well;
+* where the device registers nothing, whether it goes to the device alone or into a copy as well. Where there is no memory for
+  registering more there is none for a copy;
 * where steps take as long as ComfyUI's thread needs, which copies make shorter: the link has nothing to do for more than half
   of a step, and the reads are a good part of it (:data:`READ_S`).
 
@@ -70,14 +71,22 @@ class Copies:
         none was read."""
         return self._is_second_step or not self._read_in_node
 
-    def note_read(self, part: Part, nbytes: int, is_registered: bool = False) -> None:
-        """So many bytes were read from a file, to the device or into a copy; ``is_registered``: by the device itself."""
+    def note_read(self, part: Part, nbytes: int, *, is_registered: bool = False, registers: bool = False) -> None:
+        """So many bytes were read from a file, to the device or into a copy.
+
+        Args:
+            part: Which.
+            nbytes: How many.
+            is_registered: Whether the device reads them by itself.
+            registers: Whether it does, as far as there is memory for it.
+        """
         self._read += nbytes
         is_again = part in self._read_in_node
         self._read_in_node.add(part)
         self._is_second_step |= is_again
-        is_short_of_thread = is_registered and self._steps.are_short_of_thread(part, nbytes, time.monotonic())
-        if is_again and (is_short_of_thread or not is_registered):
+        if is_registered:
+            self._steps.note_registered(part, nbytes, time.monotonic())
+        if is_again and (self._steps.are_short_of_thread or not registers):
             self._worth += nbytes
 
     def end_node(self) -> None:
@@ -97,22 +106,22 @@ class _Steps:
         self._reads = self._nbytes = 0
         # In the first one that is seen parts are registered.
         self._is_first_step = True
-        self._are_short = False
+        self.are_short_of_thread = False
+        """Whether the last step took as long as ComfyUI's thread needed, as far as reads can tell."""
 
-    def are_short_of_thread(self, part: Part, nbytes: int, now: float) -> bool:
-        """Takes a read in. Whether the last step took as long as ComfyUI's thread needed, as far as reads can tell."""
+    def note_registered(self, part: Part, nbytes: int, now: float) -> None:
+        """The device reads a part by itself."""
         if part == self._first:
             took = now - self._began
             reads = self._reads * READ_S > READS_SHARE * took
             is_link_idle = self._nbytes < LINK_SHARE * LINK_BYTES_S * took
-            self._are_short = reads and is_link_idle and not self._is_first_step
+            self.are_short_of_thread = reads and is_link_idle and not self._is_first_step
             self._is_first_step = False
         if self._first is None or part == self._first:
             self._first, self._began = part, now
             self._reads = self._nbytes = 0
         self._reads += 1
         self._nbytes += nbytes
-        return self._are_short
 
 
 copies = Copies()

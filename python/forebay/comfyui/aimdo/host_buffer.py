@@ -164,7 +164,9 @@ class HostBuffer:
             engine = devices.context(device).engine
             self._buffer.read(descriptor, file_offset, size, offset, engine, address, _stream(stream))
         if self._holds_weights:
-            copies.note_read((descriptor, file_offset), size)
+            engine = devices.any_engine()
+            registers = engine is not None and engine.registers
+            copies.note_read((descriptor, file_offset), size, registers=registers)
 
 
 def read_file_to_device(
@@ -188,8 +190,10 @@ def read_file_to_device(
         OSError: For a descriptor that is not open.
     """
     arguments = _arguments(file, file_offset, size, device_ptr)
-    is_registered = _forebay.read_to_device(devices.context(device).engine, *arguments, _stream(stream))
-    copies.note_read(arguments[:2], size, is_registered)
+    engine = devices.context(device).engine
+    is_registered = _forebay.read_to_device(engine, *arguments, _stream(stream))
+    registers = is_registered or engine.registers
+    copies.note_read(arguments[:2], size, is_registered=is_registered, registers=registers)
 
 
 def write_device_to_file(
