@@ -71,7 +71,9 @@ class Copies:
         none was read."""
         return self._is_second_step or not self._read_in_node
 
-    def note_read(self, part: Part, nbytes: int, *, is_registered: bool = False, registers: bool = False) -> None:
+    def note_read(
+        self, part: Part, nbytes: int, *, is_registered: bool = False, registers: bool = False
+    ) -> None:
         """So many bytes were read from a file, to the device or into a copy.
 
         Args:
