@@ -2,7 +2,6 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use forebay_device::{self as device, Device, DeviceId, Event, StreamHandle};
 use parking_lot::Mutex;
@@ -11,11 +10,7 @@ use crate::Result;
 
 /// An event for each stream, behind the last copy on it.
 #[derive(Debug, Default)]
-pub(crate) struct CopyEnds {
-    events: Mutex<HashMap<(DeviceId, StreamHandle), Arc<Event>>>,
-    /// A device refused an event: nobody can know any more when the copies before it end.
-    is_unknown: AtomicBool,
-}
+pub(crate) struct CopyEnds(Mutex<HashMap<(DeviceId, StreamHandle), Arc<Event>>>);
 
 impl CopyEnds {
     /// What is in the stream by now is waited for from now on.
@@ -23,15 +18,7 @@ impl CopyEnds {
     /// # Errors
     /// What the device reports.
     pub(crate) fn note(&self, device: &Arc<dyn Device>, stream: StreamHandle) -> Result<()> {
-        let noted = self.record(device, stream);
-        if noted.is_err() {
-            self.is_unknown.store(true, Ordering::Release);
-        }
-        noted.map_err(Into::into)
-    }
-
-    fn record(&self, device: &Arc<dyn Device>, stream: StreamHandle) -> device::Result<()> {
-        let mut events = self.events.lock();
+        let mut events = self.0.lock();
         let event = match events.get(&(device.id(), stream)) {
             Some(event) => Arc::clone(event),
             None => Arc::new(Event::new(Arc::clone(device))?),
@@ -44,7 +31,7 @@ impl CopyEnds {
 
     /// Those that are not complete, as far as they can be asked.
     pub(crate) fn pending(&self) -> Vec<Arc<Event>> {
-        let mut events = self.events.lock();
+        let mut events = self.0.lock();
         events.retain(|_, event| !event.is_complete().unwrap_or(false));
         events.values().map(Arc::clone).collect()
     }
@@ -55,10 +42,5 @@ impl CopyEnds {
     /// What the device reports.
     pub(crate) fn wait(&self) -> device::Result<()> {
         self.pending().iter().try_for_each(|event| event.synchronize())
-    }
-
-    /// Whether everything was noted that was to be.
-    pub(crate) fn are_known(&self) -> bool {
-        !self.is_unknown.load(Ordering::Acquire)
     }
 }

@@ -231,15 +231,14 @@ impl Keeper {
         let bytes: Bytes = leaving.iter().map(RegisteredPage::size).sum();
         MutexGuard::unlocked(state, || {
             match self.wait_for_copies() {
-                Ok(()) if self.shared.part_copies.are_known() => {
+                Ok(()) => {
                     let began = self.shared.timeline.begin();
-                    drop(leaving);
+                    leaving.into_iter().for_each(RegisteredPage::give_back);
                     self.shared.timeline.note(Activity::Unregister, 0, began);
                 }
-                // Nobody can know whether they are still read.
-                waited => {
-                    let (device, error) = (self.shared.id, waited.err());
-                    tracing::warn!(%device, ?error, "registered memory could not be given back");
+                Err(error) => {
+                    // Nobody can know whether they are still read.
+                    tracing::warn!(device = %self.shared.id, %error, "registered memory could not be given back");
                     std::mem::forget(leaving);
                 }
             }
@@ -248,8 +247,8 @@ impl Keeper {
         self.shared.changed.notify_all();
     }
 
-    /// Waits until all copies that are enqueued by now have completed, those of parts in whatever streams they are. What the device refuses is tried again: what may still
-    /// be read can never be given back.
+    /// Waits until all copies that are enqueued by now have completed, those of parts in whatever streams they are. What the device
+    /// refuses is tried again: what may still be read can never be given back.
     fn wait_for_copies(&self) -> forebay_device::Result<()> {
         let wait = || {
             let stream = self.shared.copy.lock();

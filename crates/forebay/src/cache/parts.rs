@@ -163,6 +163,9 @@ impl Shared {
         let copied = unsafe { page.copy_to(&*self.device, to.addr, to.stream) };
         // Also where the copy was refused: the device says so of earlier ones, too.
         let noted = self.part_copies.note(&self.device, to.stream);
+        if noted.is_err() {
+            page.stay();
+        }
         copied.and(noted).map(|()| true)
     }
 

@@ -3,7 +3,9 @@
 //! Every page has mappings of its own, so that pages are registered and given back one by one even where they meet in a
 //! memory page of the file.
 
+use std::mem;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use forebay_core::Bytes;
 use forebay_device::{Device, DeviceAddr, DeviceError, HostCopy, Registration, StreamHandle};
@@ -23,6 +25,8 @@ const LEAST_RUN: u64 = 256 << 10;
 pub(crate) struct RegisteredPage {
     parts: Vec<Registration<MappedFile>>,
     runs: Vec<Run>,
+    /// Nobody can know when a copy of it ends.
+    stays: AtomicBool,
 }
 
 /// A run of bytes in the page cache and its place in the page.
@@ -176,7 +180,7 @@ impl MappedPage<'_> {
         device: &Arc<dyn Device>,
     ) -> std::result::Result<RegisteredPage, DeviceError> {
         let page = rustix::param::page_size() as u64;
-        let mut made = RegisteredPage { parts: Vec::new(), runs: Vec::new() };
+        let mut made = RegisteredPage { parts: Vec::new(), runs: Vec::new(), stays: AtomicBool::new(false) };
         for part in self.parts {
             let whole_pages = Bytes::new(part.len().get().next_multiple_of(page));
             let first = part.as_ptr();
@@ -216,6 +220,18 @@ impl RegisteredPage {
         // SAFETY: the runs lie in registered mappings that live as long as `self`, and in the page, each in a place of its own;
         // the caller keeps both until the copies have completed.
         unsafe { device.copy_all_to_device(&copies, stream) }.map_err(Into::into)
+    }
+
+    /// It stays registered for ever: the device does not tell when a copy of it ends.
+    pub(crate) fn stay(&self) {
+        self.stays.store(true, Ordering::Release);
+    }
+
+    /// Gives it back, unless it is to stay.
+    pub(crate) fn give_back(self) {
+        if self.stays.load(Ordering::Acquire) {
+            mem::forget(self);
+        }
     }
 
     /// Bytes copied each time.

@@ -91,6 +91,11 @@ def any_engine() -> Engine | None:
     return next((context.engine for context in contexts.values()), None)
 
 
+def registers() -> bool:
+    """Whether there is a device that page cache is registered with, as far as memory is free."""
+    return any(context.engine.registers for context in list(contexts.values()))
+
+
 def end_read_ahead() -> None:
     """Forgets what was read ahead for any device, and gives the memory for it back."""
     for context in list(contexts.values()):

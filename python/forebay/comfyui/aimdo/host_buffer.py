@@ -164,9 +164,7 @@ class HostBuffer:
             engine = devices.context(device).engine
             self._buffer.read(descriptor, file_offset, size, offset, engine, address, _stream(stream))
         if self._holds_weights:
-            engine = devices.any_engine()
-            registers = engine is not None and engine.registers
-            copies.note_read((descriptor, file_offset), size, registers=registers)
+            copies.note_read((descriptor, file_offset), size, registers=devices.registers())
 
 
 def read_file_to_device(
