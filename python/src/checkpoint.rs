@@ -55,5 +55,5 @@ impl Checkpoint {
 }
 
 fn key(file: &SourceFile) -> (u64, u64) {
-    (file.dev(), file.inode())
+    file.stamp().file()
 }

@@ -229,6 +229,11 @@ pub struct FileStamp {
 }
 
 impl FileStamp {
+    /// The file, in whatever state: its device and inode.
+    pub fn file(self) -> (u64, u64) {
+        (self.dev, self.inode)
+    }
+
     fn of(metadata: &Metadata) -> FileStamp {
         let mtime_ns = i128::from(metadata.mtime()) * 1_000_000_000 + i128::from(metadata.mtime_nsec());
         FileStamp { len: metadata.len(), mtime_ns, dev: metadata.dev(), inode: metadata.ino() }

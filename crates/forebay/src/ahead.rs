@@ -157,7 +157,7 @@ impl Inner {
         let stamp = file.stamp();
         self.aside = match (self.files.last(), self.aside) {
             (None, _) => None,
-            (Some(last), _) if last.is_of((file.dev(), file.inode())) => None,
+            (Some(last), _) if last.file.stamp().file() == stamp.file() => None,
             (_, Some((other, count))) if other == stamp => Some((other, count + 1)),
             _ => Some((stamp, 1)),
         };
@@ -172,7 +172,7 @@ impl Inner {
             None => {
                 // The same file as it was before it was written to.
                 self.files.retain_mut(|known| {
-                    let stays = !known.is_of((part.file.dev(), part.file.inode()));
+                    let stays = known.file.stamp().file() != part.file.stamp().file();
                     if !stays {
                         known.take_back();
                     }
@@ -337,11 +337,6 @@ impl Known {
     /// Whether it is this file, as it is now.
     fn is(&self, file: &SourceFile) -> bool {
         self.file.stamp() == file.stamp()
-    }
-
-    /// Whether it is a file of this device and inode, in whatever state.
-    fn is_of(&self, file: (u64, u64)) -> bool {
-        (self.file.dev(), self.file.inode()) == file
     }
 
     /// A tensor is asked for. What of it was read ahead.

@@ -56,8 +56,7 @@ impl Engine {
     pub fn new(device: Arc<dyn Device>, config: EngineConfig) -> Result<Arc<Self>> {
         check_budget(config.budget, &*device)?;
         config.ring.check()?;
-        let effective = effective_budget(config.budget, &*device, Bytes::ZERO)?;
-        let shared = Arc::new(Shared::new(device, config, effective)?);
+        let shared = Arc::new(Shared::new(device, config)?);
         let threads = config.ring.reader_threads();
         let readers = ReaderPool::new("forebay-read", threads, |_| Reader::new());
         let readers = readers.map_err(EngineError::Readers)?;
@@ -232,9 +231,9 @@ impl Engine {
     pub fn set_budget(&self, budget: Budget) -> Result<()> {
         check_budget(budget, &*self.shared.device)?;
         let mut state = self.shared.state.lock();
-        let effective = effective_budget(budget, &*self.shared.device, state.books.frame_bytes())?;
+        let allowed = state.allowed(budget, &*self.shared.device)?;
         state.budget = budget;
-        state.decide(|policy, books, out| policy.set_budget(effective, books, out));
+        state.decide(|policy, books, out| policy.set_budget(allowed, books, out));
         drop(state);
         self.shared.changed.notify_all();
         self.shared.work.notify_one();
@@ -526,13 +525,4 @@ fn check_budget(budget: Budget, device: &dyn Device) -> Result<()> {
         ))),
         _ => Ok(()),
     }
-}
-
-fn effective_budget(budget: Budget, device: &dyn Device, own: Bytes) -> Result<Bytes> {
-    Ok(match budget {
-        Budget::Fixed(bytes) => bytes,
-        Budget::Headroom(headroom) => {
-            own.checked_add(device.memory()?.free).unwrap_or(Bytes::MAX).saturating_sub(headroom)
-        }
-    })
 }

@@ -310,7 +310,7 @@ impl HostRange {
         while let Some((start, len)) = books.registered.last_key_value().map(|(start, len)| (*start, *len))
             && start + len > size
         {
-            self.copied.pending().iter().try_for_each(|event| event.synchronize())?;
+            self.copied.wait()?;
             books.registered.remove(&start);
             let first = self.base().wrapping_add(start.as_usize());
             // SAFETY: registered by this buffer, and the copies that used it have ended.

@@ -126,37 +126,39 @@ pub(crate) struct State {
 }
 
 impl Shared {
-    pub(crate) fn new(device: Arc<dyn Device>, config: EngineConfig, effective: Bytes) -> Result<Self> {
+    pub(crate) fn new(device: Arc<dyn Device>, config: EngineConfig) -> Result<Self> {
         let copy = Stream::new(Arc::clone(&device))?;
         let patching = Stream::new(Arc::clone(&device))?;
         let gives_way = GivesWay::new(Arc::clone(&device));
+        let mut state = State {
+            policy: Policy::new(Bytes::ZERO),
+            books: Books::new(Arc::clone(&device)),
+            queue: VecDeque::new(),
+            landing: VecDeque::new(),
+            budget: config.budget,
+            of_headroom: Bytes::ZERO,
+            registering: Registering::new(config.registered),
+            decided: 0,
+            newest: Serial(0),
+            done: 0,
+            filling: BTreeSet::new(),
+            executing: 0,
+            stop: false,
+            look_after: Instant::now(),
+            making_room: 0,
+            offer: None,
+            emptying: 0,
+            squeezed: None,
+            waiting: 0,
+            recalled: 0,
+            cache_shared_for: None,
+            leaving_cache: VecDeque::new(),
+            scratch: Vec::new(),
+        };
+        state.policy = Policy::new(state.allowed(config.budget, &*device)?);
         Ok(Shared {
             id: device.id(),
-            state: Mutex::new(State {
-                policy: Policy::new(effective),
-                books: Books::new(Arc::clone(&device)),
-                queue: VecDeque::new(),
-                landing: VecDeque::new(),
-                budget: config.budget,
-                of_headroom: Bytes::ZERO,
-                registering: Registering::new(config.registered),
-                decided: 0,
-                newest: Serial(0),
-                done: 0,
-                filling: BTreeSet::new(),
-                executing: 0,
-                stop: false,
-                look_after: Instant::now(),
-                making_room: 0,
-                offer: None,
-                emptying: 0,
-                squeezed: None,
-                waiting: 0,
-                recalled: 0,
-                cache_shared_for: None,
-                leaving_cache: VecDeque::new(),
-                scratch: Vec::new(),
-            }),
+            state: Mutex::new(state),
             device,
             changed: Condvar::new(),
             work: Condvar::new(),
@@ -446,10 +448,7 @@ impl State {
             Budget::Fixed(bytes) if bytes == now => return Ok(false),
             // A device without room made it fall: it rises as there is room again.
             Budget::Fixed(bytes) => self.usable(device)?.min(bytes).max(now),
-            Budget::Headroom(headroom) => {
-                let own = self.of_headroom.min(Bytes::new(headroom.get() / 2));
-                self.usable(device)?.saturating_sub(headroom - own)
-            }
+            Budget::Headroom(_) => self.allowed(self.budget, device)?,
         };
         let target = self.squeezed.map_or(target, |squeezed| target.min(squeezed.most));
         let is_whole = self.budget == Budget::Fixed(target);
@@ -473,6 +472,17 @@ impl State {
         let (since, offered) = known.map_or((Instant::now(), target), |(since, o)| (since, o.min(target)));
         self.offer = Some((since, offered));
         if since.elapsed() >= CALM { offered } else { now }
+    }
+
+    /// How many bytes of frames a budget allows at this moment.
+    pub(crate) fn allowed(&self, budget: Budget, device: &dyn Device) -> Result<Bytes> {
+        Ok(match budget {
+            Budget::Fixed(bytes) => bytes,
+            Budget::Headroom(headroom) => {
+                let own = self.of_headroom.min(Bytes::new(headroom.get() / 2));
+                self.usable(device)?.saturating_sub(headroom - own)
+            }
+        })
     }
 
     /// What the engine has and what nobody has.

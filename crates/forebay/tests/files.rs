@@ -5,10 +5,10 @@ mod common;
 
 use std::io::Write;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use common::faulty::{Call, Failure, Faulty};
-use common::{Random, Rig};
+use common::{Random, Rig, eventually};
 use forebay::device::host::HostConfig;
 use forebay::device::{Device, DeviceAddr, Event, Stream};
 use forebay::store::SourceFile;
@@ -44,6 +44,13 @@ impl Tensors {
             offset += size as u64;
         }
         Tensors { file, parts }
+    }
+
+    /// Writes another file's contents to this one.
+    fn overwrite(&mut self, other: Tensors) {
+        std::thread::sleep(Duration::from_millis(20)); // so that its time differs
+        std::fs::write(self.file.path(), std::fs::read(other.file.path()).unwrap()).unwrap();
+        self.parts = other.parts;
     }
 
     fn part(&self, number: usize) -> FilePart {
@@ -162,10 +169,7 @@ fn files_that_take_turns_and_files_that_change_are_right() {
         }
         // What was read ahead of this one is what it was.
         place.check(&files[round], &[0]);
-        let other = Tensors::new(&mut random, &SIZES[..5]);
-        std::thread::sleep(Duration::from_millis(20)); // so that its time differs
-        std::fs::write(files[round].file.path(), std::fs::read(other.file.path()).unwrap()).unwrap();
-        files[round].parts = other.parts;
+        files[round].overwrite(Tensors::new(&mut random, &SIZES[..5]));
         place.check(&files[round], &[1, 2, 4]);
     }
 }
@@ -195,15 +199,6 @@ const ALL: [usize; 6] = [0, 1, 2, 3, 4, 5];
 /// One of these has no bytes.
 const SOME: usize = ALL.len() - 1;
 
-/// Waits for what the engine does in the background.
-fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
-    let start = Instant::now();
-    while !is_so() {
-        assert!(start.elapsed() < Duration::from_secs(20), "{what}");
-        std::thread::sleep(Duration::from_millis(1));
-    }
-}
-
 /// Has the tensors asked for until the copy engine reads all of them, once the engine has looked at the host's memory.
 fn register(place: &Place<'_>, tensors: &Tensors) {
     register_all_but(0, place, tensors);
@@ -232,8 +227,7 @@ fn what_is_asked_for_again_the_copy_engine_reads_by_itself_until_the_file_is_for
         assert!(both > Bytes::mib(20), "{both}");
         assert_eq!((place.check(&one, &ALL), place.check(&other, &ALL)), (SOME, SOME));
         assert_eq!(registered(), both, "registered once");
-        let file = one.part(0).file;
-        engine.forget_file(Some((file.dev(), file.inode())));
+        engine.forget_file(Some(one.part(0).file.stamp().file()));
         assert_eq!(place.check(&one, &ALL), 0, "forgotten");
         eventually("one file is not given back", || registered() < Bytes::new(both.get() * 2 / 3));
         assert_eq!(place.check(&other, &ALL), SOME, "the other is not");
@@ -258,6 +252,8 @@ fn what_is_read_ahead_takes_no_memory_from_weights() {
     // The device's memory is looked at five times a second.
     std::thread::sleep(Duration::from_millis(600));
     assert_eq!(engine.budget().1, budget);
+    engine.set_budget(config.budget).unwrap();
+    assert_eq!(engine.budget().1, budget, "set while it is there");
     engine.end_read_ahead();
     std::thread::sleep(Duration::from_millis(600));
     assert_eq!((engine.memory().unwrap().free, engine.budget().1), (free, budget));
@@ -271,10 +267,7 @@ fn what_was_registered_of_a_file_that_changes_is_given_back() {
     let mut tensors = Tensors::new(&mut random, &SIZES[..6]);
     let place = Place::new(&engine, &rig);
     register(&place, &tensors);
-    let other = Tensors::new(&mut random, &SIZES[..6]);
-    std::thread::sleep(Duration::from_millis(20)); // so that its time differs
-    std::fs::write(tensors.file.path(), std::fs::read(other.file.path()).unwrap()).unwrap();
-    tensors.parts = other.parts;
+    tensors.overwrite(Tensors::new(&mut random, &SIZES[..6]));
     assert_eq!(place.check(&tensors, &ALL), 0, "another file");
     eventually("it stays registered", || engine.stats().registered == Bytes::ZERO);
     assert_eq!(place.check(&tensors, &ALL), SOME);

@@ -4,9 +4,9 @@
 mod common;
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use common::{Rig, engine_on};
+use common::{Rig, engine_on, eventually};
 use forebay::device::host::{HostConfig, HostDevice};
 use forebay::device::{Device, DeviceAddr, Event, Stream};
 use forebay::store::SourceFile;
@@ -39,14 +39,6 @@ fn is_free(device: &HostDevice, buffer: &HostBuffer, offset: Bytes, bytes: Bytes
         unsafe { device.unregister_host(first, bytes) }.unwrap();
     }
     registered
-}
-
-fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
-    let start = Instant::now();
-    while !is_so() {
-        assert!(start.elapsed() < Duration::from_secs(20), "not so after 20 s: {what}");
-        std::thread::yield_now();
-    }
 }
 
 #[test]

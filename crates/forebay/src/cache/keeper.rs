@@ -11,12 +11,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use forebay_core::{Bytes, PageRef};
-use forebay_device::{DeviceError, Event};
-use forebay_store::StoreError;
+use forebay_device::Event;
 use parking_lot::MutexGuard;
 
 use super::ram::Ram;
-use super::registered::{PagePlan, RegisteredPage};
+use super::registered::{NotRegistered, PagePlan, RegisteredPage};
+use super::registering::MOST_REFUSALS;
 use crate::state::{Shared, State};
 use crate::timeline::Activity;
 use crate::vbar::Vbar;
@@ -42,8 +42,6 @@ const QUIET_IN_FIRST_PASS: Duration = Duration::from_secs(1);
 /// eight steps with one rest, two and three, and twenty steps took 6.2, 5.9 and 6.1 s together; in pieces of 4 MiB with one rest 7.1
 /// (2026-11-29-h200-registering).
 const REST: u32 = 2;
-/// Refusals by the device after which it is not asked any more.
-pub(super) const MOST_REFUSALS: u32 = 3;
 /// How often the end of copies is asked for.
 const MOST_TRIES: u32 = 10;
 /// Pages given back, or given up in the page cache, in one go.
@@ -61,27 +59,6 @@ pub(crate) struct Keeper {
     /// Nothing is registered before.
     rests_until: Instant,
     refusals: u32,
-}
-
-/// Why a page was not registered.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum NotRegistered {
-    #[error(transparent)]
-    Device(#[from] DeviceError),
-    #[error(transparent)]
-    File(#[from] StoreError),
-}
-
-impl NotRegistered {
-    /// Whether the device registers nothing.
-    pub(super) fn is_for_good(&self) -> bool {
-        matches!(self, NotRegistered::Device(error) if error.is_unsupported())
-    }
-
-    /// Whether the device refused, not the system.
-    pub(super) fn is_the_devices(&self) -> bool {
-        matches!(self, NotRegistered::Device(_))
-    }
 }
 
 impl Keeper {

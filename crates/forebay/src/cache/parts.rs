@@ -10,8 +10,7 @@ use std::sync::Arc;
 use forebay_core::Bytes;
 use forebay_store::FileStamp;
 
-use super::keeper::NotRegistered;
-use super::registered::{PagePlan, RegisteredPage};
+use super::registered::{NotRegistered, PagePlan, RegisteredPage};
 use crate::Result;
 use crate::state::Shared;
 use crate::timeline::Activity;
@@ -62,7 +61,7 @@ impl Parts {
         let mut known = match self.files.iter().position(|known| known.file == file) {
             Some(place) => self.files.remove(place),
             None => {
-                self.forget(Some((file.dev, file.inode)), gone);
+                self.forget(Some(file.file()), gone);
                 if self.files.len() == MOST_FILES {
                     self.files.remove(0).leave(gone);
                 }
@@ -93,10 +92,9 @@ impl Parts {
         part: &FilePart,
         page: Option<&Arc<RegisteredPage>>,
     ) -> Option<Arc<RegisteredPage>> {
-        let file = part.file.stamp();
         let now = page.map_or(Part::Refused, |page| Part::Registered(Arc::clone(page)));
-        let not_kept = match self.files.iter_mut().find(|known| known.file == file) {
-            Some(known) => known.parts.insert((part.offset, part.bytes), now)?,
+        let not_kept = match self.parts_beside(part) {
+            Some(parts) => parts.insert((part.offset, part.bytes), now)?,
             None => now,
         };
         not_kept.page()
@@ -104,15 +102,19 @@ impl Parts {
 
     /// A part has a copy in memory of the application's: it is not asked for any more. What was registered of it.
     pub(super) fn copied(&mut self, part: &FilePart) -> Option<Arc<RegisteredPage>> {
-        let file = part.file.stamp();
-        let known = self.files.iter_mut().find(|known| known.file == file)?;
-        let known = known.parts.get_mut(&(part.offset, part.bytes))?;
+        let known = self.parts_beside(part)?.get_mut(&(part.offset, part.bytes))?;
         std::mem::replace(known, Part::Asked).page()
+    }
+
+    /// What is known of the parts of a part's file.
+    fn parts_beside(&mut self, part: &FilePart) -> Option<&mut HashMap<(u64, Bytes), Part>> {
+        let file = part.file.stamp();
+        self.files.iter_mut().find(|known| known.file == file).map(|known| &mut known.parts)
     }
 
     /// Nothing is known any more of the file of this device and inode; without one, of any.
     pub(super) fn forget(&mut self, file: Option<(u64, u64)>, gone: &mut Vec<Arc<RegisteredPage>>) {
-        let is_meant = |known: &mut Known| file.is_none_or(|file| file == (known.file.dev, known.file.inode));
+        let is_meant = |known: &mut Known| file.is_none_or(|file| file == known.file.file());
         self.files.extract_if(.., is_meant).for_each(|known| known.leave(gone));
     }
 
@@ -123,10 +125,10 @@ impl Parts {
             if left == Bytes::ZERO {
                 return;
             }
-            if matches!(part, Part::Registered(_)) {
-                let page = std::mem::replace(part, Part::Asked).page();
-                left = left.saturating_sub(page.as_ref().map_or(Bytes::ZERO, |page| page.size()));
-                gone.extend(page);
+            if let Part::Registered(page) = part {
+                left = left.saturating_sub(page.size());
+                gone.push(Arc::clone(page));
+                *part = Part::Asked;
             }
         }
     }

@@ -42,6 +42,27 @@ unsafe impl Send for RegisteredPage {}
 // SAFETY: nothing is written through a shared reference.
 unsafe impl Sync for RegisteredPage {}
 
+/// Why a page was not registered.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum NotRegistered {
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    #[error(transparent)]
+    File(#[from] StoreError),
+}
+
+impl NotRegistered {
+    /// Whether the device registers nothing.
+    pub(super) fn is_for_good(&self) -> bool {
+        matches!(self, NotRegistered::Device(error) if error.is_unsupported())
+    }
+
+    /// Whether the device refused, not the system.
+    pub(super) fn is_the_devices(&self) -> bool {
+        matches!(self, NotRegistered::Device(_))
+    }
+}
+
 /// Where a page's bytes are in files, told without mapping anything.
 #[derive(Debug)]
 pub(crate) struct PagePlan {

@@ -7,9 +7,8 @@ use std::time::{Duration, Instant};
 
 use forebay_core::{Bytes, PageRef, PageState, Rank, VbarId};
 
-use super::keeper::{MOST_REFUSALS, NotRegistered};
 use super::parts::{Asked, Parts};
-use super::registered::{PageKey, PagePlan, RegisteredPage};
+use super::registered::{NotRegistered, PageKey, PagePlan, RegisteredPage};
 use crate::state::State;
 use crate::transfer::FilePart;
 
@@ -23,6 +22,8 @@ const OFTEN: u32 = 3;
 /// 1.5 to 1.8. From then on 1.03 to 1.08. Twenty steps take 5.9 s together, 6.4 with nothing registered
 /// (2026-11-29-h200-registering).
 const LATE: u32 = 2;
+/// Refusals by the device after which it is not asked any more.
+pub(super) const MOST_REFUSALS: u32 = 3;
 
 /// See the module's documentation.
 #[derive(Debug)]

@@ -14,6 +14,7 @@ pub mod watchdog;
 use std::io::Write;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use forebay::device::host::{HostConfig, HostDevice};
 use forebay::device::{Device, DeviceAddr, Event, PinnedBuffer, Stream, StreamHandle};
@@ -88,6 +89,15 @@ pub fn try_engine_on(device: Arc<dyn Device>, budget: Budget) -> forebay::Result
     let engine = Engine::new(device, EngineConfig { budget, ring: readers(3), ..EngineConfig::default() })?;
     watchdog::report_on(&engine);
     Ok(engine)
+}
+
+/// Waits for what an engine does in the background.
+pub fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !is_so() {
+        assert!(start.elapsed() < Duration::from_secs(20), "not so after 20 s: {what}");
+        std::thread::yield_now();
+    }
 }
 
 /// Checks that no page is pinned but for the small weights' `small` pages of 2 MiB: everything else can leave.
