@@ -19,6 +19,9 @@ where they are loaded before the first step begins (``started``), no time.
 
 Where the thread that launches kernels is the limit, a step takes as long as the processor's speed makes it, which on shared machines
 changes from one step to the next. What it waits for others does not: how long it slept is told beside. For the GPU it waits awake.
+The tool waits for the device after each step, so that in the next one's beginning the device waits for the thread. ComfyUI does not
+(``--asynchronous``): steps are then told apart by events on the device.
+
 One system (``turns``) runs seven steps on the cell's card and seven with all of it resident, in turn in one process, for which the
 device has to be free: its limit is what its own steps take with all resident, or the link.
 
@@ -46,6 +49,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
+from typing import TYPE_CHECKING
+from unittest import mock
 
 import children
 from card import Card
@@ -53,6 +58,9 @@ from children import Child, Outcome, Row
 from comfyui_cells import GROUPS, LEGACY, LOADED, SYSTEMS, Cell
 from in_turn import Cards, of_turns, over_limit
 from touch import touch
+
+if TYPE_CHECKING:
+    import torch
 
 GIB = 1 << 30
 PACKAGE = "forebay.comfyui.aimdo"
@@ -90,6 +98,11 @@ def parse() -> argparse.Namespace:
         + ", ".join(GROUPS),
     )
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=["legacy", "aimdo", "dropin"])
+    parser.add_argument(
+        "--asynchronous",
+        action="store_true",
+        help="do not wait for the device after each step: as in ComfyUI, whose samplers do not where no preview is shown",
+    )
     parser.add_argument("--steps", type=int, default=4, help="steps a sampling (default: %(default)s)")
     parser.add_argument(
         "--timeout",
@@ -118,6 +131,8 @@ def parse() -> argparse.Namespace:
     chosen = parser.parse_args()
     if chosen.together < 1:
         parser.error("--together: at least one")
+    if chosen.asynchronous and chosen.device != "cuda":
+        parser.error("--asynchronous: for --device cuda, since nothing else runs behind the thread")
     return chosen
 
 
@@ -231,6 +246,7 @@ class Runs:
         arguments: list[object] = ["--child", name, "--comfyui", self._root, "--tool", chosen.tool.resolve()]
         arguments += ["--device", chosen.device, "--steps", chosen.steps, "--work", chosen.work]
         arguments += ["--cells", cell.name] if cell else []
+        arguments += ["--asynchronous"] if chosen.asynchronous else []
         log = chosen.out / f"{cell.name}-{name}.log" if cell else chosen.out / f"{name}.log"
         environment = dict(system.environment) if system else {}
         child = Child(Path(__file__), arguments, site=site, log=log, environment=environment, waits=True)
@@ -283,7 +299,8 @@ def child(chosen: argparse.Namespace) -> int:
         action = load_whole if system.loads_before else wait_for_kernels if system.waits_before else None
         card_bytes = int(cell.card * GIB) if system.in_turn else None
         # Importing Forebay, and torch with it, would change the order in which the others start.
-        samplings = watch_sampling(action, card_bytes) if system.native or action else []
+        is_watched = system.native or action or chosen.asynchronous
+        samplings = watch_sampling(action, card_bytes, chosen.asynchronous) if is_watched else []
         sys.argv = [str(chosen.tool), *map(str, arguments), "--", *system.comfy]
         try:
             runpy.run_path(str(chosen.tool), run_name="__main__")
@@ -304,11 +321,29 @@ class Sampled:
     """For each step, how long its thread ran: whoever launches kernels waits for the GPU awake, and for a lock asleep."""
     cards: Cards | None = None
     """Those on which it ran in turn."""
+    ends: list[torch.cuda.Event] = field(default_factory=list)
+    """On the device, its beginning and the end of each step, where nothing waits for those."""
+
+    def end_of_step(self) -> None:
+        """Marks one on the device's current stream."""
+        import torch
+
+        self.ends.append(torch.cuda.Event(enable_timing=True))
+        self.ends[-1].record()
+
+    @property
+    def step_s(self) -> list[float]:
+        """How long each step took on the device. Waits for it."""
+        if self.ends:
+            self.ends[-1].synchronize()
+        return [round(begin.elapsed_time(end) / 1e3, 4) for begin, end in itertools.pairwise(self.ends)]
 
 
-def watch_sampling(action: Callable[[object], None] | None, card_bytes: int | None = None) -> list[Sampled]:
+def watch_sampling(
+    action: Callable[[object], None] | None, card_bytes: int | None, is_asynchronous: bool
+) -> list[Sampled]:
     """Has something done with each model before it samples, and its steps watched; those on a card of so many bytes in turn with
-    others on all of the device. Filled as they are.
+    others on all of the device; without waiting for the device after each. Filled as they are.
     """
     from forebay.comfyui.native.arrival import on_import
 
@@ -328,12 +363,17 @@ def watch_sampling(action: Callable[[object], None] | None, card_bytes: int | No
                 sampled.before_s = time.perf_counter() - began
             sampled.cards = cards = Cards(card_bytes) if card_bytes is not None else None
             last = time.thread_time()
+            if is_asynchronous:
+                sampled.end_of_step()
 
             def after_step(*of_step: object) -> object:
                 nonlocal last
                 before, last = last, time.thread_time()
                 sampled.ran_s.append(last - before)
-                found = callback(*of_step)
+                if is_asynchronous:
+                    sampled.end_of_step()
+                with unwaited() if is_asynchronous else contextlib.nullcontext():
+                    found = callback(*of_step)
                 if cards is not None:
                     cards.after_step()
                 return found
@@ -345,6 +385,13 @@ def watch_sampling(action: Callable[[object], None] | None, card_bytes: int | No
 
     on_import(SAMPLING, wrap)
     return samplings
+
+
+def unwaited() -> contextlib.AbstractContextManager[object]:
+    """Nobody waits for the device in it."""
+    import torch
+
+    return mock.patch.object(torch.cuda, "synchronize")
 
 
 def load_whole(model: object) -> None:
@@ -368,7 +415,10 @@ def completed(report: Row, samplings: list[Sampled]) -> Row:
     """A report whose first steps begin after what was done before them, and that tells how long steps ran."""
     phases = [phase for phase in report["phases"] if phase["phase"].startswith("sample")]
     for phase, sampled in zip(phases, samplings, strict=False):
-        phase["step_s"][0] -= sampled.before_s
+        if sampled.ends:
+            phase["step_s"] = sampled.step_s
+        else:
+            phase["step_s"][0] -= sampled.before_s
         phase["ran_s"] = sampled.ran_s
         if sampled.cards is not None:
             phase["turns"] = {"resident_bytes": sampled.cards.resident_bytes}

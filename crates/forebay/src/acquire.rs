@@ -12,9 +12,10 @@ use forebay_device::{Event, StreamHandle};
 use parking_lot::MutexGuard;
 
 use crate::operation::own_operations;
+use crate::patches::Ordered;
 use crate::state::{Shared, State};
 use crate::timeline::Activity;
-use crate::vbar::{Span, Vbar};
+use crate::vbar::{Completion, Span, Vbar};
 use crate::{EngineError, Result};
 
 /// How long a call waits while running operations of other threads hold what it needs.
@@ -57,6 +58,9 @@ pub(crate) enum Found {
     /// Nothing is pinned.
     Missing,
 }
+
+/// A page of which not everything is there yet, and its mark.
+type Pending<'a> = (&'a Vbar, u32, Arc<Event>);
 
 /// Where pages were used between their pin and its end.
 #[derive(Clone, Copy)]
@@ -103,23 +107,26 @@ impl Shared {
             return Ok(true);
         }
         let start = Instant::now();
-        let pending = if found == Found::Pending {
+        let mut pending = if found == Found::Pending {
             let pages: Vec<(&Vbar, u32)> = spans.iter().flat_map(Span::pages).collect();
             let pending = self.pending(&mut self.state.lock(), &pages);
             Some(pending.inspect_err(|_| self.release(spans, Used::Nowhere))?)
         } else {
             self.acquire_slow(spans, how, above, note)?
         };
-        let Some(pending) = pending else { return Ok(false) };
-        if found == Found::Pending && pending.is_empty() {
-            return Ok(true);
-        }
-        for event in &pending {
-            // SAFETY: a stream exists as long as anything remembers its handle.
-            if let Err(error) = unsafe { event.wait_on(how.stream) } {
-                self.release(spans, Used::Nowhere);
-                return Err(error.into());
+        loop {
+            let Some(pages) = &pending else { return Ok(false) };
+            if found == Found::Pending && pages.is_empty() {
+                return Ok(true);
             }
+            match self.order_behind_all(pages, how.stream) {
+                Ok(Ordered::Behind) => break,
+                ordered => {
+                    self.release(spans, Used::Nowhere);
+                    ordered?;
+                }
+            }
+            pending = self.acquire_slow(spans, how, above, || {})?;
         }
         if let Some(span) = spans.first() {
             span.vbar.as_ref().counters.waited(start.elapsed());
@@ -225,14 +232,14 @@ impl Shared {
         }
     }
 
-    /// Returns the events of the fills that are still pending, or `None` when refused.
-    fn acquire_slow<V: AsRef<Vbar>>(
+    /// Returns the pages whose fills are still pending, or `None` when refused.
+    fn acquire_slow<'a, V: AsRef<Vbar>>(
         &self,
-        spans: &[Span<V>],
+        spans: &'a [Span<V>],
         how: Use<'_>,
         above: Above,
         note: impl FnOnce(),
-    ) -> Result<Option<Vec<Arc<Event>>>> {
+    ) -> Result<Option<Vec<Pending<'a>>>> {
         let mut note = Some(note);
         let pages: Vec<(&Vbar, u32)> = spans.iter().flat_map(Span::pages).collect();
         let mut distinct: Vec<PageRef> = pages.iter().map(|(vbar, page)| vbar.page_ref(*page)).collect();
@@ -414,19 +421,28 @@ impl Shared {
         }
     }
 
-    /// The events of fills that are not complete, of pages that are pinned and filled.
-    fn pending(&self, state: &mut State, pages: &[(&Vbar, u32)]) -> Result<Vec<Arc<Event>>> {
+    fn order_behind_all(&self, pages: &[Pending<'_>], stream: StreamHandle) -> Result<Ordered> {
+        for (vbar, page, filled) in pages {
+            if self.order_behind(vbar, *page, filled, stream)? == Ordered::NotAnyMore {
+                return Ok(Ordered::NotAnyMore);
+            }
+        }
+        Ok(Ordered::Behind)
+    }
+
+    /// Those of pages that are pinned and filled of which not everything is there yet.
+    fn pending<'a>(&self, state: &mut State, pages: &[(&'a Vbar, u32)]) -> Result<Vec<Pending<'a>>> {
         let mut pending = Vec::new();
-        for (vbar, page) in pages {
-            let cell = vbar.cell(*page);
+        for &(vbar, page) in pages {
+            let cell = vbar.cell(page);
             if cell.load().is_ready() {
                 continue;
             }
-            let Some(filled) = state.books.filled(vbar.page_ref(*page)) else { continue };
-            if filled.is_complete()? {
+            let Some(filled) = state.books.filled(vbar.page_ref(page)) else { continue };
+            if vbar.completion(page) == Completion::Complete && filled.is_complete()? {
                 cell.set_ready();
             } else {
-                pending.push(filled);
+                pending.push((vbar, page, filled));
             }
         }
         Ok(pending)

@@ -9,6 +9,7 @@ mod ring;
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use forebay_core::{Bytes, Schedule};
@@ -46,9 +47,16 @@ const ASIDE: u32 = 8;
 /// Files whose order of use is remembered.
 const MOST_FILES: usize = 16;
 
+/// Parts in a row that the copy engine reads by itself before the ring is given back: not everything is registered at once.
+const UNUSED: u32 = 64;
+
 /// All of it, for one engine. Callers take turns; between their calls readers that have nothing else to do go on.
 #[derive(Debug, Default)]
-pub(crate) struct Ahead(Mutex<Inner>);
+pub(crate) struct Ahead {
+    inner: Mutex<Inner>,
+    /// Parts in a row for which it was not needed.
+    unused: AtomicU32,
+}
 
 #[derive(Debug, Default)]
 struct Inner {
@@ -105,11 +113,12 @@ impl Ahead {
         to: OnDevice,
         make_room: impl FnOnce(Bytes) -> Result<()>,
     ) -> Result<Bytes> {
-        let mut inner = self.0.lock();
+        let mut inner = self.inner.lock();
         if inner.is_aside(&part.file) {
             return Ok(Bytes::ZERO);
         }
         let Some(number) = inner.find(part) else { return Ok(Bytes::ZERO) };
+        self.unused.store(0, Ordering::Relaxed);
         if inner.ring.is_none() {
             if inner.refused.is_some_and(|refused| refused.elapsed() < REFUSED_FOR) {
                 return Ok(Bytes::ZERO);
@@ -136,16 +145,23 @@ impl Ahead {
 
     /// Reads ahead unless somebody who calls does it himself.
     fn go_on(self: &Arc<Self>, shared: &Arc<Shared>, pool: &Arc<ReaderPool<Reader>>) {
-        if let Some(mut inner) = self.0.try_lock()
+        if let Some(mut inner) = self.inner.try_lock()
             && let Err(error) = inner.plan(Readers { shared, pool, ahead: self })
         {
             tracing::debug!(device = %shared.id, %error, "nothing more is read ahead");
         }
     }
 
+    /// The copy engine reads a part by itself. The ring's memory is the application's again after a while.
+    pub(crate) fn note_unused(&self) {
+        if self.unused.fetch_add(1, Ordering::Relaxed) + 1 == UNUSED {
+            self.end();
+        }
+    }
+
     /// Forgets what was read, and gives the ring back.
     pub(crate) fn end(&self) {
-        let mut inner = self.0.lock();
+        let mut inner = self.inner.lock();
         inner.files.iter_mut().for_each(Known::take_back);
         inner.ring = None;
     }
@@ -450,13 +466,13 @@ mod tests {
 
         /// The first slot of a tensor that is read ahead.
         fn slot_of(&self, number: u32) -> Option<Arc<Slot>> {
-            let inner = self.engine.ahead.0.lock();
+            let inner = self.engine.ahead.inner.lock();
             inner.files.last()?.staged.get(&number)?.slots.first().map(Arc::clone)
         }
 
         /// What is read ahead, and how much of each.
         fn staged(&self) -> Vec<(u32, Bytes)> {
-            let inner = self.engine.ahead.0.lock();
+            let inner = self.engine.ahead.inner.lock();
             let known = inner.files.last().map(|known| &known.staged);
             let mut found: Vec<_> =
                 known.into_iter().flatten().map(|(n, staged)| (*n, staged.read)).collect();
@@ -569,7 +585,7 @@ mod tests {
             let after = files.slot_of(number as u32 + 1).ok_or("it was dropped")?;
             assert!(Arc::ptr_eq(&ahead, &after), "it was read again");
         }
-        let last = || files.engine.ahead.0.lock().files.last().map(|known| known.file.stamp());
+        let last = || files.engine.ahead.inner.lock().files.last().map(|known| known.file.stamp());
         let at_hand = last();
         files.read(4)?;
         for number in 0..=ASIDE as usize {

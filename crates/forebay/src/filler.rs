@@ -273,7 +273,7 @@ pub(crate) fn fill_directly(
         });
         let completed = match &enqueued {
             Ok(()) => shared.complete(vbar, &vbar.patches.current(), page, filled, &stream),
-            Err(_) => mark_filled(filled, &stream).map(|()| Completed::Now),
+            Err(_) => mark_filled(filled, stream.handle()).map(|()| Completed::Now),
         };
         drop(stream);
         let completed = completed.map_err(|error| incomplete(shared, error))?;

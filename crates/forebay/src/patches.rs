@@ -1,8 +1,11 @@
-//! Patches: what is added to weights on the device, right behind the copies of a page and before it counts as filled.
+//! Patches: what is added to weights on the device.
 //!
-//! A page is patched in a stream of its own, so that the copy engine goes on with the next page meanwhile. The set of
-//! patches is read under the copy lock, in which everything of a page is enqueued: a page has one set's patches, all of
-//! them, once. Where the set changes, the pages of the weights that it touches are out of date. What has products now and
+//! Products are added to a page by whoever is the first to use it, in his own stream: work in another one, between the copies and
+//! him, had the copies slow down (`bench/results/2026-11-30-h200-rules`). What is computed is copied to the page in a stream of its
+//! own, and products behind it.
+//!
+//! The set of patches is read under the copy lock, in which everything of a page is enqueued: a page has one set's patches, all
+//! of them, once. Where the set changes, the pages of the weights that it touches are out of date. What has products now and
 //! had nothing gets them where it is, behind its last uses; all else is filled again.
 
 use std::any::Any;
@@ -10,7 +13,6 @@ use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use forebay_core::{Bytes, PageRef, Serial};
 use forebay_device::{
@@ -25,7 +27,7 @@ use crate::computed::{Compute, is_computed};
 use crate::filler::{self, incomplete};
 use crate::layout::{Class, Layout};
 use crate::state::{Shared, State};
-use crate::vbar::Vbar;
+use crate::vbar::{Completion, Vbar};
 use crate::{Engine, EngineError, Result};
 
 /// What is added to a weight: products of low rank, as adapters (LoRA) are. The weight is row-major.
@@ -120,7 +122,21 @@ pub struct Scaling {
 pub(crate) struct Patches {
     /// Lock order: a leaf, taken under the copy lock and without it.
     set: Mutex<Arc<PatchSet>>,
+    /// Under the copy lock.
+    factors: Mutex<InUse>,
 }
+
+/// What is under way with factors of products that users add.
+#[derive(Debug, Default)]
+struct InUse {
+    /// Marks of pages to which they are added: until then they are read.
+    read: Vec<Arc<Event>>,
+    /// Behind what writes them.
+    written: Vec<Arc<Event>>,
+}
+
+/// Marks that are kept before those are looked for that have completed.
+const MOST_READ: usize = 16;
 
 /// By the weight's number.
 pub(crate) type PatchSet = HashMap<u32, Patch>;
@@ -129,6 +145,18 @@ impl Patches {
     /// What is in force.
     pub(crate) fn current(&self) -> Arc<PatchSet> {
         Arc::clone(&self.set.lock())
+    }
+
+    /// What is in force is read by work that a page's mark covers.
+    fn note_read(&self, filled: &Arc<Event>) {
+        let read = &mut self.factors.lock().read;
+        if read.len() >= MOST_READ {
+            // Whether one has completed that cannot be asked is not known.
+            read.retain(|filled| !filled.is_complete().unwrap_or(false));
+        }
+        if !read.iter().any(|other| Arc::ptr_eq(other, filled)) {
+            read.push(Arc::clone(filled));
+        }
     }
 
     /// Whether this is what is in force.
@@ -182,6 +210,14 @@ pub(crate) enum Completed {
     Later(Arc<PatchSet>),
     /// Everything: it was read for patches that are no longer in force.
     Outdated,
+}
+
+/// Whether a stream was ordered behind a page's contents.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ordered {
+    Behind,
+    /// They are spoiled: the page is filled anew once nobody has it pinned.
+    NotAnyMore,
 }
 
 /// Why a page was not completed.
@@ -374,8 +410,15 @@ impl Shared {
         let copies = self.copy.lock();
         // SAFETY: the stream lives as long as `self`.
         unsafe { written.wait_on(self.patching.handle()) }?;
+        let mut factors = vbar.patches.factors.lock();
+        // SAFETY: as before.
+        factors.read.iter().try_for_each(|filled| unsafe { filled.wait_on(self.patching.handle()) })?;
         // SAFETY: as before. What reads the former factors comes before this, for it is enqueued under the copy lock.
         unsafe { done.record(self.patching.handle()) }?;
+        factors.read.clear();
+        let written = Arc::new(written);
+        factors.written.push(Arc::clone(&written));
+        drop(factors);
         let mut set = vbar.patches.set.lock();
         let mut new = PatchSet::clone(&set);
         for (weight, patch) in changes {
@@ -394,6 +437,7 @@ impl Shared {
             std::mem::forget(former);
             return Err(error.into());
         }
+        vbar.patches.factors.lock().written.retain(|other| !Arc::ptr_eq(other, &written));
         // Without any lock: its memory may belong to another language's objects.
         drop(former);
         Ok(Changed { touched, now, added_to })
@@ -446,8 +490,8 @@ impl Shared {
         unsafe { self.device.transform(&nothing, self.patching.handle()) }.map_err(Into::into)
     }
 
-    /// What comes between the last copy of a page and its fill event: everything that is to be done to its bytes. Under the
-    /// copy lock. What `patches` compute may not have been read.
+    /// What comes behind the last copy of a page: its mark, and what is to be done to its bytes but for products, which who
+    /// uses it adds. Under the copy lock. What `patches` compute may not have been read.
     pub(crate) fn complete(
         &self,
         vbar: &Vbar,
@@ -463,13 +507,79 @@ impl Shared {
         if !Arc::ptr_eq(patches, &current) && is_computed(patches) {
             return Ok(Completed::Outdated);
         }
-        match is_computed(&current) {
-            true => Ok(Completed::Later(current)),
-            false => self.add_products(vbar, &current, page, filled).map(|()| Completed::Now),
+        if is_computed(&current) {
+            return Ok(Completed::Later(current));
         }
+        let adds = vbar.layout.as_ref().is_some_and(|layout| has_products(&current, layout, vbar, page));
+        vbar.set_completion(page, if adds { Completion::Incomplete } else { Completion::Complete });
+        Ok(Completed::Now)
     }
 
-    /// Adds what is to be added to a page that is there otherwise and marked. Under the copy lock.
+    /// Orders a stream behind everything that a page is filled with. The first to use it has what is to be added to it added in
+    /// that stream. The page is pinned, and filled.
+    ///
+    /// # Errors
+    /// What the device reports: of what was to be added also that it cannot do it. The page is filled anew then.
+    pub(crate) fn order_behind(
+        &self,
+        vbar: &Vbar,
+        page: u32,
+        filled: &Arc<Event>,
+        stream: StreamHandle,
+    ) -> Result<Ordered> {
+        // SAFETY: a stream exists as long as anything remembers its handle.
+        let wait = || unsafe { filled.wait_on(stream) }.map_err(EngineError::from);
+        if vbar.completion(page) == Completion::Complete {
+            return wait().map(|()| Ordered::Behind);
+        }
+        let copies = self.copy.lock();
+        // Others may have come first.
+        let added = match vbar.completion(page) {
+            Completion::Complete => return wait().map(|()| Ordered::Behind),
+            Completion::Spoiled => return Ok(Ordered::NotAnyMore),
+            Completion::Incomplete => {
+                wait()?;
+                self.add_as_user(vbar, page, filled, stream)
+            }
+        };
+        drop(copies);
+        let added = added.map_err(|error| incomplete(self, error));
+        let mut state = self.state.lock();
+        let at = vbar.page_ref(page);
+        match added {
+            Ok(()) => state.landing.push_back(at),
+            Err(_) => drop(state.decide(|policy, books, out| policy.outdate(at, books, out))),
+        }
+        drop(state);
+        self.work.notify_one();
+        added.map(|()| Ordered::Behind)
+    }
+
+    /// Adds what is to be added to a page in a user's stream, which is behind all else, and marks it anew. Under the copy lock.
+    fn add_as_user(
+        &self,
+        vbar: &Vbar,
+        page: u32,
+        filled: &Arc<Event>,
+        stream: StreamHandle,
+    ) -> std::result::Result<(), Incomplete> {
+        let set = vbar.patches.current();
+        let written = vbar.patches.factors.lock().written.clone();
+        // SAFETY: a stream exists as long as anything remembers its handle.
+        let is_behind = written.iter().try_for_each(|written| unsafe { written.wait_on(stream) });
+        // What is computed since the page was filled has it filled anew: until then it is as it was.
+        let of = |weight: u32| !computes(&set, weight);
+        let added = is_behind
+            .map_err(EngineError::from)
+            .and_then(|()| self.transform_page(vbar, &set, page, of, stream));
+        let marked = mark_filled(filled, stream);
+        vbar.patches.note_read(filled);
+        let is_done = added.is_ok() && marked.is_ok();
+        vbar.set_completion(page, if is_done { Completion::Complete } else { Completion::Spoiled });
+        marked.and(added.map_err(Incomplete::Unpatched))
+    }
+
+    /// Adds what is to be added to a page that is there otherwise and marked, in the patching stream. Under the copy lock.
     pub(crate) fn add_products(
         &self,
         vbar: &Vbar,
@@ -477,7 +587,7 @@ impl Shared {
         page: u32,
         filled: &Event,
     ) -> std::result::Result<(), Incomplete> {
-        vbar.completed[page as usize].store(vbar.serial(page).0, Ordering::Release);
+        vbar.set_completion(page, Completion::Complete);
         if !vbar.layout.as_ref().is_some_and(|layout| has_products(set, layout, vbar, page)) {
             return Ok(());
         }
@@ -513,7 +623,7 @@ impl Shared {
         // SAFETY: the stream lives as long as `self`.
         unsafe { filled.wait_on(patching) }.map_err(|error| Incomplete::Unpatched(error.into()))?;
         let worked = work(patching);
-        mark_filled(filled, &self.patching)?;
+        mark_filled(filled, self.patching.handle())?;
         worked.map_err(Incomplete::Unpatched)
     }
 
@@ -526,7 +636,7 @@ impl Shared {
         filled: &Event,
         copies: &Stream,
     ) -> std::result::Result<(), Incomplete> {
-        mark_filled(filled, copies)?;
+        mark_filled(filled, copies.handle())?;
         let is_converted =
             vbar.layout.as_ref().is_some_and(|layout| !layout.converted[page as usize].is_empty());
         if !is_converted {
@@ -537,7 +647,7 @@ impl Shared {
         // SAFETY: as before. A driver that refused once is asked once more.
         let waited = waited.or_else(|_| unsafe { filled.wait_on(self.patching.handle()) });
         waited.map_err(|error| Incomplete::Unmarked(error.into()))?;
-        mark_filled(filled, &self.patching)
+        mark_filled(filled, self.patching.handle())
     }
 }
 
@@ -579,10 +689,7 @@ fn added_to(
     let adds_to = |page: &u32| {
         parts_of(layout, vbar, *page).all(|part| !touched.contains(&part.weight) || adds(part.weight))
     };
-    let complete = |page: u32| {
-        let serial = vbar.serial(page);
-        (vbar.completed[page as usize].load(Ordering::Acquire) == serial.0).then_some(serial)
-    };
+    let complete = |page: u32| (vbar.completion(page) == Completion::Complete).then(|| vbar.serial(page));
     pages.into_iter().filter(adds_to).map(|page| (page, complete(page))).collect()
 }
 
@@ -628,11 +735,11 @@ fn transforms(
 
 /// Records a page's fill event behind its copies. Without the mark nobody could know any more when they end, and the page
 /// would have to stay mapped for ever: the engine is lost then.
-pub(crate) fn mark_filled(filled: &Event, stream: &Stream) -> std::result::Result<(), Incomplete> {
-    // SAFETY: the stream lives as long as the engine's shared part.
-    let recorded = unsafe { filled.record(stream.handle()) };
+pub(crate) fn mark_filled(filled: &Event, stream: StreamHandle) -> std::result::Result<(), Incomplete> {
+    // SAFETY: a stream exists as long as anything remembers its handle.
+    let recorded = unsafe { filled.record(stream) };
     // SAFETY: as before. A driver that refused once is asked once more.
-    let recorded = recorded.or_else(|_| unsafe { filled.record(stream.handle()) });
+    let recorded = recorded.or_else(|_| unsafe { filled.record(stream) });
     recorded.map_err(|error| Incomplete::Unmarked(error.into()))
 }
 

@@ -25,7 +25,7 @@ use crate::copy_ends::CopyEnds;
 use crate::giving_way::GivesWay;
 use crate::room::Squeezed;
 use crate::timeline::Timeline;
-use crate::vbar::Vbar;
+use crate::vbar::{Completion, Vbar};
 use crate::{EngineError, Result};
 
 /// How much of the device the engine may use.
@@ -383,6 +383,8 @@ impl State {
             {
                 let frame = book.pages[page.page.as_usize()].frame;
                 let filled = frame.and_then(|frame| self.books.frames.get(&frame)).map(|frame| &frame.filled);
+                // What somebody is still to add to comes again once he has.
+                let filled = filled.filter(|_| book.vbar.completion(page.page.0) == Completion::Complete);
                 match filled.map(|filled| filled.is_complete()) {
                     Some(Ok(true)) => cell.set_ready(),
                     Some(Ok(false)) => return,

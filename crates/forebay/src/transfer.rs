@@ -71,6 +71,7 @@ impl Engine {
         let shared = self.shared();
         // SAFETY: as the caller promises.
         if unsafe { shared.copy_from_cache(part, to) }? {
+            self.ahead.note_unused();
             return Ok(ReadBy::CopyEngine);
         }
         let mut begun = Bytes::ZERO;

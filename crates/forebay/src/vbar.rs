@@ -24,8 +24,9 @@ pub(crate) struct Vbar {
     pub(crate) cells: Box<[PageCell]>,
     /// Written under the state lock when a page is mapped; stable while the page is pinned.
     pub(crate) serials: Box<[AtomicU64]>,
-    /// The serials of what was completed with the patches in force at that time. Under the copy lock.
-    pub(crate) completed: Box<[AtomicU64]>,
+    /// The serials of the contents to which everything was added, with the patches in force at that time; or [`SPOILED`].
+    /// Written under the copy lock.
+    completed: Box<[AtomicU64]>,
     /// What the pages are filled from; `None` where the user fills them.
     pub(crate) layout: Option<Layout>,
     pub(crate) trace: Trace,
@@ -94,10 +95,44 @@ impl Vbar {
         self.cells.iter().any(|cell| cell.load().pins() > 0)
     }
 
+    /// What is still to be done to a filled page.
+    pub(crate) fn completion(&self, page: u32) -> Completion {
+        match self.completed[page as usize].load(Ordering::Acquire) {
+            _ if self.layout.is_none() => Completion::Complete,
+            serial if serial == self.serial(page).0 => Completion::Complete,
+            SPOILED => Completion::Spoiled,
+            _ => Completion::Incomplete,
+        }
+    }
+
+    /// Under the copy lock, once the page's mark covers what was done.
+    pub(crate) fn set_completion(&self, page: u32, completion: Completion) {
+        let now = match completion {
+            Completion::Complete => self.serial(page).0,
+            Completion::Incomplete => Serial::default().0,
+            Completion::Spoiled => SPOILED,
+        };
+        self.completed[page as usize].store(now, Ordering::Release);
+    }
+
     pub(crate) fn serial(&self, page: u32) -> Serial {
         Serial(self.serials[page as usize].load(Ordering::Acquire))
     }
 }
+
+/// What is still to be done to a filled page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Completion {
+    /// Nothing.
+    Complete,
+    /// What patches add to it.
+    Incomplete,
+    /// To be filled anew: the device refused a part of what was to be added.
+    Spoiled,
+}
+
+/// In place of a serial: no page gets as far.
+const SPOILED: u64 = u64::MAX;
 
 /// A run of pages of one VBAR, inclusive at both ends.
 #[derive(Clone, Copy, Debug)]

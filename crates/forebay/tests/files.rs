@@ -260,6 +260,29 @@ fn what_is_read_ahead_takes_no_memory_from_weights() {
 }
 
 #[test]
+fn the_memory_to_read_ahead_is_given_back_once_the_copy_engine_reads_everything() {
+    let capacity = Bytes::gib(2);
+    let Some(rig) = Rig::host(HostConfig { capacity, registers: true, ..HostConfig::default() }) else {
+        return;
+    };
+    let engine = rig.engine(Bytes::mib(128));
+    let tensors = Tensors::new(&mut Random::seeded(), &SIZES);
+    let place = Place::new(&engine, &rig);
+    let free = || engine.memory().unwrap().free;
+    let all = free();
+    for _ in 0..2 {
+        assert_eq!(place.check(&tensors, &ALL), 0, "the first time they are read");
+        assert!(free() < all, "nothing is read ahead");
+        register(&place, &tensors);
+        for _ in 0..20 {
+            place.check(&tensors, &ALL);
+        }
+        assert_eq!(free(), all);
+        engine.forget_file(None);
+    }
+}
+
+#[test]
 fn what_was_registered_of_a_file_that_changes_is_given_back() {
     let rig = Rig::new();
     let engine = rig.engine(Bytes::mib(128));

@@ -8,6 +8,7 @@
 
 mod common;
 
+use std::any::Any;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,9 +17,9 @@ use std::time::Duration;
 use common::faulty::{Call, Failure, Faulty};
 use common::gate::Gate;
 use common::on_device::{Given, OnDevice};
-use common::{Consumer, Random, Rig, Weights};
+use common::{Consumer, Random, Rig, Weights, eventually};
 use forebay::device::{Device, Element, Event, Factors, PinnedBuffer, Rounding};
-use forebay::{Attachment, Bytes, EngineError, Patch, Product, Use};
+use forebay::{Attachment, Begun, Bytes, Engine, EngineError, Lending, Patch, Product, Use};
 
 /// Bytes of the weights: of bf16, 512 columns, so that pages end within rows, and one that is always resident.
 const SIZES: [usize; 6] = [3 << 20, 2048, (5 << 20) + 1024, 2 << 20, (6 << 20) - 1024, 1 << 20];
@@ -325,6 +326,154 @@ fn what_could_not_be_added_to_a_page_is_there_when_that_was_filled_anew() {
 }
 
 #[test]
+fn what_could_not_be_added_at_its_first_use_is_there_at_the_next_whoever_used_it_beside() {
+    let mut random = Random::seeded();
+    let weights = weights(&mut random);
+    for call in [Call::Transform, Call::Wait, Call::Record] {
+        for skipped in 0.. {
+            let rig = Rig::new();
+            let device = Faulty::new(Arc::clone(&rig.device));
+            let engine = common::engine_on(Arc::clone(&device) as _, Bytes::mib(64));
+            let model = weights.attach(&engine, "model");
+            let (patch, contents) =
+                patched(&mut random, &rig.device, &weights.contents[4], &[0..900, 900..6000]);
+            let mut now = copy_of(&weights);
+            now.contents[4] = contents;
+            model.change_patches(vec![(4, Some(patch))], Use::on(rig.stream().handle())).unwrap();
+            device.fail(call, Failure::Refused, skipped, 1);
+            std::thread::scope(|scope| {
+                for _ in 0..2 {
+                    scope.spawn(|| {
+                        let mut consumer = consumer_of(&rig);
+                        match consumer.use_weight(&model, &now, 4) {
+                            Ok(()) => consumer.check(),
+                            Err(error) => assert!(error.to_string().contains("injected"), "{error}"),
+                        }
+                    });
+                }
+            });
+            let hits = device.hits();
+            device.fail(call, Failure::Refused, 0, 0);
+            engine.settle().unwrap();
+            let mut consumer = rig.consumer();
+            for _ in 0..2 {
+                pass(&model, &now, &mut consumer);
+            }
+            if hits == 0 {
+                assert!(skipped > 2, "{call:?} is part of it");
+                break;
+            }
+        }
+    }
+}
+
+#[test]
+fn whoever_comes_second_waits_for_what_the_first_adds() {
+    let mut random = Random::seeded();
+    let weights = weights(&mut random);
+    let rig = Rig::new();
+    for pages in [32, 6] {
+        let engine = rig.engine(Bytes::mib(2) * pages);
+        let model = weights.attach(&engine, "model");
+        let (patch, contents) = patched(&mut random, &rig.device, &weights.contents[2], &[0..5000]);
+        let (mut first, mut second, mut now) = (rig.consumer(), rig.consumer(), copy_of(&weights));
+        now.contents[2] = contents;
+        model.change_patches(vec![(2, Some(patch))], Use::on(first.stream())).unwrap();
+        let gate = Gate::close(&rig, first.stream());
+        first.use_weight(&model, &now, 2).unwrap();
+        second.use_weight(&model, &now, 2).unwrap();
+        gate.open();
+        second.check();
+        first.check();
+        pass(&model, &now, &mut second);
+    }
+}
+
+#[test]
+fn factors_stay_until_nobody_adds_them_any_more() {
+    let mut random = Random::seeded();
+    let weights = weights(&mut random);
+    let rig = Rig::new();
+    let engine = rig.engine(Bytes::mib(64));
+    let (mut patch, contents) = patched(&mut random, &rig.device, &weights.contents[2], &[0..5000]);
+    let (mut consumer, mut now) = (rig.consumer(), copy_of(&weights));
+    now.contents[2] = contents;
+    let written = rig.stream();
+    // A driver takes a while for a kernel that is used for the first time.
+    let other = weights.attach(&engine, "other");
+    other.change_patches(vec![(2, Some(patch.clone()))], Use::on(written.handle())).unwrap();
+    pass(&other, &now, &mut consumer);
+    let model = weights.attach(&engine, "model");
+    let [still_read, gone_early] = [true, false].map(|is_so| Arc::new(AtomicBool::new(is_so)));
+    let flags = [&still_read, &gone_early].map(Arc::clone);
+    patch.keep = Arc::new(Kept { _of: patch.keep, flags });
+    model.change_patches(vec![(2, Some(patch))], Use::on(written.handle())).unwrap();
+    let gate = Gate::close(&rig, consumer.stream());
+    consumer.use_weight(&model, &now, 2).unwrap();
+    std::thread::scope(|scope| {
+        let change = scope.spawn(|| model.change_patches(vec![(2, None)], Use::on(written.handle())));
+        std::thread::sleep(Duration::from_millis(30));
+        still_read.store(false, Ordering::Release);
+        gate.open();
+        change.join().unwrap().unwrap();
+    });
+    consumer.check();
+    pass(&model, &weights, &mut consumer);
+    engine.settle().unwrap();
+    assert!(!gone_early.load(Ordering::Acquire), "they went while they were read");
+}
+
+#[test]
+fn factors_that_are_being_written_are_waited_for() {
+    let mut random = Random::seeded();
+    let weights = weights(&mut random);
+    let rig = Rig::new();
+    let Some(host) = &rig.host else { return };
+    let engine = rig.engine(Bytes::mib(64));
+    let model = weights.attach(&engine, "model");
+    let (patch, contents) = patched(&mut random, &rig.device, &weights.contents[2], &[0..5000]);
+    let (mut consumer, mut now) = (rig.consumer(), copy_of(&weights));
+    now.contents[2] = contents;
+    let (written, factors) = (rig.stream(), patch.products[0].factors);
+    let (at, len) = (factors.up.get(), 5000 * factors.rank as usize * 2);
+    // SAFETY: on this device memory is the process's own; nothing else uses it before the stream's work.
+    let up = unsafe { std::slice::from_raw_parts_mut(at as *mut u8, len) };
+    let right = up.to_vec();
+    up.fill(0x3f);
+    let (open, opened) = std::sync::mpsc::channel::<()>();
+    let write = move || {
+        assert!(opened.recv().is_err());
+        // SAFETY: what adds them waits for this stream.
+        unsafe { std::slice::from_raw_parts_mut(at as *mut u8, len) }.copy_from_slice(&right);
+    };
+    host.launch(written.handle(), Box::new(write)).unwrap();
+    std::thread::scope(|scope| {
+        let change = scope.spawn(|| model.change_patches(vec![(2, Some(patch))], Use::on(written.handle())));
+        // By then it is in force.
+        std::thread::sleep(Duration::from_millis(30));
+        consumer.use_weight(&model, &now, 2).unwrap();
+        std::thread::sleep(Duration::from_millis(30));
+        drop(open);
+        change.join().unwrap().unwrap();
+    });
+    consumer.check();
+}
+
+/// Tells whether it goes while it is still read.
+struct Kept {
+    _of: Arc<dyn Any + Send + Sync>,
+    flags: [Arc<AtomicBool>; 2],
+}
+
+impl Drop for Kept {
+    /// By whoever is the last to have it.
+    fn drop(&mut self) {
+        let [still_read, gone_early] = &self.flags;
+        gone_early.store(still_read.load(Ordering::Acquire), Ordering::Release);
+    }
+}
+
+#[test]
 fn work_in_a_stream_keeps_what_it_began_with() {
     let mut random = Random::seeded();
     let weights = weights(&mut random);
@@ -404,6 +553,74 @@ fn a_lent_model_is_recalled() {
     pass(&model, &now, &mut consumer);
 }
 
+/// Has a model's pages filled, and all be done by itself that is done to them.
+fn fill_unused(engine: &Engine, model: &Attachment) {
+    model.prefetch();
+    engine.settle().unwrap();
+    std::thread::sleep(Duration::from_millis(30));
+}
+
+#[test]
+fn what_was_begun_before_a_weight_is_computed_finds_it_as_it_was() {
+    let mut random = Random::seeded();
+    let weights = weights(&mut random);
+    let rig = Rig::new();
+    let engine = rig.engine(Bytes::mib(64));
+    let model = weights.attach(&engine, "model");
+    let rows = [0..2000];
+    let (patch, _) = patched(&mut random, &rig.device, &weights.contents[2], &rows);
+    let other = random_bf16(&mut random, SIZES[2], 1.0);
+    let (added, contents) = patched(&mut random, &rig.device, &other, &rows);
+    let given = Given(Arc::new(OnDevice::new(&rig.device, &other)));
+    let computed = Patch { computed: Some(Arc::new(given)), ..added };
+    let (mut consumer, mut now) = (rig.consumer(), copy_of(&weights));
+    let written = rig.stream();
+    model.change_patches(vec![(2, Some(patch))], Use::on(written.handle())).unwrap();
+    fill_unused(&engine, &model);
+    let begun = engine.begin(&[(&model, 2)], consumer.stream()).unwrap();
+    let Begun::Waiting(waiting) = begun else { panic!("nothing is to be added to it") };
+    std::thread::scope(|scope| {
+        let change =
+            scope.spawn(|| model.change_patches(vec![(2, Some(computed))], Use::on(written.handle())));
+        std::thread::sleep(Duration::from_millis(30));
+        let pinned = waiting.wait(Use::on(consumer.stream()).interrupted).unwrap();
+        consumer.read(&model, &weights, 2);
+        drop(pinned);
+        consumer.check();
+        change.join().unwrap().unwrap();
+    });
+    now.contents[2] = contents;
+    pass(&model, &now, &mut consumer);
+}
+
+#[test]
+fn a_patched_model_is_there_as_a_whole_after_one_pass() {
+    let mut random = Random::seeded();
+    let weights = weights(&mut random);
+    let rig = Rig::new();
+    let engine = rig.engine(Bytes::mib(64));
+    let model = weights.attach(&engine, "model");
+    let (patch, contents) = patched(&mut random, &rig.device, &weights.contents[2], &[0..5000]);
+    let (mut consumer, mut now) = (rig.consumer(), copy_of(&weights));
+    now.contents[2] = contents;
+    model.change_patches(vec![(2, Some(patch))], Use::on(consumer.stream())).unwrap();
+    fill_unused(&engine, &model);
+    pass(&model, &now, &mut consumer);
+    let lease = model.lend(Box::new(|| {})).expect("it fits");
+    let mut view = None;
+    eventually("its marks have completed", || {
+        match lease.view(&model, 2, consumer.stream()).unwrap() {
+            Lending::Lent(lent) => view = Some(lent),
+            Lending::Pending => {}
+            Lending::Absent => panic!("it is resident"),
+        }
+        view.is_some()
+    });
+    let view = view.unwrap();
+    consumer.read_at(view.address(), &now.contents[2], "the view");
+    consumer.check();
+}
+
 #[test]
 fn threads_that_use_weights_meanwhile_get_what_was_in_force_on_each_page() {
     let mut random = Random::seeded();
@@ -416,13 +633,17 @@ fn threads_that_use_weights_meanwhile_get_what_was_in_force_on_each_page() {
             let rows = SIZES[3] as u32 / 2 / COLUMNS;
             patched(&mut random, &rig.device, &weights.contents[3], &[0..rows])
         };
-        let third = random.bytes(SIZES[3]);
-        let given = Given(Arc::new(OnDevice::new(&rig.device, &third)));
+        let third = random_bf16(&mut random, SIZES[3], 1.0);
+        let given = || Given(Arc::new(OnDevice::new(&rig.device, &third)));
         let computed = Patch {
             element: Element::Bf16,
-            computed: Some(Arc::new(given)),
+            computed: Some(Arc::new(given())),
             products: Vec::new(),
             keep: Arc::new(()),
+        };
+        let (both, fourth) = {
+            let (added, contents) = patched(&mut random, &rig.device, &third, &[5..300]);
+            (Patch { computed: Some(Arc::new(given())), ..added }, contents)
         };
         let stop = AtomicBool::new(false);
         std::thread::scope(|scope| {
@@ -448,14 +669,22 @@ fn threads_that_use_weights_meanwhile_get_what_was_in_force_on_each_page() {
                         let first = first.min(got.len());
                         for part in [0..first, first..got.len()] {
                             let is = |contents: &[u8]| got[part.clone()] == contents[part.clone()];
-                            assert!(is(&weights.contents[3]) || is(&other) || is(&third), "none of them");
+                            let is_old = is(&weights.contents[3]) || is(&other);
+                            assert!(is_old || is(&third) || is(&fourth), "none of them");
                         }
                     }
                 });
             }
             let written = rig.stream();
             for round in 0..60 {
-                let now = [Some(patch.clone()), Some(computed.clone()), None][round % 3].take();
+                let all = [
+                    Some(patch.clone()),
+                    Some(computed.clone()),
+                    Some(patch.clone()),
+                    Some(both.clone()),
+                    None,
+                ];
+                let now = all[round % all.len()].clone();
                 model.change_patches(vec![(3, now)], Use::on(written.handle())).unwrap();
             }
             stop.store(true, Ordering::Release);
