@@ -551,7 +551,7 @@ impl Shared {
             Err(_) => drop(state.decide(|policy, books, out| policy.outdate(at, books, out))),
         }
         drop(state);
-        self.work.notify_one();
+        self.nudge_mover();
         added.map(|()| Ordered::Behind)
     }
 

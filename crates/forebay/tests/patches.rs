@@ -18,8 +18,8 @@ use common::faulty::{Call, Failure, Faulty};
 use common::gate::Gate;
 use common::on_device::{Given, OnDevice};
 use common::{Consumer, Random, Rig, Weights, eventually};
-use forebay::device::{Device, Element, Event, Factors, PinnedBuffer, Rounding};
-use forebay::{Attachment, Begun, Bytes, Engine, EngineError, Lending, Patch, Product, Use};
+use forebay::device::{Device, DeviceAddr, Element, Event, Factors, PinnedBuffer, Rounding, StreamHandle};
+use forebay::{Attachment, Begun, Bytes, Engine, EngineError, Lending, Patch, Pinned, Product, Use};
 
 /// Bytes of the weights: of bf16, 512 columns, so that pages end within rows, and one that is always resident.
 const SIZES: [usize; 6] = [3 << 20, 2048, (5 << 20) + 1024, 2 << 20, (6 << 20) - 1024, 1 << 20];
@@ -553,6 +553,29 @@ fn a_lent_model_is_recalled() {
     pass(&model, &now, &mut consumer);
 }
 
+/// What a weight is in a stream's order; it is let go before that is known.
+fn read(rig: &Rig, pinned: Pinned<'_>, at: DeviceAddr, len: usize, stream: StreamHandle) -> Vec<u8> {
+    let len = Bytes::new(len as u64);
+    let buffer = PinnedBuffer::new(Arc::clone(&rig.device), len).unwrap();
+    let done = Event::new(Arc::clone(&rig.device)).unwrap();
+    // SAFETY: the weight is pinned, and the buffer lives until the copy has completed.
+    unsafe { rig.device.copy_to_host(buffer.as_ptr(), at, len, stream) }.unwrap();
+    drop(pinned);
+    // SAFETY: the stream lives.
+    unsafe { done.record(stream) }.unwrap();
+    done.synchronize().unwrap();
+    // SAFETY: the copy has completed.
+    unsafe { buffer.slice(Bytes::ZERO, len) }.to_vec()
+}
+
+/// The parts of a weight on each of its pages.
+fn pages_of(at: DeviceAddr, len: usize) -> impl Iterator<Item = Range<usize>> {
+    let page = Bytes::mib(2).get() as usize;
+    let before = at.get() as usize % page;
+    (0..(before + len).div_ceil(page))
+        .map(move |number| (number * page).saturating_sub(before)..((number + 1) * page - before).min(len))
+}
+
 /// Has a model's pages filled, and all be done by itself that is done to them.
 fn fill_unused(engine: &Engine, model: &Attachment) {
     model.prefetch();
@@ -568,7 +591,7 @@ fn what_was_begun_before_a_weight_is_computed_finds_it_as_it_was() {
     let engine = rig.engine(Bytes::mib(64));
     let model = weights.attach(&engine, "model");
     let rows = [0..2000];
-    let (patch, _) = patched(&mut random, &rig.device, &weights.contents[2], &rows);
+    let (patch, as_it_was) = patched(&mut random, &rig.device, &weights.contents[2], &rows);
     let other = random_bf16(&mut random, SIZES[2], 1.0);
     let (added, contents) = patched(&mut random, &rig.device, &other, &rows);
     let given = Given(Arc::new(OnDevice::new(&rig.device, &other)));
@@ -584,10 +607,14 @@ fn what_was_begun_before_a_weight_is_computed_finds_it_as_it_was() {
             scope.spawn(|| model.change_patches(vec![(2, Some(computed))], Use::on(written.handle())));
         std::thread::sleep(Duration::from_millis(30));
         let pinned = waiting.wait(Use::on(consumer.stream()).interrupted).unwrap();
-        consumer.read(&model, &weights, 2);
-        drop(pinned);
-        consumer.check();
+        let at = model.address(2).unwrap();
+        let got = read(&rig, pinned, at, SIZES[2], consumer.stream());
         change.join().unwrap().unwrap();
+        for part in pages_of(at, got.len()) {
+            let is = |contents: &[u8]| got[part.clone()] == contents[part.clone()];
+            // The latter where the change came late.
+            assert!(is(&weights.contents[2]) || is(&as_it_was), "something else at {part:?}");
+        }
     });
     now.contents[2] = contents;
     pass(&model, &now, &mut consumer);
@@ -650,24 +677,11 @@ fn threads_that_use_weights_meanwhile_get_what_was_in_force_on_each_page() {
             for _ in 0..2 {
                 scope.spawn(|| {
                     let stream = rig.stream();
-                    let len = Bytes::new(SIZES[3] as u64);
-                    let buffer = PinnedBuffer::new(Arc::clone(&rig.device), len).unwrap();
-                    let done = Event::new(Arc::clone(&rig.device)).unwrap();
                     while !stop.load(Ordering::Acquire) {
                         let pinned = model.acquire(3, Use::on(stream.handle())).unwrap();
                         let at = model.address(3).unwrap();
-                        // SAFETY: the weight is pinned, and the buffer lives until the copy has completed.
-                        unsafe { rig.device.copy_to_host(buffer.as_ptr(), at, len, stream.handle()) }
-                            .unwrap();
-                        drop(pinned);
-                        // SAFETY: the stream lives.
-                        unsafe { done.record(stream.handle()) }.unwrap();
-                        done.synchronize().unwrap();
-                        // SAFETY: the copy has completed.
-                        let got = unsafe { buffer.slice(Bytes::ZERO, len) };
-                        let first = (Bytes::mib(2).get() - at.get() % Bytes::mib(2).get()) as usize;
-                        let first = first.min(got.len());
-                        for part in [0..first, first..got.len()] {
+                        let got = read(&rig, pinned, at, SIZES[3], stream.handle());
+                        for part in pages_of(at, got.len()) {
                             let is = |contents: &[u8]| got[part.clone()] == contents[part.clone()];
                             let is_old = is(&weights.contents[3]) || is(&other);
                             assert!(is_old || is(&third) || is(&fourth), "none of them");
