@@ -579,6 +579,8 @@ fn pages_of(at: DeviceAddr, len: usize) -> impl Iterator<Item = Range<usize>> {
 /// Has a model's pages filled, and all be done by itself that is done to them.
 fn fill_unused(engine: &Engine, model: &Attachment) {
     model.prefetch();
+    let all = SIZES.iter().sum::<usize>() as u64;
+    eventually("everything is filled", || model.stats().filled.get() >= all);
     engine.settle().unwrap();
     std::thread::sleep(Duration::from_millis(30));
 }
