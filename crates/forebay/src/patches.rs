@@ -594,21 +594,21 @@ impl Shared {
         self.patch_behind(filled, |patching| self.transform_page(vbar, set, page, |_| true, patching))
     }
 
-    /// Adds what is to be added to some weights' parts of a page, in the patching stream, of which everything else in the page is
-    /// behind. Under the copy lock.
+    /// Adds what is to be added to some weights' parts of a page, in a stream that is behind everything else in the page and
+    /// behind what writes the factors. Under the copy lock.
     fn transform_page(
         &self,
         vbar: &Vbar,
         set: &PatchSet,
         page: u32,
         of: impl Fn(u32) -> bool,
-        patching: StreamHandle,
+        stream: StreamHandle,
     ) -> Result<()> {
         let Some(layout) = &vbar.layout else { return Ok(()) };
         transforms(set, layout, vbar, page, of).iter().try_for_each(|transform| {
             // SAFETY: the page is mapped, and everything in it written by now in the stream's order; the factors are
-            // kept as long as the set is in force, and until what is in this stream by then is done.
-            unsafe { self.device.transform(transform, patching) }.map_err(Into::into)
+            // kept as long as the set is in force, and until what reads them by then is done.
+            unsafe { self.device.transform(transform, stream) }.map_err(Into::into)
         })
     }
 

@@ -60,7 +60,7 @@ pub(crate) struct Shared {
     /// The copy stream. Copies and the events behind them are enqueued under this lock, so that an event covers its
     /// copies.
     pub(crate) copy: Mutex<Stream>,
-    /// What is done to pages behind their copies. Enqueued under the copy lock, too.
+    /// What is done to pages behind their copies, and not by their users. Enqueued under the copy lock, too.
     pub(crate) patching: Stream,
     pub(crate) computing: Computing,
     pub(crate) copies: Copies,

@@ -9,6 +9,7 @@
 mod common;
 
 use std::any::Any;
+use std::cell::Cell;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -288,83 +289,104 @@ fn each_page_has_its_patches_once_however_much_of_the_model_was_read_by_then() {
     }
 }
 
+/// A device, of which one call is refused.
+struct Refusing {
+    rig: Rig,
+    device: Arc<Faulty>,
+    engine: Arc<Engine>,
+    call: Call,
+    /// Calls of this kind before it.
+    skipped: u32,
+    was_refused: Cell<bool>,
+}
+
+impl Refusing {
+    /// Has something tried with each call refused in turn that is part of it.
+    fn one_after_another(mut tried: impl FnMut(&Refusing)) {
+        for call in [Call::Transform, Call::Wait, Call::Record] {
+            for skipped in 0.. {
+                let rig = Rig::new();
+                let device = Faulty::new(Arc::clone(&rig.device));
+                let engine = common::engine_on(Arc::clone(&device) as _, Bytes::mib(64));
+                let was_refused = Cell::new(false);
+                let refusing = Refusing { rig, device, engine, call, skipped, was_refused };
+                tried(&refusing);
+                if !refusing.was_refused.get() {
+                    assert!(skipped > 2, "{call:?} is part of it");
+                    break;
+                }
+            }
+        }
+    }
+
+    /// Has something done of which the call may be refused, or behind it; whether it was done.
+    fn does(&self, work: impl FnOnce() -> forebay::Result<()>) -> bool {
+        self.device.fail(self.call, Failure::Refused, self.skipped, 1);
+        work().inspect_err(|error| assert!(error.to_string().contains("injected"), "{error}")).is_ok()
+    }
+
+    /// Nothing is refused any more: uses a model twice.
+    fn check(&self, model: &Attachment, now: &Weights) {
+        self.was_refused.set(self.device.hits() > 0);
+        self.device.fail(self.call, Failure::Refused, 0, 0);
+        self.engine.settle().unwrap();
+        let mut consumer = self.rig.consumer();
+        for _ in 0..2 {
+            pass(model, now, &mut consumer);
+        }
+    }
+}
+
 #[test]
 fn what_could_not_be_added_to_a_page_is_there_when_that_was_filled_anew() {
     let mut random = Random::seeded();
     let weights = weights(&mut random);
-    for call in [Call::Transform, Call::Wait, Call::Record] {
-        for skipped in 0.. {
-            let rig = Rig::new();
-            let device = Faulty::new(Arc::clone(&rig.device));
-            let engine = common::engine_on(Arc::clone(&device) as _, Bytes::mib(64));
-            let model = weights.attach(&engine, "model");
-            let (mut consumer, mut now) = (rig.consumer(), copy_of(&weights));
-            pass(&model, &now, &mut consumer);
-            let (patch, contents) = patched(&mut random, &rig.device, &weights.contents[4], &[0..6000]);
-            // Work from before, that the pages are read by.
-            let gate = Gate::close(&rig, consumer.stream());
-            consumer.use_weight(&model, &now, 4).unwrap();
-            device.fail(call, Failure::Refused, skipped, 1);
-            let written = rig.stream();
-            match model.change_patches(vec![(4, Some(patch))], Use::on(written.handle())) {
-                Ok(()) => now.contents[4] = contents,
-                Err(error) => assert!(error.to_string().contains("injected"), "{error}"),
-            }
-            gate.open();
-            let hits = device.hits();
-            device.fail(call, Failure::Refused, 0, 0);
-            engine.settle().unwrap();
-            for _ in 0..2 {
-                pass(&model, &now, &mut consumer);
-            }
-            if hits == 0 {
-                assert!(skipped > 2, "{call:?} is part of it");
-                break;
-            }
+    Refusing::one_after_another(|refusing| {
+        let rig = &refusing.rig;
+        let model = weights.attach(&refusing.engine, "model");
+        let (mut consumer, mut now) = (rig.consumer(), copy_of(&weights));
+        pass(&model, &now, &mut consumer);
+        let (patch, contents) = patched(&mut random, &rig.device, &weights.contents[4], &[0..6000]);
+        // Work from before, that the pages are read by.
+        let gate = Gate::close(rig, consumer.stream());
+        consumer.use_weight(&model, &now, 4).unwrap();
+        let written = rig.stream();
+        if refusing.does(|| model.change_patches(vec![(4, Some(patch))], Use::on(written.handle()))) {
+            now.contents[4] = contents;
         }
-    }
+        gate.open();
+        refusing.check(&model, &now);
+        consumer.check();
+    });
 }
 
 #[test]
 fn what_could_not_be_added_at_its_first_use_is_there_at_the_next_whoever_used_it_beside() {
     let mut random = Random::seeded();
     let weights = weights(&mut random);
-    for call in [Call::Transform, Call::Wait, Call::Record] {
-        for skipped in 0.. {
-            let rig = Rig::new();
-            let device = Faulty::new(Arc::clone(&rig.device));
-            let engine = common::engine_on(Arc::clone(&device) as _, Bytes::mib(64));
-            let model = weights.attach(&engine, "model");
-            let (patch, contents) =
-                patched(&mut random, &rig.device, &weights.contents[4], &[0..900, 900..6000]);
-            let mut now = copy_of(&weights);
-            now.contents[4] = contents;
-            model.change_patches(vec![(4, Some(patch))], Use::on(rig.stream().handle())).unwrap();
-            device.fail(call, Failure::Refused, skipped, 1);
+    Refusing::one_after_another(|refusing| {
+        let rig = &refusing.rig;
+        let model = weights.attach(&refusing.engine, "model");
+        let rows = [0..900, 900..6000];
+        let (patch, contents) = patched(&mut random, &rig.device, &weights.contents[4], &rows);
+        let mut now = copy_of(&weights);
+        now.contents[4] = contents;
+        model.change_patches(vec![(4, Some(patch))], Use::on(rig.stream().handle())).unwrap();
+        let use_it = || -> forebay::Result<()> {
+            let mut consumer = consumer_of(rig);
+            consumer.use_weight(&model, &now, 4)?;
+            consumer.check();
+            Ok(())
+        };
+        refusing.does(|| {
             std::thread::scope(|scope| {
-                for _ in 0..2 {
-                    scope.spawn(|| {
-                        let mut consumer = consumer_of(&rig);
-                        match consumer.use_weight(&model, &now, 4) {
-                            Ok(()) => consumer.check(),
-                            Err(error) => assert!(error.to_string().contains("injected"), "{error}"),
-                        }
-                    });
-                }
-            });
-            let hits = device.hits();
-            device.fail(call, Failure::Refused, 0, 0);
-            engine.settle().unwrap();
-            let mut consumer = rig.consumer();
-            for _ in 0..2 {
-                pass(&model, &now, &mut consumer);
-            }
-            if hits == 0 {
-                assert!(skipped > 2, "{call:?} is part of it");
-                break;
-            }
-        }
-    }
+                let beside = scope.spawn(use_it);
+                let here = use_it();
+                beside.join().unwrap().and(here)
+            })
+        });
+        refusing.check(&model, &now);
+    });
 }
 
 #[test]
