@@ -298,7 +298,7 @@ def child(chosen: argparse.Namespace) -> int:
         sys.meta_path.insert(0, Gate())
         action = load_whole if system.loads_before else wait_for_kernels if system.waits_before else None
         card_bytes = int(cell.card * GIB) if system.in_turn else None
-        # Importing Forebay, and torch with it, would change the order in which the others start.
+        # Importing Forebay would change the order in which the others start; where steps are asynchronous it does for all.
         is_watched = system.native or action or chosen.asynchronous
         samplings = watch_sampling(action, card_bytes, chosen.asynchronous) if is_watched else []
         sys.argv = [str(chosen.tool), *map(str, arguments), "--", *system.comfy]

@@ -413,7 +413,8 @@ impl Shared {
         let mut factors = vbar.patches.factors.lock();
         // SAFETY: as before.
         factors.read.iter().try_for_each(|filled| unsafe { filled.wait_on(self.patching.handle()) })?;
-        // SAFETY: as before. What reads the former factors comes before this, for it is enqueued under the copy lock.
+        // SAFETY: as before. What reads the former factors comes before this: it was enqueued under the copy lock, in this stream
+        // or behind those marks.
         unsafe { done.record(self.patching.handle()) }?;
         factors.read.clear();
         let written = Arc::new(written);
@@ -510,7 +511,7 @@ impl Shared {
         if is_computed(&current) {
             return Ok(Completed::Later(current));
         }
-        let adds = vbar.layout.as_ref().is_some_and(|layout| has_products(&current, layout, vbar, page));
+        let adds = has_products(&current, vbar, page);
         vbar.set_completion(page, if adds { Completion::Incomplete } else { Completion::Complete });
         Ok(Completed::Now)
     }
@@ -587,11 +588,11 @@ impl Shared {
         page: u32,
         filled: &Event,
     ) -> std::result::Result<(), Incomplete> {
-        vbar.set_completion(page, Completion::Complete);
-        if !vbar.layout.as_ref().is_some_and(|layout| has_products(set, layout, vbar, page)) {
-            return Ok(());
+        if has_products(set, vbar, page) {
+            self.patch_behind(filled, |patching| self.transform_page(vbar, set, page, |_| true, patching))?;
         }
-        self.patch_behind(filled, |patching| self.transform_page(vbar, set, page, |_| true, patching))
+        vbar.set_completion(page, Completion::Complete);
+        Ok(())
     }
 
     /// Adds what is to be added to some weights' parts of a page, in a stream that is behind everything else in the page and
@@ -694,10 +695,13 @@ fn added_to(
 }
 
 /// Whether anything is to be added to a page.
-fn has_products(set: &PatchSet, layout: &Layout, vbar: &Vbar, page: u32) -> bool {
+fn has_products(set: &PatchSet, vbar: &Vbar, page: u32) -> bool {
+    let adds = |weight: u32| set.get(&weight).is_some_and(|patch| !patch.products.is_empty());
     !set.is_empty()
-        && parts_of(layout, vbar, page)
-            .any(|part| set.get(&part.weight).is_some_and(|patch| !patch.products.is_empty()))
+        && vbar
+            .layout
+            .as_ref()
+            .is_some_and(|layout| parts_of(layout, vbar, page).any(|part| adds(part.weight)))
 }
 
 /// What is to be added to some weights' parts of a page.

@@ -78,6 +78,24 @@ fn weights(random: &mut Random) -> Weights {
     weights
 }
 
+/// A model on a device that holds all of it.
+struct Attached {
+    random: Random,
+    weights: Weights,
+    rig: Rig,
+    engine: Arc<Engine>,
+    model: Attachment,
+}
+
+fn attached() -> Attached {
+    let mut random = Random::seeded();
+    let weights = weights(&mut random);
+    let rig = Rig::new();
+    let engine = rig.engine(Bytes::mib(64));
+    let model = weights.attach(&engine, "model");
+    Attached { random, weights, rig, engine, model }
+}
+
 /// A patch of some rows of a weight, and the weight with it.
 fn patched(
     random: &mut Random,
@@ -231,11 +249,7 @@ fn weights_are_as_the_set_in_force_says_at_every_budget() {
 
 #[test]
 fn what_is_only_added_to_is_changed_where_it_is_and_all_else_that_a_change_touches_is_refilled() {
-    let mut random = Random::seeded();
-    let weights = weights(&mut random);
-    let rig = Rig::new();
-    let engine = rig.engine(Bytes::mib(64));
-    let model = weights.attach(&engine, "model");
+    let Attached { mut random, weights, rig, model, .. } = attached();
     let (mut consumer, mut now) = (rig.consumer(), copy_of(&weights));
     pass(&model, &now, &mut consumer);
     let mut refilled = |model: &Attachment, patch: Option<Patch>, contents: &Arc<Vec<u8>>, weight: usize| {
@@ -413,10 +427,7 @@ fn whoever_comes_second_waits_for_what_the_first_adds() {
 
 #[test]
 fn factors_stay_until_nobody_adds_them_any_more() {
-    let mut random = Random::seeded();
-    let weights = weights(&mut random);
-    let rig = Rig::new();
-    let engine = rig.engine(Bytes::mib(64));
+    let Attached { mut random, weights, rig, engine, model } = attached();
     let (mut patch, contents) = patched(&mut random, &rig.device, &weights.contents[2], &[0..5000]);
     let (mut consumer, mut now) = (rig.consumer(), copy_of(&weights));
     now.contents[2] = contents;
@@ -425,7 +436,6 @@ fn factors_stay_until_nobody_adds_them_any_more() {
     let other = weights.attach(&engine, "other");
     other.change_patches(vec![(2, Some(patch.clone()))], Use::on(written.handle())).unwrap();
     pass(&other, &now, &mut consumer);
-    let model = weights.attach(&engine, "model");
     let [still_read, gone_early] = [true, false].map(|is_so| Arc::new(AtomicBool::new(is_so)));
     let flags = [&still_read, &gone_early].map(Arc::clone);
     patch.keep = Arc::new(Kept { _of: patch.keep, flags });
@@ -447,12 +457,8 @@ fn factors_stay_until_nobody_adds_them_any_more() {
 
 #[test]
 fn factors_that_are_being_written_are_waited_for() {
-    let mut random = Random::seeded();
-    let weights = weights(&mut random);
-    let rig = Rig::new();
+    let Attached { mut random, weights, rig, model, .. } = attached();
     let Some(host) = &rig.host else { return };
-    let engine = rig.engine(Bytes::mib(64));
-    let model = weights.attach(&engine, "model");
     let (patch, contents) = patched(&mut random, &rig.device, &weights.contents[2], &[0..5000]);
     let (mut consumer, mut now) = (rig.consumer(), copy_of(&weights));
     now.contents[2] = contents;
@@ -518,11 +524,7 @@ fn work_in_a_stream_keeps_what_it_began_with() {
 
 #[test]
 fn whoever_holds_a_weight_is_waited_for() {
-    let mut random = Random::seeded();
-    let weights = weights(&mut random);
-    let rig = Rig::new();
-    let engine = rig.engine(Bytes::mib(64));
-    let model = weights.attach(&engine, "model");
+    let Attached { mut random, weights, rig, model, .. } = attached();
     let (mut consumer, mut now) = (rig.consumer(), copy_of(&weights));
     pass(&model, &now, &mut consumer);
     let view = model.view(2, Use::on(consumer.stream())).unwrap();
@@ -550,11 +552,7 @@ fn consumer_of(rig: &Rig) -> Consumer {
 
 #[test]
 fn a_lent_model_is_recalled() {
-    let mut random = Random::seeded();
-    let weights = weights(&mut random);
-    let rig = Rig::new();
-    let engine = rig.engine(Bytes::mib(64));
-    let model = weights.attach(&engine, "model");
+    let Attached { mut random, weights, rig, engine, model } = attached();
     let (mut consumer, mut now) = (rig.consumer(), copy_of(&weights));
     pass(&model, &now, &mut consumer);
     engine.settle().unwrap();
@@ -609,11 +607,7 @@ fn fill_unused(engine: &Engine, model: &Attachment) {
 
 #[test]
 fn what_was_begun_before_a_weight_is_computed_finds_it_as_it_was() {
-    let mut random = Random::seeded();
-    let weights = weights(&mut random);
-    let rig = Rig::new();
-    let engine = rig.engine(Bytes::mib(64));
-    let model = weights.attach(&engine, "model");
+    let Attached { mut random, weights, rig, engine, model } = attached();
     let rows = [0..2000];
     let (patch, as_it_was) = patched(&mut random, &rig.device, &weights.contents[2], &rows);
     let other = random_bf16(&mut random, SIZES[2], 1.0);
@@ -646,11 +640,7 @@ fn what_was_begun_before_a_weight_is_computed_finds_it_as_it_was() {
 
 #[test]
 fn a_patched_model_is_there_as_a_whole_after_one_pass() {
-    let mut random = Random::seeded();
-    let weights = weights(&mut random);
-    let rig = Rig::new();
-    let engine = rig.engine(Bytes::mib(64));
-    let model = weights.attach(&engine, "model");
+    let Attached { mut random, weights, rig, engine, model } = attached();
     let (patch, contents) = patched(&mut random, &rig.device, &weights.contents[2], &[0..5000]);
     let (mut consumer, mut now) = (rig.consumer(), copy_of(&weights));
     now.contents[2] = contents;
@@ -732,11 +722,7 @@ fn threads_that_use_weights_meanwhile_get_what_was_in_force_on_each_page() {
 
 #[test]
 fn patches_that_do_not_fit_change_nothing() {
-    let mut random = Random::seeded();
-    let weights = weights(&mut random);
-    let rig = Rig::new();
-    let engine = rig.engine(Bytes::mib(64));
-    let model = weights.attach(&engine, "model");
+    let Attached { mut random, weights, rig, model, .. } = attached();
     let mut consumer = rig.consumer();
     let (patch, _) = patched(&mut random, &rig.device, &weights.contents[4], &[0..4]);
     let with = |rows: Range<u32>, element| {
