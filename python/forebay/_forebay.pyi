@@ -175,6 +175,7 @@ class Model:
                     Sequence[_Product],
                     object,
                     Callable[[], tuple[int, int, object]] | None,
+                    tuple[int, int, int, int, int] | None,
                 ]
                 | None,
             ]

@@ -248,7 +248,7 @@ class Attachment:
         not part of the budget.
 
         A :class:`forebay.low_rank.LowRank` is a callable that the device need not call: it adds the products as a page is
-        filled, in the same arithmetic.
+        filled, in the same arithmetic. A :class:`forebay.eight_bits.EightBitPatch` likewise, for weights of float8.
 
         Args:
             name: The weight's name in its module (``blocks.0.attn.weight``), in a pipeline with the part before it where

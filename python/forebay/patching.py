@@ -20,6 +20,7 @@ import torch
 from forebay._forebay import DetachedError, ForebayError, Model
 from forebay.adapters import COMPONENTS, Adapter, Source, file_identity, names_of, read_adapters
 from forebay.converting import USED, Conversion, dtype_name
+from forebay.eight_bits import EightBitPatch
 from forebay.low_rank import LowRank, Product, joined_dtype, to_device
 
 _log = logging.getLogger("forebay")
@@ -232,15 +233,19 @@ class Patches:
 
     def _place(self, changes: Iterable[_Change]) -> None:
         """What the engine is given for functions that it need not call."""
+        changes = [change for change in changes if change.target.small is None and not change.terms]
+        for change in changes:
+            if isinstance(change.function, EightBitPatch):
+                change.patch = change.function.for_engine(change.target.dtype)
         added = [
             (change, change.function)
             for change in changes
-            if isinstance(change.function, LowRank) and not change.terms and _is_added(change.target)
+            if isinstance(change.function, LowRank) and _is_added(change.target)
         ]
         placed = to_device((function for _, function in added), self._device)
         for (change, _), (memory, product) in zip(added, placed, strict=True):
             target = change.target
-            change.patch = dtype_name(target.dtype), target.columns, [product], memory, None
+            change.patch = dtype_name(target.dtype), target.columns, [product], memory, None, None
 
     def _patch(self, target: Target, function: Function | None, terms: Sequence[Term]) -> _Patch:
         """What the engine is given: for each run of rows with the same terms one product of their joined factors."""
@@ -265,7 +270,7 @@ class Patches:
             self._computing.add(compute)
         # Without terms nobody computes with the elements.
         name = dtype_name(target.dtype if terms else torch.float32)
-        return name, target.columns if terms else 1, products, kept, compute
+        return name, target.columns if terms else 1, products, kept, compute, None
 
     def _computed(self, target: Target, function: Function) -> tuple[int, int, object]:
         """Computes a weight, on a thread of the engine. Its address, the stream's handle, and what keeps it."""
@@ -318,7 +323,14 @@ class Patches:
         return (merged + flat.view(merged.shape)).to(target.dtype)
 
 
-_Patch = tuple[str, int, list[Product], object, Callable[[], tuple[int, int, object]] | None]
+_Patch = tuple[
+    str,
+    int,
+    list[Product],
+    object,
+    Callable[[], tuple[int, int, object]] | None,
+    tuple[int, int, int, int, int] | None,
+]
 """A patch as the engine takes it."""
 
 
@@ -510,7 +522,7 @@ def _check_shape(target: Target, products: LowRank) -> None:
 
 def _is_added(target: Target) -> bool:
     """Whether the engine adds products to it."""
-    return target.small is None and target.dtype in USED and target.source.is_contiguous()
+    return target.dtype in USED and target.source.is_contiguous()
 
 
 def _is_new(target: Target, function: Function | None, terms: Sequence[Term]) -> bool:

@@ -186,7 +186,8 @@ impl Engine {
             let [largest, table, to] = [largest, table, to].map(DeviceAddr::new);
             Scaling { largest, table, to }
         });
-        let work = Requantize { sum: sum.0, to: DeviceAddr::new(address), seed, threads };
+        let to = DeviceAddr::new(address);
+        let work = Requantize { sum: sum.0, to, random: to, seed, threads };
         // SAFETY: the package passes a stream of torch's on this device.
         let stream = unsafe { StreamHandle::from_raw(stream) };
         // SAFETY: likewise memory.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use forebay::device::{DeviceAddr, EightBitSum, Element, Factors, Rounding, StreamHandle};
-use forebay::{Compute, Computed, Conversion, Patch, Product, StoredScale};
+use forebay::{Bytes, Compute, Computed, Conversion, EightBits, Patch, Product, StoredScale};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
@@ -14,8 +14,12 @@ use crate::run::with_interrupts;
 /// where it is rounded after each: the elements it is rounded to, their number, the address of their ends, and that of what
 /// is multiplied with at last or 0.
 pub(crate) type PyProduct = (u32, u32, u64, u64, u64, String, u32, Option<(String, u32, u64, u64)>);
-/// A patch: the weight's elements, elements a row, the products, what keeps their memory, and what computes the weight.
-pub(crate) type PyPatch = (String, u32, Vec<PyProduct>, Py<PyAny>, Option<Py<PyAny>>);
+/// How eight-bit elements are rounded: the address of the float32 that they are multiplied with first or 0, the seed of the random
+/// bytes and the threads that they are drawn with, and the address and size of memory for them.
+type PyRounding = (u64, u64, u64, u64, u64);
+/// A patch: the weight's elements, elements a row, the products, what keeps their memory, what computes the weight, and how
+/// eight-bit elements are rounded.
+pub(crate) type PyPatch = (String, u32, Vec<PyProduct>, Py<PyAny>, Option<Py<PyAny>>, Option<PyRounding>);
 
 /// A callable that gives a weight's address, the handle of the stream that writes it, and what keeps it.
 struct PyCompute(Py<PyAny>);
@@ -91,6 +95,7 @@ impl PyEightBitSum {
         Ok(PyEightBitSum(EightBitSum {
             from: DeviceAddr::new(source),
             element: self::element(element)?,
+            first: 0,
             count: rows * u64::from(columns),
             scale: (scale != 0).then(|| DeviceAddr::new(scale)),
             factors: product.factors,
@@ -104,10 +109,17 @@ impl PyEightBitSum {
     }
 }
 
-fn patch((name, columns, products, keep, compute): PyPatch) -> PyResult<Patch> {
+fn patch((name, columns, products, keep, compute, rounding): PyPatch) -> PyResult<Patch> {
     let products = products.into_iter().map(|given| product(given, columns)).collect::<PyResult<_>>()?;
     let computed = compute.map(|compute| Arc::new(PyCompute(compute)) as Arc<dyn Compute>);
-    Ok(Patch { element: element(&name)?, computed, products, keep: Arc::new(keep) })
+    let rounding = rounding.map(|(scale, seed, threads, random, random_bytes)| EightBits {
+        scale: (scale != 0).then(|| DeviceAddr::new(scale)),
+        seed,
+        threads,
+        random: DeviceAddr::new(random),
+        random_bytes: Bytes::new(random_bytes),
+    });
+    Ok(Patch { element: element(&name)?, computed, products, rounding, keep: Arc::new(keep) })
 }
 
 /// Gives weights, by number, new patches or none.

@@ -110,10 +110,10 @@ impl Transform {
                     return invalid();
                 }
             }
-            Transform::Requantize(Requantize { sum, to, threads, .. }) => {
-                let in_packs = [to.get(), *threads];
+            Transform::Requantize(Requantize { sum, to, random, threads, .. }) => {
+                let in_packs = [to.get(), random.get(), *threads];
                 let is_in_packs = in_packs.iter().all(|number| number.is_multiple_of(EightBitSum::AT_ONCE));
-                if !sum.is_possible() || !is_in_packs || *threads == 0 {
+                if !sum.is_possible() || !is_in_packs || *threads == 0 || *random == sum.from {
                     return invalid();
                 }
             }
@@ -209,15 +209,17 @@ impl Rounding {
     }
 }
 
-/// What a whole weight of eight-bit elements stands for, with the terms of [`Rounding::Each`] added: an element begins as
-/// `through(from[n] * scale)`.
+/// What a run of elements of a row-major weight of eight bits stands for, with the terms of [`Rounding::Each`] added: an element
+/// begins as `through(from[n - first] * scale)`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EightBitSum {
     /// Where the elements are; a multiple of [`EightBitSum::AT_ONCE`].
     pub from: DeviceAddr,
     /// What they are; [`Element::is_float8`].
     pub element: Element,
-    /// How many: whole rows.
+    /// The number of the first one in the weight; a multiple of [`EightBitSum::AT_ONCE`].
+    pub first: u64,
+    /// How many; likewise.
     pub count: u64,
     /// A float32 that the elements are multiplied with at first.
     pub scale: Option<DeviceAddr>,
@@ -232,11 +234,10 @@ impl EightBitSum {
     fn is_possible(&self) -> bool {
         let factors = &self.factors;
         let is_in_terms = matches!(factors.rounding, Rounding::Each { .. }) && factors.rounding.is_possible();
-        let is_whole = factors.columns > 0 && self.count.is_multiple_of(factors.columns.into());
-        let in_packs = [factors.columns.into(), self.from.get()];
+        let in_packs = [factors.columns.into(), self.from.get(), self.first, self.count];
         let is_in_packs = in_packs.iter().all(|number| number.is_multiple_of(EightBitSum::AT_ONCE));
         let can = self.element.is_float8() && factors.element.is_target();
-        can && is_in_terms && is_whole && is_in_packs && factors.rank > 0 && factors.row_base == 0
+        can && is_in_terms && is_in_packs && factors.columns > 0 && factors.rank > 0 && factors.row_base == 0
     }
 }
 
@@ -253,8 +254,10 @@ impl EightBitSum {
 pub struct Requantize {
     /// The sum.
     pub sum: EightBitSum,
-    /// Where the results go; a multiple of [`EightBitSum::AT_ONCE`]. Does not overlap what the sum is made of.
+    /// Where the results go; a multiple of [`EightBitSum::AT_ONCE`]. Where the elements are, or elsewhere.
     pub to: DeviceAddr,
+    /// Memory for as many random bytes; likewise a multiple. Where the results go, if those go elsewhere, or elsewhere.
+    pub random: DeviceAddr,
     /// Of the random bytes.
     pub seed: u64,
     /// Likewise; a multiple of [`EightBitSum::AT_ONCE`].

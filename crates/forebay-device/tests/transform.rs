@@ -518,15 +518,33 @@ fn eight_bits_are_rounded_up_or_down_by_random_bytes() {
                     let from = places.put(&stored, 16);
                     let to = places.put(&vec![0x5a; count as usize], 16);
                     let after = places.put(&guard, 1);
-                    let sum = EightBitSum { from, element, count, scale, factors };
-                    let work = Requantize { sum, to, seed, threads };
+                    let sum = EightBitSum { from, element, first: 0, count, scale, factors };
+                    let work = Requantize { sum, to, random: to, seed, threads };
                     transform(device, Transform::Requantize(work)).unwrap();
                     let at = places.put(&0.0_f32.to_le_bytes(), 4);
                     transform(device, Transform::Largest { sum, at }).unwrap();
                     assert!(read(device, after, Bytes::new(16)) == guard, "wrote behind its elements");
                     assert!(read(device, from, Bytes::new(count)) == stored, "wrote to what is stored");
                     let found = read(device, to, Bytes::new(count));
-                    results.push((found, read(device, at, Bytes::new(4))));
+                    let largest = read(device, at, Bytes::new(4));
+                    // In parts, where the elements are.
+                    transform(device, Transform::Copy { to, from, len: Bytes::new(count) }).unwrap();
+                    let part = 8 * (count / 24);
+                    let random = places.put(&vec![0x5a; part as usize], 16);
+                    let after_random = places.put(&guard, 1);
+                    let at = places.put(&0.0_f32.to_le_bytes(), 4);
+                    for first in (0..count).step_by(part as usize) {
+                        let (from, count) = (to.offset(Bytes::new(first)), part.min(count - first));
+                        let sum = EightBitSum { from, first, count, ..sum };
+                        transform(device, Transform::Largest { sum, at }).unwrap();
+                        let work = Requantize { sum, to: from, random, seed, threads };
+                        transform(device, Transform::Requantize(work)).unwrap();
+                    }
+                    assert!(read(device, to, Bytes::new(count)) == found, "parts differ from the whole");
+                    assert!(read(device, at, Bytes::new(4)) == largest, "parts have another largest one");
+                    assert!(read(device, after, Bytes::new(16)) == guard, "wrote behind its elements");
+                    assert!(read(device, after_random, Bytes::new(16)) == guard, "drew too many");
+                    results.push((found, largest));
                 });
                 let what = format!(
                     "{element:?} {through:?} {factor:?} {rows} x {columns}, {rank}, {first:?} {by:?}"
@@ -600,12 +618,14 @@ fn what_cannot_be_requantized_is_refused() {
         row_base: 0,
         rounding,
     };
-    let sum = EightBitSum { from: at, element: Element::F8E4m3, count: 32, scale: None, factors };
-    let good = Requantize { sum, to: at, seed: 1, threads: 256 };
+    let sum = EightBitSum { from: at, element: Element::F8E4m3, first: 8, count: 24, scale: None, factors };
+    let good = Requantize { sum, to: at, random: DeviceAddr::new(8192), seed: 1, threads: 256 };
     for work in [
         Requantize { threads: 0, ..good },
         Requantize { threads: 12, ..good },
         Requantize { to: DeviceAddr::new(4097), ..good },
+        Requantize { random: DeviceAddr::new(8193), ..good },
+        Requantize { random: at, ..good },
     ] {
         let error = transform(&device, Transform::Requantize(work)).unwrap_err();
         assert!(matches!(error, DeviceError::Driver { code: 1, .. }), "{work:?}: {error}");
@@ -614,6 +634,7 @@ fn what_cannot_be_requantized_is_refused() {
     let refused = [
         EightBitSum { element: Element::F16, ..sum },
         EightBitSum { count: 33, ..sum },
+        EightBitSum { first: 4, ..sum },
         EightBitSum { from: DeviceAddr::new(4097), ..sum },
         EightBitSum { count: 24, ..of_factors(Factors { columns: 12, ..factors }) },
         of_factors(Factors { rank: 0, ..factors }),

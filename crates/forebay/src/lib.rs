@@ -93,7 +93,7 @@ pub use host_buffer::{Growth, HostBuffer, HostBufferOptions, HostRange};
 pub use layout::{ALIGNMENT, LayoutOptions, WeightKind, WeightSpec};
 pub use lease::{Lease, Lending, Recall};
 pub use operation::Operation;
-pub use patches::{Patch, Product, Scaling};
+pub use patches::{EightBits, Patch, Product, Scaling};
 pub use room::{Ballast, Leases, Room, Squeeze};
 pub use state::Budget;
 pub use stats::{EngineStats, VbarStats};

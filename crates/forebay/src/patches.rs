@@ -16,8 +16,8 @@ use std::sync::Arc;
 
 use forebay_core::{Bytes, PageRef, Serial};
 use forebay_device::{
-    AddLowRank, Convert, DeviceAddr, Element, Event, Factors, Requantize, Scale, Stream, StreamHandle,
-    Transform,
+    AddLowRank, Convert, DeviceAddr, EightBitSum, Element, Event, Factors, Requantize, Rounding, Scale,
+    Stream, StreamHandle, Transform,
 };
 use parking_lot::{Mutex, MutexGuard};
 
@@ -33,14 +33,31 @@ use crate::{Engine, EngineError, Result};
 /// What is added to a weight: products of low rank, as adapters (LoRA) are. The weight is row-major.
 #[derive(Clone)]
 pub struct Patch {
-    /// The weight's elements; [`Element::is_target`].
+    /// The weight's elements.
     pub element: Element,
     /// What computes the weight, before anything is added, in place of its source.
     pub computed: Option<Arc<dyn Compute>>,
     /// What is added to which rows. No two share a row: each element is rounded as one of them says.
     pub products: Vec<Product>,
+    /// How elements of eight bits are rounded behind the product, of which there is one for all rows then.
+    pub rounding: Option<EightBits>,
     /// Keeps the factors' memory. Dropped when nothing reads them any more.
     pub keep: Arc<dyn Any + Send + Sync>,
+}
+
+/// How elements of eight bits are rounded: see [`Requantize`].
+#[derive(Clone, Copy, Debug)]
+pub struct EightBits {
+    /// See [`EightBitSum::scale`].
+    pub scale: Option<DeviceAddr>,
+    /// See [`Requantize::seed`].
+    pub seed: u64,
+    /// See [`Requantize::threads`].
+    pub threads: u64,
+    /// Memory for the random bytes of what a page has of the weight. All patches of one attachment may have the same.
+    pub random: DeviceAddr,
+    /// How much.
+    pub random_bytes: Bytes,
 }
 
 /// A product of low rank and the rows of a weight that it is added to.
@@ -133,6 +150,8 @@ struct InUse {
     read: Vec<Arc<Event>>,
     /// Behind what writes them.
     written: Vec<Arc<Event>>,
+    /// The stream in which random bytes were drawn last, and the mark of the page that they are for.
+    drawn: Option<(StreamHandle, Arc<Event>)>,
 }
 
 /// Marks that are kept before those are looked for that have completed.
@@ -279,7 +298,7 @@ impl Attachment {
         for Product { rows, factors } in products {
             let end = u64::from(rows.end) * u64::from(factors.columns) * size.get();
             let fits = rows.start >= last && rows.start < rows.end && end <= placed.bytes.get();
-            let can = patch.element.is_target() && factors.element.is_target() && factors.rank > 0;
+            let can = self.takes(weight, patch, rows) && factors.element.is_target() && factors.rank > 0;
             let can = can && factors.rounding.is_possible();
             if !fits || !can || factors.columns == 0 || factors.row_base != rows.start {
                 return Err(EngineError::Invalid(format!(
@@ -295,6 +314,22 @@ impl Attachment {
             last = rows.end;
         }
         Ok(())
+    }
+
+    /// Whether a patch's product for some rows can be rounded to the weight's elements.
+    fn takes(&self, weight: usize, patch: &Patch, rows: &Range<u32>) -> bool {
+        let placed = self.layout().weights[weight];
+        let Some(rounding) = patch.rounding else { return patch.element.is_target() };
+        let [Product { factors, .. }] = &patch.products[..] else { return false };
+        let columns = u64::from(factors.columns);
+        let is_whole = u64::from(rows.end - rows.start) * columns == placed.bytes.get();
+        let in_packs = [columns, rounding.threads, rounding.random.get()];
+        patch.element.is_float8()
+            && matches!(factors.rounding, Rounding::Each { .. })
+            && is_whole
+            && rounding.threads > 0
+            && in_packs.iter().all(|number| number.is_multiple_of(EightBitSum::AT_ONCE))
+            && rounding.random_bytes >= placed.bytes.min(self.vbar().page_size)
     }
 
     /// Has weights filled anew from their sources: what somebody wrote to their pages is gone. As
@@ -454,7 +489,7 @@ impl Shared {
                 // SAFETY: the stream lives as long as `self`.
                 before.iter().try_for_each(|event| unsafe { event.wait_on(patching) })?;
                 let is_touched = |weight: u32| changed.touched.contains(&weight);
-                self.transform_page(vbar, &changed.now, number, is_touched, patching)
+                self.transform_page(vbar, &changed.now, (number, &filled), is_touched, patching)
             })
         });
         drop(copies);
@@ -572,7 +607,7 @@ impl Shared {
         let of = |weight: u32| !computes(&set, weight);
         let added = is_behind
             .map_err(EngineError::from)
-            .and_then(|()| self.transform_page(vbar, &set, page, of, stream));
+            .and_then(|()| self.transform_page(vbar, &set, (page, filled), of, stream));
         let marked = mark_filled(filled, stream);
         vbar.patches.note_read(filled);
         let is_done = added.is_ok() && marked.is_ok();
@@ -586,31 +621,49 @@ impl Shared {
         vbar: &Vbar,
         set: &PatchSet,
         page: u32,
-        filled: &Event,
+        filled: &Arc<Event>,
     ) -> std::result::Result<(), Incomplete> {
         if has_products(set, vbar, page) {
-            self.patch_behind(filled, |patching| self.transform_page(vbar, set, page, |_| true, patching))?;
+            self.patch_behind(filled, |patching| {
+                self.transform_page(vbar, set, (page, filled), |_| true, patching)
+            })?;
         }
         vbar.set_completion(page, Completion::Complete);
         Ok(())
     }
 
     /// Adds what is to be added to some weights' parts of a page, in a stream that is behind everything else in the page and
-    /// behind what writes the factors. Under the copy lock.
+    /// behind what writes the factors. The page is marked behind it, whatever is refused. Under the copy lock.
     fn transform_page(
         &self,
         vbar: &Vbar,
         set: &PatchSet,
-        page: u32,
+        (page, filled): (u32, &Arc<Event>),
         of: impl Fn(u32) -> bool,
         stream: StreamHandle,
     ) -> Result<()> {
         let Some(layout) = &vbar.layout else { return Ok(()) };
-        transforms(set, layout, vbar, page, of).iter().try_for_each(|transform| {
+        let transforms = transforms(set, layout, vbar, page, of);
+        if transforms.iter().any(|transform| matches!(transform, Transform::Requantize(_))) {
+            self.draw(vbar, filled, stream)?;
+        }
+        transforms.iter().try_for_each(|transform| {
             // SAFETY: the page is mapped, and everything in it written by now in the stream's order; the factors are
             // kept as long as the set is in force, and until what reads them by then is done.
             unsafe { self.device.transform(transform, stream) }.map_err(Into::into)
         })
+    }
+
+    /// Orders a stream behind what reads the random bytes that were drawn before those that are drawn in it now, for a page that
+    /// is marked behind what reads these. Under the copy lock.
+    fn draw(&self, vbar: &Vbar, filled: &Arc<Event>, stream: StreamHandle) -> Result<()> {
+        let mut factors = vbar.patches.factors.lock();
+        if let Some((_, before)) = factors.drawn.as_ref().filter(|(other, _)| *other != stream) {
+            // SAFETY: a stream exists as long as anything remembers its handle.
+            unsafe { before.wait_on(stream) }?;
+        }
+        factors.drawn = Some((stream, Arc::clone(filled)));
+        Ok(())
     }
 
     /// Has work done in the patching stream behind everything that a page is marked by, and marks it anew behind that.
@@ -723,14 +776,14 @@ fn transforms(
             let to = end.min(u64::from(rows.end) * columns);
             if from < to {
                 let at = vbar.base().offset(part.start + Bytes::new((from - first) * size));
-                let (count, element, factors) = (to - from, patch.element, *factors);
-                transforms.push(Transform::AddLowRank(AddLowRank {
-                    at,
-                    first: from,
-                    count,
-                    element,
-                    factors,
-                }));
+                let (first, count, element, factors) = (from, to - from, patch.element, *factors);
+                transforms.push(match patch.rounding {
+                    None => Transform::AddLowRank(AddLowRank { at, first, count, element, factors }),
+                    Some(EightBits { scale, seed, threads, random, .. }) => {
+                        let sum = EightBitSum { from: at, element, first, count, scale, factors };
+                        Transform::Requantize(Requantize { sum, to: at, random, seed, threads })
+                    }
+                });
             }
         }
     }
@@ -749,11 +802,12 @@ pub(crate) fn mark_filled(filled: &Event, stream: StreamHandle) -> std::result::
 
 impl fmt::Debug for Patch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Patch { element, products, computed, .. } = self;
+        let Patch { element, products, rounding, computed, .. } = self;
         f.debug_struct("Patch")
             .field("computed", &computed.is_some())
             .field("element", element)
             .field("products", products)
+            .field("rounding", rounding)
             .finish_non_exhaustive()
     }
 }

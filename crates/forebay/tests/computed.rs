@@ -47,7 +47,13 @@ fn fixed(random: &mut Random, rig: &Rig, weight: usize, now: &mut Weights) -> Ar
 }
 
 fn patch(by: Arc<dyn Compute>) -> Option<Patch> {
-    Some(Patch { element: Element::Bf16, computed: Some(by), products: Vec::new(), keep: Arc::new(()) })
+    Some(Patch {
+        element: Element::Bf16,
+        computed: Some(by),
+        products: Vec::new(),
+        rounding: None,
+        keep: Arc::new(()),
+    })
 }
 
 fn copy_of(weights: &Weights) -> Weights {

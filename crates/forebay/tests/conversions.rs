@@ -211,8 +211,13 @@ fn patches_come_after_the_conversion() {
         rounding: Rounding::Once,
     };
     let product = Product { rows: 7..2500, factors };
-    let patch =
-        Patch { element: Element::Bf16, computed: None, products: vec![product], keep: Arc::new(one) };
+    let patch = Patch {
+        element: Element::Bf16,
+        computed: None,
+        products: vec![product],
+        rounding: None,
+        keep: Arc::new(one),
+    };
     model.change_patches(vec![(0, Some(patch))], Use::on(consumer.stream())).unwrap();
     let mut patched = weights.contents[0].to_vec();
     for raw in patched.chunks_exact_mut(2).skip(7 * COLUMNS as usize).take(2493 * COLUMNS as usize) {
@@ -271,7 +276,8 @@ fn a_page_that_failed_stays_until_what_is_converted_for_it_has_been_written() {
         rounding: Rounding::Once,
     };
     let products = vec![Product { rows: 0..9, factors }];
-    let patch = Patch { element: Element::F32, computed: None, products, keep: Arc::new(one) };
+    let patch =
+        Patch { element: Element::F32, computed: None, products, rounding: None, keep: Arc::new(one) };
     std::thread::scope(|threads| {
         threads.spawn(|| model.change_patches(vec![(3, Some(patch))], Use::on(uploads.handle())).unwrap());
         while !model.is_kept(3).unwrap() {

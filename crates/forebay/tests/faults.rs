@@ -45,7 +45,13 @@ fn patch(device: &Arc<dyn Device>) -> (Patch, Arc<Vec<u8>>) {
     let product = Product { rows: 0..(SIZES[PATCHED] / 4) as u32 / COLUMNS, factors };
     let computed: Arc<dyn Compute> = Arc::new(Given(Arc::new(OnDevice::new(device, &of(&numbers)))));
     let keep = Arc::new((ones, scale));
-    let patch = Patch { element: Element::F32, computed: Some(computed), products: vec![product], keep };
+    let patch = Patch {
+        element: Element::F32,
+        computed: Some(computed),
+        products: vec![product],
+        rounding: None,
+        keep,
+    };
     (patch, Arc::new(of(&numbers.iter().map(|number| number + 1.5).collect::<Vec<_>>())))
 }
 

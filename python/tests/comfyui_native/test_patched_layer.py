@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ import torch
 from running import load, sample, with_lora
 
 import forebay
-from forebay.comfyui.native import float8_patch, loaded
+from forebay.comfyui.native import float8_patch, loaded, patches
 from forebay.comfyui.native.loaded import loaded_of
 from forebay.comfyui.native.patched_layer import PatchedWeight
 from forebay.comfyui.native.quantized import stand_ins_of
@@ -154,8 +155,8 @@ def test_a_part_that_left_comes_back_as_it_is_stored(
     read = PatchedWeight._read
 
     def noted(self: PatchedWeight, stored: Any) -> Any:
-        assert self._weight is not None
-        torn.append(self._weight.name)
+        assert self.weight is not None
+        torn.append(self.weight.name)
         return read(self, stored)
 
     monkeypatch.setattr(PatchedWeight, "_read", noted)
@@ -328,11 +329,97 @@ def test_the_engine_rounds_as_a_gpus_generator_says(
     dtype = torch.float8_e4m3fn if stored == "fp8" else torch.bfloat16
     with legacy():
         expected = _two_adapters(path, dtype)
-    own.clear()
-    with native(path.stat().st_size / 2):
-        assert support.same(_two_adapters(path, dtype), expected)
-    assert set(known.values()) == {"scaled" if stored == "fp8scaled" else "requantized"}
-    assert len(own) == len(known), "the first of each kind tells"
+    for share in (0.5, 1.1):
+        own.clear()
+        known.clear()
+        with native(path.stat().st_size * share):
+            assert support.same(_two_adapters(path, dtype), expected)
+        assert set(known.values()) == {"scaled" if stored == "fp8scaled" else "requantized"}
+        assert len(own) == len(known), "the first of each kind tells"
+
+
+def _patches_of(model: Any) -> list[Any]:
+    loaded = loaded_of(model.model)
+    assert loaded is not None and loaded._patches is not None
+    return list(loaded._patches._of.values())
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Has an entry for each time that a layer computes a float8 weight."""
+    computed: list[int] = []
+    compute = float8_patch.Float8Patch.__call__
+
+    def noted(self: float8_patch.Float8Patch, stored: Any) -> Any:
+        computed.append(self._seed)
+        return compute(self, stored)
+
+    monkeypatch.setattr(float8_patch.Float8Patch, "__call__", noted)
+    return computed
+
+
+@pytest.mark.usefixtures("gpus_arithmetic")
+@pytest.mark.parametrize(("stored", "share"), [("fp8", 0.8), ("fp8scaled", 1.1)])
+def test_from_the_second_step_on_the_engine_patches_pages(
+    stored: str, share: float, folder: Path, legacy: Any, native: Callable[..., Any], computed: list[int]
+) -> None:
+    path = checkpoints.write(folder, "flux", stored)
+    budget = path.stat().st_size * share
+    dtype = torch.float8_e4m3fn if stored == "fp8" else torch.bfloat16
+
+    def adapted(model: Any, seed: int | None) -> Any:
+        return model if seed is None else with_lora(model, checkpoints.lora(model, seed, rank=16, every=2))
+
+    seeds = (7, 8, None)
+    with legacy():
+        model = load(path, dtype)
+        expected = [sample(adapted(model, seed), "flux", _STEPS) for seed in seeds]
+    assert not any(support.same(expected[0], other) for other in expected[1:])
+    with native(budget) as engine:
+        model = load(path, dtype)
+        for seed, result in zip(seeds, expected, strict=True):
+            one = adapted(model, seed)
+            computed.clear()
+            assert support.same(sample(one, "flux", _STEPS), result)
+            patches = _patches_of(one)
+            assert all(patch.computed is None and patch.filled for patch in patches)
+            assert len(computed) == len(patches), "once each, in the first step"
+            for nbytes in (path.stat().st_size / 4, 1 << 60):
+                assert engine.make_room(nbytes) > 0
+                assert support.same(sample(one, "flux", _STEPS), result)
+            engine.set_budget(budget=path.stat().st_size * 4)
+            assert support.same(sample(one, "flux", _STEPS), result)
+            engine.set_budget(budget=budget)
+            assert support.same(sample(one, "flux", _STEPS), result)
+            assert len(computed) == len(patches), "and not again"
+        management.unload_all_models()
+        assert support.same(sample(load(path, dtype), "flux", _STEPS), expected[2])
+        model = one = patches = None
+        management.unload_all_models()
+        gc.collect()
+        engine.settle()
+        assert not engine.stats()["models"], "nothing keeps what it is kept by"
+
+
+@pytest.mark.usefixtures("gpus_arithmetic")
+def test_layers_compute_weights_where_there_is_no_memory_for_random_bytes(
+    path: Path,
+    legacy: Any,
+    native: Callable[..., Any],
+    computed: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected, _ = _expected(path, legacy)
+
+    def refused(self: Any, nbytes: int) -> None:
+        return None
+
+    monkeypatch.setattr(patches.Patches, "_memory_for_random", refused)
+    with native(_some_of(path)):
+        model = _patched(path)
+        assert support.same(sample(model, "flux", _STEPS), expected)
+        assert all(patch.computed is not None for patch in _patches_of(model))
+        assert len(computed) > len(_patches_of(model))
 
 
 @pytest.mark.usefixtures("gpus_arithmetic")
@@ -385,4 +472,4 @@ def test_weights_that_two_layers_share_are_not_replaced(
         loaded = loaded_of(model.model)
         assert loaded is not None and loaded._patches is not None
         (patch,) = loaded._patches._of.values()
-        assert patch.computed is not None and patch.computed._weight is None
+        assert patch.computed is not None and patch.computed.weight is None

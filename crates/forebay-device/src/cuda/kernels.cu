@@ -165,6 +165,7 @@ struct alignas(V * 4) Floats { float of[V]; };
 // What else there is for elements of eight bits.
 struct Eights {
   const u8* from;
+  const u8* random;
   const float* times;
   u32* largest;
 };
@@ -284,8 +285,8 @@ template <> struct Pack<F8E5m2, 8> : EightBits<F8E5m2> {};
 // With IN_TERMS the ranks up to ends[0], ends[1], ... are terms: weight[i, j] is rounded to a half with HALFS, and each term does
 // w = half(w + half(scale[term] * sum_k up[i, k] * down[k, j])), and at last w = half(w * by[0]) if there is one.
 //
-// Elements of eight bits are read from `eights.from`, times a number, and rounded by the random bytes that are in their place;
-// or none is written, and the largest magnitude is found.
+// Elements of eight bits are read from `eights.from`, times a number, and rounded by the bytes of `eights.random`, of which each may
+// be where `page` is; or none is written, and the largest magnitude is found.
 template <typename E, int V, bool IN_TERMS, bool HALFS>
 __device__ __forceinline__ void add_low_rank(
     typename E::Raw* page, u64 first, u64 count, u32 columns, const void* up, const void* down, const float* scale,
@@ -421,6 +422,13 @@ __device__ __forceinline__ void add_low_rank(
         continue;
       }
     }
+    // Of all rows before any is stored, which no load could pass.
+    Pack<E, V> random[EACH] = {};
+    if constexpr (EIGHT) {
+#pragma unroll
+      for (u32 r = 0; r < EACH; r++)
+        if (mine[r]) random[r] = *(const Pack<E, V>*)(eights.random + at + (long long)r * columns);
+    }
     if (IN_TERMS && by) {
       float last = *by;
 #pragma unroll
@@ -434,16 +442,15 @@ __device__ __forceinline__ void add_low_rank(
 #pragma unroll
     for (u32 r = 0; r < EACH; r++) {
       if (!mine[r]) continue;
-      Pack<E, V>* place = (Pack<E, V>*)(page + at + (long long)r * columns);
       if constexpr (EIGHT) {
-        raw[r].round_at_random(between[r], *place);
+        raw[r].round_at_random(between[r], random[r]);
       } else if constexpr (IN_TERMS) {
         store_all<E>(raw[r], between[r]);
       } else {
 #pragma unroll
         for (int v = 0; v < V; v++) raw[r].set(v, __fadd_rn(raw[r].get(v), sum[r][v]));
       }
-      *place = raw[r];
+      *(Pack<E, V>*)(page + at + (long long)r * columns) = raw[r];
     }
   }
   if constexpr (EIGHT) {
@@ -481,13 +488,15 @@ ADD_LOW_RANK(f16_x1, F16, 1)
 ADD_LOW_RANK(bf16_x8, Bf16, 8)
 ADD_LOW_RANK(bf16_x1, Bf16, 1)
 
-// Of whole rows of whole packs. Without `largest` there are random bytes at `to`.
+// Of whole packs.
 #define REQUANTIZE(name, E, HALFS)                                                                                     \
   extern "C" __global__ void __launch_bounds__(THREADS, HALFS ? 3 : 2) requantize_##name(                                          \
-      u8* to, const u8* from, u64 count, const float* times, u32* largest, u32 columns, const void* up,                \
-      const void* down, const float* scale, u32 rank, u32 kind, const u32* ends, u32 terms, const float* by) {         \
+      u8* to, const u8* from, const u8* random, u64 first, u64 count, const float* times, u32* largest, u32 columns,   \
+      const void* up, const void* down, const float* scale, u32 rank, u32 kind, const u32* ends, u32 terms,            \
+      const float* by) {                                                                                               \
+    Eights eights{from, random, times, largest};                                                                       \
     add_low_rank<E, 8, true, HALFS>(                                                                                   \
-        to, 0, count, columns, up, down, scale, rank, 0, kind, ends, terms, by, Eights{from, times, largest});         \
+        to, first, count, columns, up, down, scale, rank, 0, kind, ends, terms, by, eights);                           \
   }
 
 REQUANTIZE(f8e4m3_f16, F8E4m3, true)
@@ -568,16 +577,18 @@ __device__ __forceinline__ void random_words(u32 (&words)[4], const Keys& keys) 
   }
 }
 
-// The bytes r(n) of Requantize in transform.rs. A thread draws for eight neighbouring threads of the generator, and has the four
-// times eight bytes of their words.
-extern "C" __global__ void __launch_bounds__(THREADS) random_bytes(u8* to, u64 count, const Keys keys, u64 threads) {
+// The bytes r(n) of Requantize in transform.rs, from number `first` on. A thread draws for eight neighbouring threads of the
+// generator, and has the four times eight bytes of their words.
+extern "C" __global__ void __launch_bounds__(THREADS) random_bytes(
+    u8* to, u64 first, u64 count, const Keys keys, u64 threads) {
   u64 thread = ((u64)blockIdx.x * THREADS + threadIdx.x) * 8;
   if (thread >= threads) return;
-  u64 base = (u64)blockIdx.y * 4 * threads + thread;
+  u32 turn = (u32)(first / (4 * threads)) + blockIdx.y;
+  u64 base = (u64)turn * 4 * threads + thread;
   struct alignas(8) { u32 of[2]; } bytes[4];
 #pragma unroll
   for (int v = 0; v < 8; v++) {
-    u32 words[4] = {blockIdx.y, 0, (u32)(thread + v), (u32)((thread + v) >> 32)};
+    u32 words[4] = {turn, 0, (u32)(thread + v), (u32)((thread + v) >> 32)};
     random_words(words, keys);
     // The low byte of each becomes byte v % 4, beside those before.
     constexpr u32 BESIDE[4] = {0x3214, 0x3240, 0x3410, 0x4210};
@@ -588,6 +599,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) random_bytes(u8* to, u64 c
 #pragma unroll
   for (int word = 0; word < 4; word++) {
     u64 n = base + word * threads;
-    if (n < count) *(u64*)(to + n) = (u64)bytes[word].of[1] << 32 | bytes[word].of[0];
+    if (n >= first && n < first + count) *(u64*)(to + (n - first)) = (u64)bytes[word].of[1] << 32 | bytes[word].of[0];
   }
 }

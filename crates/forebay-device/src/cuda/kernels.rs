@@ -24,7 +24,7 @@ const TILE_ROWS: u64 = 32;
 /// Packs of neighbouring elements in a row of such a tile.
 const TILE_PACKS: u32 = 32;
 /// Blocks of `add_low_rank` at most, where there are not more columns of tiles: each does several tiles then. So many are
-/// whole rounds of two or three for each of a large GPU's processors.
+/// whole rounds of two or three for each of a large GPU's processors; a few more would be another round.
 const MOST_ADDING: u64 = 792;
 /// Bytes that a thread of `convert` loads at once, as in kernels.cu.
 const LOADED_AT_ONCE: u64 = 16;
@@ -116,7 +116,7 @@ impl Kernels {
             // SAFETY: the caller's promise.
             Transform::Requantize(work) => unsafe { self.requantize(driver, work, stream) },
             // SAFETY: the caller's promise.
-            Transform::Largest { sum, at } => unsafe { self.sum(driver, sum, 0, at.get(), stream) },
+            Transform::Largest { sum, at } => unsafe { self.sum(driver, sum, None, at.get(), stream) },
             Transform::LookUp { number, table, to } => {
                 let (mut number, mut table, mut to) = (number.get(), table.get(), to.get());
                 let mut parameters = [pointer(&mut number), pointer(&mut table), pointer(&mut to)];
@@ -138,9 +138,7 @@ impl Kernels {
             && add.count.is_multiple_of(pack.into())
             && add.at.get().is_multiple_of(bytes);
         let pack = if whole { pack } else { 1 };
-        let columns = u64::from(factors.columns);
-        let rows = (add.first + add.count).div_ceil(columns) - add.first / columns;
-        let grid = tiles(rows, factors.columns, pack);
+        let grid = tiles(rows_of(add.first, add.count, factors.columns), factors.columns, pack);
         let (mut at, mut first, mut count) = (add.at.get(), add.first, add.count);
         let (mut up, mut down, mut scale) = (factors.up.get(), factors.down.get(), factors.scale.get());
         let (mut columns, mut rank, mut row_base) = (factors.columns, factors.rank, factors.row_base);
@@ -203,11 +201,16 @@ impl Kernels {
     }
 
     unsafe fn requantize(&self, driver: &Driver, work: &Requantize, stream: StreamHandle) -> Result<()> {
-        let (mut to, mut count) = (work.to.get(), work.sum.count);
+        let (mut random, mut first, mut count) = (work.random.get(), work.sum.first, work.sum.count);
         let (mut keys, mut threads) = (keys_of(work.seed), work.threads);
-        let mut parameters =
-            [pointer(&mut to), pointer(&mut count), pointer(&mut keys), pointer(&mut threads)];
-        let rounds = count.div_ceil(4 * threads);
+        let mut parameters = [
+            pointer(&mut random),
+            pointer(&mut first),
+            pointer(&mut count),
+            pointer(&mut keys),
+            pointer(&mut threads),
+        ];
+        let rounds = (first + count).div_ceil(4 * threads) - first / (4 * threads);
         let too_many = || DeviceError::invalid("cuLaunchKernel", format!("{rounds} rounds"));
         let across = (threads / EightBitSum::AT_ONCE).div_ceil(THREADS.into());
         let grid = (across, u32::try_from(rounds).map_err(|_| too_many())?);
@@ -215,10 +218,10 @@ impl Kernels {
         // SAFETY: the parameters are the kernel's, and the memory is the caller's promise.
         unsafe { launch(driver, kernel, grid, &mut parameters, stream) }?;
         // SAFETY: the caller's promise.
-        unsafe { self.sum(driver, &work.sum, work.to.get(), 0, stream) }
+        unsafe { self.sum(driver, &work.sum, Some(work), 0, stream) }
     }
 
-    /// Has a sum rounded by the random bytes that are where it goes to, or its largest element found.
+    /// Has a sum rounded by the random bytes that are there, or its largest element found.
     ///
     /// # Safety
     /// As [`Device::transform`](crate::Device::transform).
@@ -226,7 +229,7 @@ impl Kernels {
         &self,
         driver: &Driver,
         sum: &EightBitSum,
-        mut to: u64,
+        rounded: Option<&Requantize>,
         mut largest: u64,
         stream: StreamHandle,
     ) -> Result<()> {
@@ -235,7 +238,10 @@ impl Kernels {
             return Err(DeviceError::invalid("cuLaunchKernel", format!("no terms: {sum:?}")));
         };
         let or_none = |at: Option<DeviceAddr>| at.map_or(0, DeviceAddr::get);
-        let (mut from, mut count, mut times) = (sum.from.get(), sum.count, or_none(sum.scale));
+        let [mut to, mut random] =
+            rounded.map_or([0, 0], |Requantize { to, random, .. }| [to.get(), random.get()]);
+        let (mut from, mut first, mut count) = (sum.from.get(), sum.first, sum.count);
+        let mut times = or_none(sum.scale);
         let (mut up, mut down, mut scale) = (factors.up.get(), factors.down.get(), factors.scale.get());
         let (mut columns, mut rank) = (factors.columns, factors.rank);
         let mut kind = target(factors.element) as u32;
@@ -243,6 +249,8 @@ impl Kernels {
         let mut parameters = [
             pointer(&mut to),
             pointer(&mut from),
+            pointer(&mut random),
+            pointer(&mut first),
             pointer(&mut count),
             pointer(&mut times),
             pointer(&mut largest),
@@ -257,7 +265,7 @@ impl Kernels {
             pointer(&mut by),
         ];
         let pack = EightBitSum::AT_ONCE as u32;
-        let grid = tiles(count / u64::from(columns), columns, pack);
+        let grid = tiles(rows_of(first, count, columns), columns, pack);
         let kernel = self.get(driver, Kernel::Requantize { of: sum.element, through })?;
         // SAFETY: the parameters are the kernel's, and the memory is the caller's promise.
         unsafe { launch(driver, kernel, grid, &mut parameters, stream) }
@@ -272,10 +280,15 @@ fn keys_of(seed: u64) -> [u32; 20] {
     })
 }
 
+/// Rows that have some of these elements.
+fn rows_of(first: u64, count: u64, columns: u32) -> u64 {
+    (first + count).div_ceil(columns.into()) - first / u64::from(columns)
+}
+
 /// Blocks down and across, for rows of such packs.
 fn tiles(rows: u64, columns: u32, pack: u32) -> (u64, u32) {
     let across = columns.div_ceil(TILE_PACKS * pack);
-    (rows.div_ceil(TILE_ROWS).min(MOST_ADDING.div_ceil(across.into())), across)
+    (rows.div_ceil(TILE_ROWS).min((MOST_ADDING / u64::from(across)).max(1)), across)
 }
 
 /// Has the driver translate a kernel for the current context's GPU.

@@ -41,14 +41,21 @@ pub(super) unsafe fn run(transform: Transform) {
                 Some(terms) => add_each(&add, &terms, weight, &up, &down),
             }
         }
-        Transform::Requantize(Requantize { sum, to, seed, threads }) => {
+        Transform::Requantize(Requantize { sum, to, random, seed, threads }) => {
             // SAFETY: the caller's promise.
             let values = unsafe { sum_of(&sum) };
             // SAFETY: the results' place is valid and nobody else's meanwhile, by the contract of this call.
-            let to = unsafe { bytes_mut(to, sum.count) };
-            for (n, (to, value)) in (0u64..).zip(to.iter_mut().zip(values)) {
-                *to = round_at_random(sum.element, value, random_byte(seed, threads, n));
+            let random = unsafe { bytes_mut(random, sum.count) };
+            for (n, byte) in (sum.first..).zip(&mut *random) {
+                *byte = random_byte(seed, threads, n);
             }
+            let rounded: Vec<u8> = values
+                .iter()
+                .zip(random)
+                .map(|(&value, &mut byte)| round_at_random(sum.element, value, byte))
+                .collect();
+            // SAFETY: as before; the random bytes, which may be there, are not read any more.
+            unsafe { bytes_mut(to, sum.count) }.copy_from_slice(&rounded);
         }
         Transform::Largest { mut sum, at } => {
             if let Rounding::Each { by, .. } = &mut sum.factors.rounding {
@@ -110,11 +117,14 @@ unsafe fn sum_of(sum: &EightBitSum) -> Vec<f32> {
         unreachable!("the device checks that there are terms")
     };
     let (size, rank) = (factors.element.size().get(), u64::from(factors.rank));
-    let rows = sum.count / u64::from(factors.columns);
+    let columns = u64::from(factors.columns);
+    let first_row = sum.first / columns;
+    let rows = (sum.first + sum.count).div_ceil(columns) - first_row;
+    let up = factors.up.offset(Bytes::new(first_row * rank * size));
     // SAFETY: as before.
-    let up = floats(factors.element, unsafe { bytes(factors.up, rows * rank * size) });
+    let up = floats(factors.element, unsafe { bytes(up, rows * rank * size) });
     // SAFETY: as before.
-    let down = unsafe { bytes(factors.down, rank * u64::from(factors.columns) * size) };
+    let down = unsafe { bytes(factors.down, rank * columns * size) };
     let down = floats(factors.element, down);
     // SAFETY: as before.
     let first = sum.scale.map_or(1.0, |at| unsafe { one(at) });
@@ -123,7 +133,7 @@ unsafe fn sum_of(sum: &EightBitSum) -> Vec<f32> {
     let mut values: Vec<f32> = stored.iter().map(|&raw| load(sum.element, &[raw]) * first).collect();
     // SAFETY: as many bytes as there are floats.
     let raw = unsafe { slice::from_raw_parts_mut(values.as_mut_ptr().cast(), values.len() * 4) };
-    let add = AddLowRank { at: sum.from, first: 0, count: sum.count, element: Element::F32, factors };
+    let add = AddLowRank { at: sum.from, first: sum.first, count: sum.count, element: Element::F32, factors };
     add_each(&add, &terms, raw, &up, &down);
     values
 }

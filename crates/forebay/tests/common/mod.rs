@@ -9,6 +9,7 @@
 pub mod faulty;
 pub mod gate;
 pub mod on_device;
+pub mod refusing;
 pub mod watchdog;
 
 use std::io::Write;
@@ -204,6 +205,14 @@ impl Weights {
         let options = LayoutOptions { page_size: Some(Bytes::mib(2)), ..LayoutOptions::default() };
         engine.attach(name, self.specs.clone(), options)
     }
+}
+
+/// Uses each of a model's weights once, and checks what they are.
+pub fn pass(model: &Attachment, now: &Weights, consumer: &mut Consumer) {
+    for weight in 0..now.contents.len() {
+        consumer.use_weight(model, now, weight).unwrap();
+    }
+    consumer.check();
 }
 
 /// A stream whose "kernels" read weights back.

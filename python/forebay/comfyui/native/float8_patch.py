@@ -3,7 +3,7 @@
 ComfyUI adds products of low rank to what a float8 weight stands for, finds the largest element for a new scale, and rounds by
 random numbers that are drawn for the whole weight. On a GPU the engine does all of that in one pass for the largest element, whose
 scale it looks up and remembers, and one for the rest; where that does not give ComfyUI's bits it adds the products, and ComfyUI's
-function rounds.
+function rounds. What takes the engine one pass it does by itself, page by page, once the scale is known.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import comfy.float
@@ -26,6 +26,7 @@ from forebay.attachment import Attachment
 from forebay.comfyui.native.quantized import data_of
 from forebay.comfyui.native.weight_patch import WeightPatch
 from forebay.converting import dtype_name
+from forebay.eight_bits import EightBitPatch
 from forebay.low_rank import LowRank, Placed, multiplied
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -76,7 +77,7 @@ class Float8Patch:
         self._engine = attachment.engine
         self._device = attachment.device
         self._through = products.through
-        self._columns = products.shape[1]
+        self._shape = products.shape
         self._ranks = tuple(products.ranks)
         self._memory, self._products = placed
         self._product = self._products
@@ -87,10 +88,13 @@ class Float8Patch:
         self._way: Callable[[Any], Any] | None = None
         self._params: Any = None
         self._to_scale: torch.Tensor | None = None
-        self._streams: set[int] = set()
-        """Those that its memory is known to be read in."""
+        self._streams: dict[int, Any] = {}
+        """Those that its memory is known to be read in, by their handles."""
         self._sum: EightBitSum | None = None
         """Of the latest weight."""
+        self._stored_scale: torch.Tensor | None = None
+        self._is_only_scaled = False
+        """Whether a patched weight has nothing but another scale beside its elements."""
 
     def __call__(self, stored: Any) -> Any:
         """Computes it, in new memory, in the current stream."""
@@ -116,9 +120,47 @@ class Float8Patch:
             self._round_to(found._params)
         # The scale is found once.
         self._way = self._way_called(known)
+        if isinstance(stored, QuantizedTensor):
+            self._stored_scale = stored._params.scale
+            self._is_only_scaled = _are_alike(self._params, stored._params, but=("scale",))
+        else:
+            self._is_only_scaled = True
         if known != "own":
             self._own = None
         return self._way(stored) if found is None else found
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements."""
+        rows, columns = self._shape
+        return rows * columns
+
+    @property
+    def is_in_one_pass(self) -> bool:
+        """Whether the engine patches it in one pass, as known since it was computed for the first time."""
+        return self._way == self._requantized and self._sum is not None and self._is_only_scaled
+
+    @property
+    def streams(self) -> Collection[Any]:
+        """Those of torch's in which it was computed."""
+        return self._streams.values()
+
+    @property
+    def scale(self) -> torch.Tensor | None:
+        """What the patched weight is scaled by, if it is, once it was computed."""
+        return None if self._params is None else self._params.scale
+
+    def for_pages(self, random: torch.Tensor) -> EightBitPatch:
+        """What patches the weight's pages in one pass.
+
+        Args:
+            random: Memory for the random bytes of one page.
+        """
+        threads = _generator_threads(self._device, self.nbytes)
+        keep = self._memory, self._numbers, self._to_scale
+        return EightBitPatch(
+            self._engine, self._shape[1], self._product, self._stored_scale, self._seed, threads, random, keep
+        )
 
     def _compared(self, stored: Any) -> tuple[str, Any]:
         """The way that gives ComfyUI's bits, and what that is."""
@@ -152,7 +194,7 @@ class Float8Patch:
         """From now on a quantized weight gets this scale, for which it is multiplied with a float32."""
         self._params, self._to_scale = params, factor
         self._product = multiplied(self._products, factor.data_ptr())
-        self._streams, self._sum = set(), None
+        self._streams, self._sum = {}, None
 
     def _scaled(self, stored: Any) -> Any:
         """In two passes of the engine's, of which the first finds the scale. None where it cannot."""
@@ -172,12 +214,12 @@ class Float8Patch:
 
     def _new_sum(self, stored: Any, data: torch.Tensor) -> EightBitSum | None:
         scale = stored._params.scale if isinstance(stored, QuantizedTensor) else None
-        if self._columns % _AT_ONCE or not data.is_contiguous():
+        if self._shape[1] % _AT_ONCE or not data.is_contiguous():
             return None
         if scale is not None and (scale.dtype != torch.float32 or scale.numel() != 1):
             return None
         scale_at = 0 if scale is None else scale.data_ptr()
-        return EightBitSum(data.data_ptr(), dtype_name(data.dtype), self._columns, self._product, scale_at)
+        return EightBitSum(data.data_ptr(), dtype_name(data.dtype), self._shape[1], self._product, scale_at)
 
     def _requantized(self, stored: Any, scaling: tuple[int, int, int] | None = None) -> Any:
         """In one pass of the engine's. None where it has none for such a weight."""
@@ -200,7 +242,7 @@ class Float8Patch:
             value = stored.to(self._through)
         stream = self._enter_stream()
         self._engine.add_product(
-            value.data_ptr(), dtype_name(self._through), self._columns, self._product, stream
+            value.data_ptr(), dtype_name(self._through), self._shape[1], self._product, stream
         )
         return self._made_of(
             comfy.float.stochastic_rounding(value, data_of(stored).dtype, self._seed), stored
@@ -216,7 +258,7 @@ class Float8Patch:
             self._memory.record_stream(stream)
             if self._to_scale is not None:
                 self._to_scale.record_stream(stream)
-            self._streams.add(handle)
+            self._streams[handle] = stream
         return handle
 
     def _made_of(self, data: torch.Tensor, stored: Any) -> Any:
@@ -285,11 +327,11 @@ def _is_same(found: Any, expected: Any) -> bool:
     return torch.equal(ours, theirs)
 
 
-def _are_alike(found: Any, expected: Any) -> bool:
-    """Whether quantized weights have the same numbers beside their elements."""
+def _are_alike(found: Any, expected: Any, but: Sequence[str] = ()) -> bool:
+    """Whether quantized weights have the same numbers beside their elements, but for some."""
     if type(found) is not type(expected):
         return False
-    names = [field.name for field in dataclasses.fields(expected)]
+    names = [field.name for field in dataclasses.fields(expected) if field.name not in but]
     pairs = [(getattr(found, name), getattr(expected, name)) for name in names]
     return all(
         torch.equal(one, other) if isinstance(other, torch.Tensor) else one == other for one, other in pairs

@@ -19,7 +19,7 @@ from forebay._forebay import Engine
 from forebay.attachment import Attachment, attach
 from forebay.comfyui.native import HOST_BUDGET
 from forebay.comfyui.native.float8_linear import Float8Linear, launching_directly
-from forebay.comfyui.native.patches import Patches, are_added
+from forebay.comfyui.native.patches import Patches, are_added, are_products
 from forebay.comfyui.native.quantized import ManagedQuantized, quantized_of
 from forebay.converting import STORED, USED
 from forebay.engines import engine
@@ -86,7 +86,10 @@ class Loaded:
                     model,
                     engine_for(device),
                     dtype=dtypes or None,
-                    whole=bool(patches) and is_quantized,
+                    # Where the engine patches pages, it does not matter which of them stay.
+                    whole=bool(patches)
+                    and is_quantized
+                    and not (device.type == "cuda" and are_products(patches)),
                     # What is added goes to what was read by then. Quantized weights that do not fit are patched when they are used.
                     # What else is computed as it is filled would be filled twice.
                     prefetch=not patches or are_added(patches, used) or (is_quantized and not fits),

@@ -21,9 +21,15 @@ Compute = Callable[[Any], Any]
 class PatchedLayer:
     """A layer whose forward sees patched weights."""
 
-    def __init__(self, layer: nn.Module) -> None:
-        """None at first."""
+    def __init__(self, layer: nn.Module, before_run: Callable[[PatchedLayer], None]) -> None:
+        """None at first.
+
+        Args:
+            layer: The layer.
+            before_run: Is told each time that it is about to run, and may change which weights it sees patched.
+        """
         self._layer = layer
+        self._before_run = before_run
         self._patched: dict[str, PatchedWeight] = {}
         self._method = InstanceMethod(layer, "forward", self._run)
 
@@ -39,6 +45,9 @@ class PatchedLayer:
         return bool(self._patched)
 
     def _run(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._before_run(self)
+        if not self._patched:
+            return original(*args, **kwargs)
         try:
             return self._run_patched(original, *args, **kwargs)
         finally:
@@ -74,21 +83,27 @@ class PatchedWeight:
 
     Where the weight stays there, what was computed is put in its place, and is not computed again: its bytes are looked after
     by the serials of its pages. A page that was filled since then holds what is stored.
+
+    Attributes:
+        compute: Gives the patched weight from the stored one.
+        quantized: What is known of a quantized weight.
+        weight: What manages its bytes, or its data's, if something may be put there.
+        is_in_place: Whether the latest one is there.
     """
 
     def __init__(self, compute: Compute, quantized: ManagedQuantized | None, weight: Weight | None) -> None:
         """Nothing is computed yet.
 
         Args:
-            compute: Gives the patched weight from the stored one.
-            quantized: What is known of a quantized weight.
-            weight: What manages its bytes, or its data's. None where nothing may be put there: others read it as it is
-                stored, or it is stored in another dtype.
+            compute: See the attribute.
+            quantized: Likewise.
+            weight: Likewise. None where nothing may be put there: others read it as it is stored, or it is stored in another
+                dtype.
         """
         self.is_in_place = False
-        self._compute = compute
-        self._quantized = quantized
-        self._weight = weight
+        self.compute = compute
+        self.quantized = quantized
+        self.weight = weight
         self._put: frozenset[int] = frozenset()  # the serials of pages that were written to
         self._seen: list[int] = []
         self._found: Any = None
@@ -98,23 +113,23 @@ class PatchedWeight:
 
     def stored(self, parameter: Any, held: list[Weight]) -> Any:
         """The weight on the device, which is there once what is added to the list is held."""
-        if self._quantized is None:
+        if self.quantized is None:
             return unpinned(parameter, held)
-        return self._quantized.unpinned(held)
+        return self.quantized.unpinned(held)
 
     def patched(self, stored: Any) -> Any:
         """The patched weight. The stored one is held, and longer than the result where that is in its place."""
-        if self._weight is None:
-            return self._compute(stored)
+        if self.weight is None:
+            return self.compute(stored)
         self._follow_stream(stored)
-        serials = self._weight.serials
+        serials = self.weight.serials
         if self._put and self._put.issuperset(serials):
             self.is_in_place = True
             return self._found
         is_torn = not self._put.isdisjoint(serials)
-        found = self._compute(self._read(stored) if is_torn else stored)
+        found = self.compute(self._read(stored) if is_torn else stored)
         # Who is to stay is known when it was there the last time.
-        stays = (is_torn or serials == self._seen) and self._weight.is_resident
+        stays = (is_torn or serials == self._seen) and self.weight.is_resident
         self._seen = serials
         self.is_in_place = stays and _is_alike(found, stored)
         self._is_torn = is_torn and not self.is_in_place
@@ -128,22 +143,22 @@ class PatchedWeight:
     def settle(self) -> None:
         """Behind the layer: of a weight that was put in its place, and of which a part has left, the rest leaves as well."""
         if self._is_torn:
-            assert self._weight is not None
-            self._weight.discard()
+            assert self.weight is not None
+            self.weight.discard()
             self._is_torn = False
 
     def undo(self) -> None:
         """Has its place filled with what is stored again."""
         if self._put:
-            assert self._weight is not None
+            assert self.weight is not None
             self._put = frozenset()
-            self._weight.refill()
+            self.weight.refill()
 
     def _read(self, stored: Any) -> Any:
         """The stored weight, read from where it is stored."""
-        assert self._weight is not None
+        assert self.weight is not None
         data = torch.empty_like(data_of(stored))
-        self._weight.read_to_device(data.data_ptr(), data.nbytes, self._handle)
+        self.weight.read_to_device(data.data_ptr(), data.nbytes, self._handle)
         return with_data(stored, data)
 
     def _follow_stream(self, stored: Any) -> None:

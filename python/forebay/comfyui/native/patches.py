@@ -1,8 +1,9 @@
 """Patches of weights (LoRA and its kin): what ComfyUI computes for a model that is loaded as a whole.
 
 The usual LoRA is products of low rank, which the engine adds in ComfyUI's arithmetic while a page is filled, where torch is
-found to multiply matrices as the engine does. Float8 is rounded by numbers that are drawn for a whole weight: there the engine
-adds the products to one weight at a time, and ComfyUI rounds it. For all else ComfyUI's own function is called with one weight
+found to multiply matrices as the engine does. Float8 is rounded by numbers that are drawn for a whole weight, and gets another
+scale: so the first step computes one weight at a time, and from the second one on the engine does to each page what was found to
+give the same. For all else ComfyUI's own function is called with one weight
 at a time, on the device: its arithmetic, dtypes and seeded rounding. So results do not depend on what is resident. Where the
 model fits, a weight is computed when its pages are filled and costs nothing afterwards. Where it does not, most pages would be
 computed again in every step; then a layer's weights are computed when it runs, from what is on the device, and those that stay
@@ -11,6 +12,7 @@ there are replaced by what was computed.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +37,8 @@ from forebay.small import small_of
 
 Function = Callable[[torch.Tensor], torch.Tensor]
 
+_log = logging.getLogger("forebay")
+
 
 @dataclass(eq=False)
 class _Patch:
@@ -53,6 +57,15 @@ class _Patch:
     undo: Callable[[], None] | None
     computed: PatchedWeight | None = None
     at_fill: bool = False
+
+    @property
+    def for_pages(self) -> tuple[PatchedWeight, Float8Patch] | None:
+        """What its layer computed when it ran, where the engine can do the same to its pages."""
+        computed = self.computed
+        if computed is None or computed.weight is None or not isinstance(computed.compute, Float8Patch):
+            return None
+        is_scale_kept = computed.quantized is None or computed.quantized.is_scale_kept
+        return (computed, computed.compute) if computed.compute.is_in_one_pass and is_scale_kept else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +117,10 @@ class Patches:
         self._at_fill = at_fill
         self._of: dict[str, _Patch] = {}
         self._layers: dict[int, PatchedLayer] = {}
+        self._first_run: PatchedLayer | None = None
+        """The layer that ran first since others did not."""
+        self._random: torch.Tensor | None = None
+        """Where the engine draws the random bytes of a page."""
         self._places = Counter(id(one) for module in model.modules() for one in stand_ins_of(module))
 
     def set(self, patches: Mapping[str, Sequence[Any]], *, fits: bool = True) -> int:
@@ -193,7 +210,7 @@ class Patches:
                 return _Patch(patches, key, None, at_fill=asks)
         known = self._layers.get(id(layer))
         if known is None:
-            known = self._layers[id(layer)] = PatchedLayer(layer)
+            known = self._layers[id(layer)] = PatchedLayer(layer, self._before_run)
         computed = PatchedWeight(compute, quantized, self._own_memory(new.stored))
         known.add(name, computed)
 
@@ -202,6 +219,59 @@ class Patches:
                 self._layers.pop(id(layer), None)
 
         return _Patch(patches, None, undo_on_use, computed)
+
+    def _before_run(self, layer: PatchedLayer) -> None:
+        """A layer is about to run. Once the first one runs again it is known what was computed, in most models all of it."""
+        if self._first_run is None:
+            self._first_run = layer
+        elif layer is self._first_run:
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        """Has the engine patch what layers computed until now, from now on page by page, where it can."""
+        able = {key: found for key, patch in self._of.items() if (found := patch.for_pages) is not None}
+        if not able:
+            return
+        random = self._memory_for_random(max(of.nbytes for _, of in able.values()))
+        if random is None:
+            return
+        # The engine's patching stream is not behind those in which the scales were found.
+        for stream in {stream for _, of in able.values() for stream in of.streams}:
+            stream.synchronize()
+        functions: dict[str, Function | None] = {}
+        for key, (computed, of) in able.items():
+            computed.undo()
+            functions[_data_name(key, computed.quantized)] = of.for_pages(random)
+        failed: BaseException | None = None
+        try:
+            self._attachment.set_patch(functions)
+        except ValueError:
+            # Nothing has changed.
+            raise
+        except BaseException as error:
+            # In force all the same, also where waiting was interrupted.
+            failed = error
+        for key, (computed, of) in able.items():
+            patch, quantized = self._of[key], computed.quantized
+            if patch.undo is not None:
+                patch.undo()
+            undo = None if quantized is None or of.scale is None else quantized.scaled(of.scale)
+            self._of[key] = _Patch(patch.patches, _data_name(key, quantized), undo)
+        self._first_run = None
+        _log.debug("%d weights are patched as their pages are filled from now on", len(able))
+        if failed is not None:
+            raise failed
+
+    def _memory_for_random(self, nbytes: int) -> torch.Tensor | None:
+        """As much as a page has of a weight. None where there is no memory for it."""
+        nbytes = min(nbytes, max(one["page_size"] for one in self._attachment.stats()))
+        if self._random is None or self._random.nbytes < nbytes:
+            try:
+                self._random = torch.empty(nbytes, dtype=torch.uint8, device=self._attachment.device)
+            except torch.OutOfMemoryError as error:
+                _log.debug("weights are patched when their layers run: %s", error)
+                return None
+        return self._random
 
     def _own_memory(self, stored: Any) -> Weight | None:
         """Where what is computed of a weight may be put: nobody else reads it there, and it is filled with what is stored."""
@@ -236,6 +306,11 @@ class Patches:
         return products if is_same else None
 
 
+def _data_name(key: str, quantized: ManagedQuantized | None) -> str:
+    """What a weight's bytes are called in the model that is attached."""
+    return key if quantized is None else quantized.data_name
+
+
 def are_added(patches: Mapping[str, Sequence[Any]], dtypes: Mapping[str, torch.dtype]) -> bool:
     """Whether patches are nothing but products that the engine adds, as far as the patches tell.
 
@@ -243,9 +318,13 @@ def are_added(patches: Mapping[str, Sequence[Any]], dtypes: Mapping[str, torch.d
         patches: ComfyUI's, by the weights' names.
         dtypes: Those that weights are used in. Of quantized weights there is none.
     """
-    return all(
-        dtypes.get(key) in USED and all(_term(patch) is not None for patch in of_weight)
-        for key, of_weight in patches.items()
+    return all(dtypes.get(key) in USED for key in patches) and are_products(patches)
+
+
+def are_products(patches: Mapping[str, Sequence[Any]] | None) -> bool:
+    """Whether patches are nothing but products of low rank."""
+    return not patches or all(
+        _term(patch) is not None for of_weight in patches.values() for patch in of_weight
     )
 
 

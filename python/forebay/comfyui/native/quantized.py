@@ -10,6 +10,7 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 from torch import nn
 
+from forebay import streams
 from forebay._forebay import Weight
 from forebay.parameter import ForebayTensor
 
@@ -60,6 +61,8 @@ class ManagedQuantized:
         self._weights: list[Weight] = []
         self._params = weight._params
         self._scale: torch.Tensor | None = None
+        self._scale_streams: set[int] = set()
+        """Those that it is known to be read in."""
         self._holder = nn.Module()
         self._holder_name = f"{name}_parts"
         self.data_name = f"{path}.{self._holder_name}.{_DATA}" if path else f"{self._holder_name}.{_DATA}"
@@ -85,6 +88,11 @@ class ManagedQuantized:
         return self._fields == [_SCALE] and self._params.scale.numel() == 1
 
     @property
+    def is_scale_kept(self) -> bool:
+        """Whether its scale is always on the device."""
+        return not isinstance(self._stand_ins[_SCALE], ForebayTensor)
+
+    @property
     def data(self) -> torch.Tensor:
         """What stands in for its data."""
         data = self._holder._parameters[_DATA]
@@ -108,6 +116,7 @@ class ManagedQuantized:
 
     def plain(self) -> Any:
         """The weight, made of plain tensors on the device. They stay as long as it does."""
+        self._enter_stream()
         return self._made_of({name: _plain(getattr(self._holder, name)) for name in (_DATA, *self._fields)})
 
     def unpinned(self, held: list[Weight]) -> Any:
@@ -117,6 +126,7 @@ class ManagedQuantized:
             held: Gets those parts.
         """
         held += self._weights
+        self._enter_stream()
         if self._unpinned is None:
             parts = {
                 name: part._weight.unpinned if isinstance(part, ForebayTensor) else part.data
@@ -139,8 +149,8 @@ class ManagedQuantized:
         """
         stored = _plain(self._holder._parameters[_SCALE])  # type: ignore[arg-type]
         with torch.inference_mode(False):
-            scale = self._scale = stored.clone()
-        self._put()
+            scale = stored.clone()
+        undo = self.scaled(scale)
 
         def data(value: torch.Tensor) -> torch.Tensor:
             params = dataclasses.replace(self._params, scale=stored)
@@ -152,12 +162,32 @@ class ManagedQuantized:
             result: torch.Tensor = found._qdata
             return result
 
+        return data, undo
+
+    def scaled(self, scale: torch.Tensor) -> Callable[[], None]:
+        """Gives it another scale, beside data that is patched elsewhere.
+
+        Returns:
+            What gives it its own back.
+        """
+        self._scale, self._scale_streams = scale, set()
+        self._put()
+
         def undo() -> None:
             if self._scale is scale:
                 self._scale = None
                 self._put()
 
-        return data, undo
+        return undo
+
+    def _enter_stream(self) -> None:
+        """Another scale than its own is not given to others before it was read in the current stream."""
+        if self._scale is None or not self._scale.is_cuda:
+            return
+        handle = streams.current(self._scale.device)
+        if handle not in self._scale_streams:
+            self._scale.record_stream(torch.cuda.current_stream(self._scale.device))
+            self._scale_streams.add(handle)
 
     def _put(self) -> None:
         with torch.inference_mode(False):
