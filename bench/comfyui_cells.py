@@ -35,9 +35,13 @@ SYSTEMS = {
     LEGACY: System("ComfyUI's own offloading", ("--disable-dynamic-vram",), None),
     LOADED: System("all loaded before", ("--disable-dynamic-vram",), None, loads_before=True),
     "aimdo": System("", distribution="comfy-aimdo"),
-    "dropin": System("Forebay in its place"),
+    # As Forebay's launcher starts ComfyUI.
+    "dropin": System("Forebay in its place", ("--fast-disk",)),
+    "slowdisk": System("Forebay in its place, without --fast-disk"),
     "unpinned": System(
-        "Forebay in its place, nothing pinned", environment=(("FOREBAY_COMFYUI_PINNED_GIB", "0"),)
+        "Forebay in its place, nothing pinned",
+        ("--fast-disk",),
+        environment=(("FOREBAY_COMFYUI_PINNED_GIB", "0"),),
     ),
     "native": System("Forebay, native", native=True),
     "started": System("Forebay, native, ComfyUI started before", native=True, waits_before=True),

@@ -21,6 +21,11 @@ from forebay.comfyui.aimdo.host_buffer import LIMIT
 from forebay.comfyui.warming import SWITCH
 
 _OFF = "--disable-dynamic-vram"
+_FAST_DISK = "--fast-disk"
+"""ComfyUI keeps no copies of what stays on the device then, and asks less often how much memory there is: 22 ms of a step with a
+LoRA (bench/results/2026-11-30-h200-eight-bits)."""
+_COPIES = _FAST_DISK, "--high-ram", _OFF
+"""Where ComfyUI is told one of these, that is so already or not wanted."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -57,12 +62,14 @@ def main(arguments: Sequence[str]) -> int:
         os.environ[SWITCH] = "0"
     if chosen.native and _OFF not in rest:
         importlib.import_module("forebay.comfyui.native").install()
+    moves_by_itself = not chosen.native and found.has_fast_disk
+    fast_disk = [_FAST_DISK] if moves_by_itself and not any(one in rest for one in _COPIES) else []
     node = (
         ["--extra-model-paths-config", str(Path(__file__).with_name("extra_paths.yaml"))]
         if chosen.node
         else []
     )
-    sys.argv = [str(found.script), *node, *rest]
+    sys.argv = [str(found.script), *node, *fast_disk, *rest]
     sys.path[0] = str(found.script.parent)
     runpy.run_path(str(found.script), run_name="__main__")
     return 0
@@ -94,7 +101,8 @@ def _parser() -> argparse.ArgumentParser:
         "--native",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="run models on Forebay's own weights instead of ComfyUI's casting (default: yes)",
+        help="run models on Forebay's own weights instead of ComfyUI's casting (default: yes); without, ComfyUI is told "
+        "--fast-disk, unless it is told --high-ram",
     )
     parser.add_argument(
         "--pinned",

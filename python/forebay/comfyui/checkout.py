@@ -24,6 +24,8 @@ class Checkout:
     """Its own."""
     aimdo: str
     """The comfy-aimdo that it asks for."""
+    has_fast_disk: bool
+    """Whether it has an option that spares it copies of weights in host memory."""
 
     @property
     def is_newer(self) -> bool:
@@ -54,7 +56,8 @@ def examine(script: Path) -> Checkout:
             "this ComfyUI is too old: its dynamic VRAM is not the one that Forebay replaces; update it to 0.33 or "
             f"later: {version}"
         )
-    return Checkout(script, version, aimdo)
+    options = _found(folder / "comfy" / "cli_args.py", r'["\'](--fast-disk)["\']')
+    return Checkout(script, version, aimdo, options is not None)
 
 
 def numbers(version: str) -> tuple[int, ...]:

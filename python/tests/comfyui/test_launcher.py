@@ -79,6 +79,23 @@ def test_the_node_comes_with_it(checkout: Path) -> None:
     assert (folder / "__init__.py").is_file()
 
 
+def test_a_comfyui_that_moves_weights_by_itself_is_spared_copies(checkout: Path) -> None:
+    def told(*arguments: str) -> str:
+        done = launch(*arguments, cwd=checkout)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    (checkout / "main.py").write_text("import sys; print(sys.argv[1:])")
+    assert told("--no-node", "--no-native", "main.py", "--cpu") == "['--cpu']\n", "it does not know it"
+    (checkout / "comfy" / "cli_args.py").write_text(
+        'parser.add_argument("--fast-disk", action="store_true")\n'
+    )
+    assert told("--no-node", "--no-native", "main.py", "--cpu") == "['--fast-disk', '--cpu']\n"
+    assert told("--no-node", "main.py", "--cpu") == "['--cpu']\n"
+    for own in ("--fast-disk", "--high-ram", "--disable-dynamic-vram"):
+        assert told("--no-node", "--no-native", "main.py", own) == f"['{own}']\n"
+
+
 def test_what_comfyui_raises_ends_the_process_as_it_would(checkout: Path) -> None:
     done = launch(checkout / "main.py", "--raise")
     assert done.returncode == 1
