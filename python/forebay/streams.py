@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -21,10 +21,17 @@ def current(device: torch.device) -> int:
     return stream
 
 
+def source(device: torch.device) -> Callable[[], int]:
+    """What :func:`current` gives, for who asks it of one device again and again."""
+    if device.type != "cuda":
+        return int
+    return functools.partial(torch._C._cuda_getCurrentRawStream, device.index)
+
+
 def follow_current(model: Model, device: torch.device) -> None:
     """Orders a model's weights with the current streams of the threads that use them."""
     if device.type == "cuda":
-        model.set_stream_source(functools.partial(torch._C._cuda_getCurrentRawStream, device.index))
+        model.set_stream_source(source(device))
 
 
 def handed_out(device: torch.device, priorities: Iterable[int]) -> list[int]:

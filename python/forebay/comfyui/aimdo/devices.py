@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -41,13 +43,14 @@ class DevCtx:
 
         return torch_device(self.engine)
 
-    def stream(self) -> int:
-        """torch's current stream on it."""
+    @functools.cached_property
+    def stream(self) -> Callable[[], int]:
+        """Gives torch's current stream on it."""
         if not isinstance(self.id, int):
-            return 0
+            return int
         from forebay import streams
 
-        return streams.current(self.device)
+        return streams.source(self.device)
 
     def tell_streams(self, vbar: ExplicitVbar) -> None:
         """Tells a range of every stream that may use it. ComfyUI unpins before its kernels have ended, and some of its
