@@ -402,7 +402,7 @@ def test_from_the_second_step_on_the_engine_patches_pages(
 
 
 @pytest.mark.usefixtures("gpus_arithmetic")
-def test_layers_compute_weights_where_there_is_no_memory_for_random_bytes(
+def test_layers_compute_weights_until_there_is_memory_for_random_bytes(
     path: Path,
     legacy: Any,
     native: Callable[..., Any],
@@ -414,12 +414,18 @@ def test_layers_compute_weights_where_there_is_no_memory_for_random_bytes(
     def refused(self: Any, nbytes: int) -> None:
         return None
 
-    monkeypatch.setattr(patches.Patches, "_memory_for_random", refused)
     with native(_some_of(path)):
         model = _patched(path)
-        assert support.same(sample(model, "flux", _STEPS), expected)
-        assert all(patch.computed is not None for patch in _patches_of(model))
-        assert len(computed) > len(_patches_of(model))
+        with monkeypatch.context() as refusing:
+            refusing.setattr(patches.Patches, "_memory_for_random", refused)
+            assert support.same(sample(model, "flux", _STEPS), expected)
+        has = _patches_of(model)
+        assert all(patch.computed is not None for patch in has)
+        assert len(computed) > len(has)
+        assert any(patch.computed._put for patch in has), "what is resident was put in its place"
+        for _ in range(2):
+            assert support.same(sample(model, "flux", _STEPS), expected)
+        assert all(patch.computed is None for patch in _patches_of(model))
 
 
 @pytest.mark.usefixtures("gpus_arithmetic")
