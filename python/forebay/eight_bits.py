@@ -9,10 +9,7 @@ import torch
 from forebay import streams
 from forebay._forebay import EightBitSum, Engine
 from forebay.converting import dtype_name
-from forebay.low_rank import Product
-
-Patch = tuple[str, int, list[Product], object, None, tuple[int, int, int, int, int]]
-"""A patch as the engine takes it."""
+from forebay.low_rank import Patch, Product
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +47,7 @@ class EightBitPatch:
         found = torch.empty_like(weight)
         name = dtype_name(weight.dtype)
         eight_bit_sum = EightBitSum(weight.data_ptr(), name, self.columns, self.product, self._scale_at)
-        stream = streams.current(weight.device) if weight.is_cuda else 0
+        stream = streams.current(weight.device)
         self.engine.requantize(found.data_ptr(), eight_bit_sum, self.seed, self.threads, stream)
         return found
 

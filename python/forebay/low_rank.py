@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,16 @@ from forebay.converting import USED, dtype_name
 
 Product = tuple[int, int, int, int, int, str, int, tuple[str, int, int, int] | None]
 """A product as the engine takes it."""
+
+Patch = tuple[
+    str,
+    int,
+    list[Product],
+    object,
+    Callable[[], tuple[int, int, object]] | None,
+    tuple[int, int, int, int, int] | None,
+]
+"""A patch as the engine takes it."""
 
 Placed = tuple[torch.Tensor, Product]
 """A patch on a device: the memory that its factors lie in, and the product."""

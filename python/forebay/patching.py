@@ -21,7 +21,7 @@ from forebay._forebay import DetachedError, ForebayError, Model
 from forebay.adapters import COMPONENTS, Adapter, Source, file_identity, names_of, read_adapters
 from forebay.converting import USED, Conversion, dtype_name
 from forebay.eight_bits import EightBitPatch
-from forebay.low_rank import LowRank, Product, joined_dtype, to_device
+from forebay.low_rank import LowRank, Patch, Product, joined_dtype, to_device
 
 _log = logging.getLogger("forebay")
 
@@ -247,7 +247,7 @@ class Patches:
             target = change.target
             change.patch = dtype_name(target.dtype), target.columns, [product], memory, None, None
 
-    def _patch(self, target: Target, function: Function | None, terms: Sequence[Term]) -> _Patch:
+    def _patch(self, target: Target, function: Function | None, terms: Sequence[Term]) -> Patch:
         """What the engine is given: for each run of rows with the same terms one product of their joined factors."""
         kept: list[torch.Tensor] = []
         products: list[Product] = []
@@ -323,17 +323,6 @@ class Patches:
         return (merged + flat.view(merged.shape)).to(target.dtype)
 
 
-_Patch = tuple[
-    str,
-    int,
-    list[Product],
-    object,
-    Callable[[], tuple[int, int, object]] | None,
-    tuple[int, int, int, int, int] | None,
-]
-"""A patch as the engine takes it."""
-
-
 @dataclass(eq=False)
 class _Change:
     """What one weight is to be, and what gets it there."""
@@ -341,7 +330,7 @@ class _Change:
     target: Target
     function: Function | None
     terms: list[Term]
-    patch: _Patch | None = None
+    patch: Patch | None = None
     merged: torch.Tensor | None = None
 
     def note(self) -> None:

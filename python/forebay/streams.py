@@ -28,6 +28,34 @@ def source(device: torch.device) -> Callable[[], int]:
     return functools.partial(torch._C._cuda_getCurrentRawStream, device.index)
 
 
+class Uses:
+    """The streams in which tensors are used: torch does not give their memory to others before these have come so far.
+
+    Attributes:
+        streams: torch's, by their handles.
+    """
+
+    def __init__(self, *tensors: torch.Tensor) -> None:
+        """In none so far, beside the one that they were made in.
+
+        Args:
+            tensors: On one device.
+        """
+        self.streams: dict[int, torch.cuda.Stream] = {}
+        self._tensors = tensors
+        self._device = tensors[0].device
+
+    def enter(self) -> int:
+        """They are about to be used in the current stream. Its handle."""
+        handle = current(self._device)
+        if self._device.type == "cuda" and handle not in self.streams:
+            stream = torch.cuda.current_stream(self._device)
+            for tensor in self._tensors:
+                tensor.record_stream(stream)
+            self.streams[handle] = stream
+        return handle
+
+
 def follow_current(model: Model, device: torch.device) -> None:
     """Orders a model's weights with the current streams of the threads that use them."""
     if device.type == "cuda":

@@ -89,6 +89,11 @@ impl Transform {
     /// Rows of the table of [`Transform::LookUp`].
     pub const LOOKED_UP: usize = 1 << 15;
 
+    /// Whether a device can do it.
+    pub fn is_possible(&self) -> bool {
+        self.check().is_ok()
+    }
+
     /// Whether there is anything to do.
     ///
     /// # Errors

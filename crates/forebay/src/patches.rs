@@ -16,8 +16,8 @@ use std::sync::Arc;
 
 use forebay_core::{Bytes, PageRef, Serial};
 use forebay_device::{
-    AddLowRank, Convert, DeviceAddr, EightBitSum, Element, Event, Factors, Requantize, Rounding, Scale,
-    Stream, StreamHandle, Transform,
+    AddLowRank, Convert, DeviceAddr, EightBitSum, Element, Event, Factors, Requantize, Scale, Stream,
+    StreamHandle, Transform,
 };
 use parking_lot::{Mutex, MutexGuard};
 
@@ -43,6 +43,20 @@ pub struct Patch {
     pub rounding: Option<EightBits>,
     /// Keeps the factors' memory. Dropped when nothing reads them any more.
     pub keep: Arc<dyn Any + Send + Sync>,
+}
+
+impl Patch {
+    /// What adds a product to a run of the weight's elements, which begins at an address.
+    fn addition(&self, factors: Factors, at: DeviceAddr, run: Range<u64>) -> Transform {
+        let (first, count, element) = (run.start, run.end.saturating_sub(run.start), self.element);
+        match self.rounding {
+            None => Transform::AddLowRank(AddLowRank { at, first, count, element, factors }),
+            Some(EightBits { scale, seed, threads, random, .. }) => {
+                let sum = EightBitSum { from: at, element, first, count, scale, factors };
+                Transform::Requantize(Requantize { sum, to: at, random, seed, threads })
+            }
+        }
+    }
 }
 
 /// How elements of eight bits are rounded: see [`Requantize`].
@@ -143,7 +157,7 @@ pub(crate) struct Patches {
     factors: Mutex<InUse>,
 }
 
-/// What is under way with factors of products that users add.
+/// What is under way with factors of products that users add, and with memory for random bytes.
 #[derive(Debug, Default)]
 struct InUse {
     /// Marks of pages to which they are added: until then they are read.
@@ -296,11 +310,20 @@ impl Attachment {
         let mut products: Vec<&Product> = patch.products.iter().collect();
         products.sort_by_key(|product| product.rows.start);
         for Product { rows, factors } in products {
-            let end = u64::from(rows.end) * u64::from(factors.columns) * size.get();
+            let columns = u64::from(factors.columns);
+            let elements = u64::from(rows.start) * columns..u64::from(rows.end) * columns;
+            let end = elements.end * size.get();
             let fits = rows.start >= last && rows.start < rows.end && end <= placed.bytes.get();
-            let can = self.takes(weight, patch, rows) && factors.element.is_target() && factors.rank > 0;
-            let can = can && factors.rounding.is_possible();
-            if !fits || !can || factors.columns == 0 || factors.row_base != rows.start {
+            // What is rounded at random is one product for all of the weight.
+            let is_rounded = patch.rounding.is_none_or(|rounding| {
+                let is_whole = patch.products.len() == 1 && rows.start == 0 && end == placed.bytes.get();
+                is_whole && rounding.random_bytes >= placed.bytes.min(self.vbar().page_size)
+            });
+            let can = || {
+                let at = self.vbar().base().offset(placed.offset + size * elements.start);
+                patch.addition(*factors, at, elements).is_possible()
+            };
+            if !fits || !is_rounded || factors.row_base != rows.start || !can() {
                 return Err(EngineError::Invalid(format!(
                     "{:?} elements of {} bytes take no product of rank {} for rows {rows:?} of {} columns: weight {name:?} of \
                      {:?}",
@@ -314,22 +337,6 @@ impl Attachment {
             last = rows.end;
         }
         Ok(())
-    }
-
-    /// Whether a patch's product for some rows can be rounded to the weight's elements.
-    fn takes(&self, weight: usize, patch: &Patch, rows: &Range<u32>) -> bool {
-        let placed = self.layout().weights[weight];
-        let Some(rounding) = patch.rounding else { return patch.element.is_target() };
-        let [Product { factors, .. }] = &patch.products[..] else { return false };
-        let columns = u64::from(factors.columns);
-        let is_whole = u64::from(rows.end - rows.start) * columns == placed.bytes.get();
-        let in_packs = [columns, rounding.threads, rounding.random.get()];
-        patch.element.is_float8()
-            && matches!(factors.rounding, Rounding::Each { .. })
-            && is_whole
-            && rounding.threads > 0
-            && in_packs.iter().all(|number| number.is_multiple_of(EightBitSum::AT_ONCE))
-            && rounding.random_bytes >= placed.bytes.min(self.vbar().page_size)
     }
 
     /// Has weights filled anew from their sources: what somebody wrote to their pages is gone. As
@@ -776,14 +783,7 @@ fn transforms(
             let to = end.min(u64::from(rows.end) * columns);
             if from < to {
                 let at = vbar.base().offset(part.start + Bytes::new((from - first) * size));
-                let (first, count, element, factors) = (from, to - from, patch.element, *factors);
-                transforms.push(match patch.rounding {
-                    None => Transform::AddLowRank(AddLowRank { at, first, count, element, factors }),
-                    Some(EightBits { scale, seed, threads, random, .. }) => {
-                        let sum = EightBitSum { from: at, element, first, count, scale, factors };
-                        Transform::Requantize(Requantize { sum, to: at, random, seed, threads })
-                    }
-                });
+                transforms.push(patch.addition(*factors, at, from..to));
             }
         }
     }

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 
 use common::on_device::OnDevice;
-use common::{Consumer, Random, Rig, Weights};
+use common::{Consumer, Random, Rig, Weights, copy_of, pass};
 use forebay::device::{Element, StreamHandle};
 use forebay::store::{Memory, Source};
 use forebay::{Attachment, Bytes, Compute, Computed, EngineError, Patch, Use, WeightKind};
@@ -56,11 +56,6 @@ fn patch(by: Arc<dyn Compute>) -> Option<Patch> {
     })
 }
 
-fn copy_of(weights: &Weights) -> Weights {
-    let file = tempfile::NamedTempFile::new().unwrap();
-    Weights { contents: weights.contents.clone(), specs: weights.specs.clone(), file }
-}
-
 /// Has two weights computed, and notes what they are now.
 fn compute_two(
     random: &mut Random,
@@ -74,13 +69,6 @@ fn compute_two(
     let changes = which.into_iter().zip(&by).map(|(weight, by)| (weight, patch(by.clone()))).collect();
     model.change_patches(changes, Use::on(consumer.stream())).unwrap();
     by
-}
-
-fn pass(model: &Attachment, now: &Weights, consumer: &mut Consumer) {
-    for weight in 0..SIZES.len() {
-        consumer.use_weight(model, now, weight).unwrap();
-    }
-    consumer.check();
 }
 
 #[test]

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use common::gate::Gate;
 use common::on_device::OnDevice;
-use common::{Consumer, Random, Rig, Weights};
+use common::{Random, Rig, Weights, pass};
 use forebay::device::{Element, Factors, Rounding};
 use forebay::store::{Source, SourceFile};
 use forebay::{
@@ -141,13 +141,6 @@ fn attach(
 ) -> forebay::Result<Attachment> {
     let options = LayoutOptions { page_size: Some(Bytes::mib(2)), ..LayoutOptions::default() };
     engine.attach_converting("model", weights.specs.clone(), conversions.to_vec(), options)
-}
-
-fn pass(model: &Attachment, weights: &Weights, consumer: &mut Consumer) {
-    for weight in 0..weights.specs.len() {
-        consumer.use_weight(model, weights, weight).unwrap();
-    }
-    consumer.check();
 }
 
 #[test]

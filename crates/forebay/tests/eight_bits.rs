@@ -9,10 +9,8 @@ use std::time::Duration;
 use common::gate::Gate;
 use common::on_device::OnDevice;
 use common::refusing::Refusing;
-use common::{Consumer, Random, Rig, Weights, pass};
-use forebay::device::{
-    DeviceAddr, EightBitSum, Element, Event, Factors, PinnedBuffer, Requantize, Rounding, Stream, Transform,
-};
+use common::{Consumer, Random, Rig, Weights, copy_of, pass, read};
+use forebay::device::{EightBitSum, Element, Event, Factors, Requantize, Rounding, Transform};
 use forebay::{Bytes, EightBits, EngineError, Patch, Product, Use};
 
 /// Bytes of the weights: 512 columns, so that pages end within rows, and one that is always resident.
@@ -58,32 +56,11 @@ fn patched(random: &mut Random, rig: &Rig, weight: &[u8], memory: &Arc<OnDevice>
     let stream = rig.stream();
     // SAFETY: all of it lives until it was read, below.
     unsafe { rig.device.transform(&Transform::Requantize(work), stream.handle()) }.unwrap();
-    let expected = read(rig, to.addr, weight.len(), &stream);
+    let expected = read(rig, &to, to.addr, weight.len(), stream.handle());
     let rounding = Some(EightBits { scale, seed, threads: THREADS, random: memory.addr, random_bytes: PAGE });
     let keep = Arc::new((up, down, numbers, Arc::clone(memory)));
     let products = vec![Product { rows: 0..rows, factors }];
     (Patch { element, computed: None, products, rounding, keep }, Arc::new(expected))
-}
-
-fn read(rig: &Rig, at: DeviceAddr, len: usize, stream: &Stream) -> Vec<u8> {
-    let len = Bytes::new(len as u64);
-    let buffer = PinnedBuffer::new(Arc::clone(&rig.device), len).unwrap();
-    // SAFETY: both sides live until the copy has completed.
-    unsafe { rig.device.copy_to_host(buffer.as_ptr(), at, len, stream.handle()) }.unwrap();
-    let done = Event::new(Arc::clone(&rig.device)).unwrap();
-    // SAFETY: the stream lives.
-    unsafe { done.record(stream.handle()) }.unwrap();
-    done.synchronize().unwrap();
-    // SAFETY: the copy has completed.
-    unsafe { buffer.slice(Bytes::ZERO, len) }.to_vec()
-}
-
-fn copy_of(weights: &Weights) -> Weights {
-    Weights {
-        contents: weights.contents.clone(),
-        specs: weights.specs.clone(),
-        file: tempfile::NamedTempFile::new().unwrap(),
-    }
 }
 
 /// Changes for some weights; what they are from then on.

@@ -17,9 +17,9 @@ use std::time::Duration;
 use common::gate::Gate;
 use common::on_device::{Given, OnDevice};
 use common::refusing::Refusing;
-use common::{Consumer, Random, Rig, Weights, eventually, pass};
-use forebay::device::{Device, DeviceAddr, Element, Event, Factors, PinnedBuffer, Rounding, StreamHandle};
-use forebay::{Attachment, Begun, Bytes, Engine, EngineError, Lending, Patch, Pinned, Product, Use};
+use common::{Consumer, Random, Rig, Weights, copy_of, eventually, pass, read};
+use forebay::device::{Device, DeviceAddr, Element, Factors, Rounding};
+use forebay::{Attachment, Begun, Bytes, Engine, EngineError, Lending, Patch, Product, Use};
 
 /// Bytes of the weights: of bf16, 512 columns, so that pages end within rows, and one that is always resident.
 const SIZES: [usize; 6] = [3 << 20, 2048, (5 << 20) + 1024, 2 << 20, (6 << 20) - 1024, 1 << 20];
@@ -87,10 +87,15 @@ struct Attached {
 }
 
 fn attached() -> Attached {
+    attached_in(32)
+}
+
+/// A model on a device of so many pages.
+fn attached_in(pages: u64) -> Attached {
     let mut random = Random::seeded();
     let weights = weights(&mut random);
     let rig = Rig::new();
-    let engine = rig.engine(Bytes::mib(64));
+    let engine = rig.engine(Bytes::mib(2) * pages);
     let model = weights.attach(&engine, "model");
     Attached { random, weights, rig, engine, model }
 }
@@ -202,14 +207,6 @@ fn change(
         changes.push((weight, patch.map(|(patch, _)| patch)));
     }
     changes
-}
-
-fn copy_of(weights: &Weights) -> Weights {
-    Weights {
-        contents: weights.contents.clone(),
-        specs: weights.specs.clone(),
-        file: tempfile::NamedTempFile::new().unwrap(),
-    }
 }
 
 fn large(random: &mut Random) -> Vec<usize> {
@@ -352,12 +349,8 @@ fn what_could_not_be_added_at_its_first_use_is_there_at_the_next_whoever_used_it
 
 #[test]
 fn whoever_comes_second_waits_for_what_the_first_adds() {
-    let mut random = Random::seeded();
-    let weights = weights(&mut random);
-    let rig = Rig::new();
     for pages in [32, 6] {
-        let engine = rig.engine(Bytes::mib(2) * pages);
-        let model = weights.attach(&engine, "model");
+        let Attached { mut random, weights, rig, model, .. } = attached_in(pages);
         let (patch, contents) = patched(&mut random, &rig.device, &weights.contents[2], &[0..5000]);
         let (mut first, mut second, mut now) = (rig.consumer(), rig.consumer(), copy_of(&weights));
         now.contents[2] = contents;
@@ -455,12 +448,8 @@ impl Drop for Kept {
 
 #[test]
 fn work_in_a_stream_keeps_what_it_began_with() {
-    let mut random = Random::seeded();
-    let weights = weights(&mut random);
-    let rig = Rig::new();
     for pages in [32, 6] {
-        let engine = rig.engine(Bytes::mib(2) * pages);
-        let model = weights.attach(&engine, "model");
+        let Attached { mut random, weights, rig, model, .. } = attached_in(pages);
         let (mut consumer, mut now) = (rig.consumer(), copy_of(&weights));
         pass(&model, &now, &mut consumer);
         let gate = Gate::close(&rig, consumer.stream());
@@ -523,21 +512,6 @@ fn a_lent_model_is_recalled() {
         holder.join().unwrap();
     });
     pass(&model, &now, &mut consumer);
-}
-
-/// What a weight is in a stream's order; it is let go before that is known.
-fn read(rig: &Rig, pinned: Pinned<'_>, at: DeviceAddr, len: usize, stream: StreamHandle) -> Vec<u8> {
-    let len = Bytes::new(len as u64);
-    let buffer = PinnedBuffer::new(Arc::clone(&rig.device), len).unwrap();
-    let done = Event::new(Arc::clone(&rig.device)).unwrap();
-    // SAFETY: the weight is pinned, and the buffer lives until the copy has completed.
-    unsafe { rig.device.copy_to_host(buffer.as_ptr(), at, len, stream) }.unwrap();
-    drop(pinned);
-    // SAFETY: the stream lives.
-    unsafe { done.record(stream) }.unwrap();
-    done.synchronize().unwrap();
-    // SAFETY: the copy has completed.
-    unsafe { buffer.slice(Bytes::ZERO, len) }.to_vec()
 }
 
 /// The parts of a weight on each of its pages.

@@ -62,8 +62,8 @@ def main(arguments: Sequence[str]) -> int:
         os.environ[SWITCH] = "0"
     if chosen.native and _OFF not in rest:
         importlib.import_module("forebay.comfyui.native").install()
-    moves_by_itself = not chosen.native and found.has_fast_disk
-    fast_disk = [_FAST_DISK] if moves_by_itself and not any(one in rest for one in _COPIES) else []
+    is_spared = not chosen.native and found.has_fast_disk and not any(one in rest for one in _COPIES)
+    fast_disk = [_FAST_DISK] if is_spared else []
     node = (
         ["--extra-model-paths-config", str(Path(__file__).with_name("extra_paths.yaml"))]
         if chosen.node

@@ -65,6 +65,12 @@ def _stand_ins(model: Any) -> list[ForebayTensor]:
     return [one for one in every if isinstance(one, ForebayTensor)]
 
 
+def _patches_of(model: Any) -> list[Any]:
+    loaded = loaded_of(model.model)
+    assert loaded is not None and loaded._patches is not None
+    return list(loaded._patches._of.values())
+
+
 def _patched(path: Path, seed: int = 7) -> Any:
     model = load(path)
     return with_lora(model, checkpoints.lora(model, seed, every=2))
@@ -183,16 +189,14 @@ def test_a_model_that_no_longer_fits_is_computed_when_its_layers_run(
     with native() as engine:
         model = _patched(path)
         assert support.same(sample(model, "flux", _STEPS), expected)
-        loaded = loaded_of(model.model)
-        assert loaded is not None and loaded._patches is not None
-        assert all(one.computed is None for one in loaded._patches._of.values())
+        assert all(one.computed is None for one in _patches_of(model))
         engine.set_budget(budget=_some_of(path))
         assert support.same(sample(model, "flux", _STEPS), expected)
-        assert all(one.computed is not None for one in loaded._patches._of.values())
+        assert all(one.computed is not None for one in _patches_of(model))
         # It stays so: to change costs each weight's pages.
         engine.set_budget(budget=1 << 32)
         assert support.same(sample(model, "flux", _STEPS), expected)
-        assert all(one.computed is not None for one in loaded._patches._of.values())
+        assert all(one.computed is not None for one in _patches_of(model))
 
 
 def test_without_patches_it_is_what_is_stored(
@@ -338,12 +342,6 @@ def test_the_engine_rounds_as_a_gpus_generator_says(
         assert len(own) == len(known), "the first of each kind tells"
 
 
-def _patches_of(model: Any) -> list[Any]:
-    loaded = loaded_of(model.model)
-    assert loaded is not None and loaded._patches is not None
-    return list(loaded._patches._of.values())
-
-
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Has an entry for each time that a layer computes a float8 weight."""
@@ -475,7 +473,5 @@ def test_weights_that_two_layers_share_are_not_replaced(
         assert support.same(sample(model, "flux", _STEPS), expected)
         weights = Counter(one._weight.address for one in _stand_ins(model))
         assert max(weights.values()) == 2
-        loaded = loaded_of(model.model)
-        assert loaded is not None and loaded._patches is not None
-        (patch,) = loaded._patches._of.values()
+        (patch,) = _patches_of(model)
         assert patch.computed is not None and patch.computed.weight is None

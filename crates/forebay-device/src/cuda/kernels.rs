@@ -116,7 +116,7 @@ impl Kernels {
             // SAFETY: the caller's promise.
             Transform::Requantize(work) => unsafe { self.requantize(driver, work, stream) },
             // SAFETY: the caller's promise.
-            Transform::Largest { sum, at } => unsafe { self.sum(driver, sum, None, at.get(), stream) },
+            Transform::Largest { sum, at } => unsafe { self.sum(driver, sum, [0; 2], at.get(), stream) },
             Transform::LookUp { number, table, to } => {
                 let (mut number, mut table, mut to) = (number.get(), table.get(), to.get());
                 let mut parameters = [pointer(&mut number), pointer(&mut table), pointer(&mut to)];
@@ -217,8 +217,9 @@ impl Kernels {
         let kernel = self.get(driver, Kernel::RandomBytes)?;
         // SAFETY: the parameters are the kernel's, and the memory is the caller's promise.
         unsafe { launch(driver, kernel, grid, &mut parameters, stream) }?;
+        let places = [work.to.get(), work.random.get()];
         // SAFETY: the caller's promise.
-        unsafe { self.sum(driver, &work.sum, Some(work), 0, stream) }
+        unsafe { self.sum(driver, &work.sum, places, 0, stream) }
     }
 
     /// Has a sum rounded by the random bytes that are there, or its largest element found.
@@ -229,7 +230,7 @@ impl Kernels {
         &self,
         driver: &Driver,
         sum: &EightBitSum,
-        rounded: Option<&Requantize>,
+        [mut to, mut random]: [u64; 2],
         mut largest: u64,
         stream: StreamHandle,
     ) -> Result<()> {
@@ -238,8 +239,6 @@ impl Kernels {
             return Err(DeviceError::invalid("cuLaunchKernel", format!("no terms: {sum:?}")));
         };
         let or_none = |at: Option<DeviceAddr>| at.map_or(0, DeviceAddr::get);
-        let [mut to, mut random] =
-            rounded.map_or([0, 0], |Requantize { to, random, .. }| [to.get(), random.get()]);
         let (mut from, mut first, mut count) = (sum.from.get(), sum.first, sum.count);
         let mut times = or_none(sum.scale);
         let (mut up, mut down, mut scale) = (factors.up.get(), factors.down.get(), factors.scale.get());

@@ -207,12 +207,36 @@ impl Weights {
     }
 }
 
+/// The weights of a model as they are to be from now on, to be changed.
+pub fn copy_of(weights: &Weights) -> Weights {
+    Weights {
+        contents: weights.contents.clone(),
+        specs: weights.specs.clone(),
+        file: tempfile::NamedTempFile::new().unwrap(),
+    }
+}
+
 /// Uses each of a model's weights once, and checks what they are.
 pub fn pass(model: &Attachment, now: &Weights, consumer: &mut Consumer) {
     for weight in 0..now.contents.len() {
         consumer.use_weight(model, now, weight).unwrap();
     }
     consumer.check();
+}
+
+/// What memory is in a stream's order. Its keeper is let go before that is known.
+pub fn read<K>(rig: &Rig, keeper: K, at: DeviceAddr, len: usize, stream: StreamHandle) -> Vec<u8> {
+    let len = Bytes::new(len as u64);
+    let buffer = PinnedBuffer::new(Arc::clone(&rig.device), len).unwrap();
+    let done = Event::new(Arc::clone(&rig.device)).unwrap();
+    // SAFETY: the memory is there by its keeper, and the buffer lives until the copy has completed.
+    unsafe { rig.device.copy_to_host(buffer.as_ptr(), at, len, stream) }.unwrap();
+    drop(keeper);
+    // SAFETY: the stream lives.
+    unsafe { done.record(stream) }.unwrap();
+    done.synchronize().unwrap();
+    // SAFETY: the copy has completed.
+    unsafe { buffer.slice(Bytes::ZERO, len) }.to_vec()
 }
 
 /// A stream whose "kernels" read weights back.

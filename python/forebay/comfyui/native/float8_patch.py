@@ -20,7 +20,6 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 from torch import nn
 
-from forebay import streams
 from forebay._forebay import EightBitSum
 from forebay.attachment import Attachment
 from forebay.comfyui.native.quantized import data_of
@@ -28,6 +27,7 @@ from forebay.comfyui.native.weight_patch import WeightPatch
 from forebay.converting import dtype_name
 from forebay.eight_bits import EightBitPatch
 from forebay.low_rank import LowRank, Placed, multiplied
+from forebay.streams import Uses
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -88,8 +88,8 @@ class Float8Patch:
         self._way: Callable[[Any], Any] | None = None
         self._params: Any = None
         self._to_scale: torch.Tensor | None = None
-        self._streams: dict[int, Any] = {}
-        """Those that its memory is known to be read in, by their handles."""
+        self._uses = Uses(self._memory)
+        """Of what it is computed from."""
         self._sum: EightBitSum | None = None
         """Of the latest weight."""
         self._stored_scale: torch.Tensor | None = None
@@ -141,9 +141,9 @@ class Float8Patch:
         return self._way == self._requantized and self._sum is not None and self._is_only_scaled
 
     @property
-    def streams(self) -> Collection[Any]:
-        """Those of torch's in which it was computed."""
-        return self._streams.values()
+    def streams(self) -> Collection[torch.cuda.Stream]:
+        """Those in which it was computed."""
+        return self._uses.streams.values()
 
     @property
     def scale(self) -> torch.Tensor | None:
@@ -194,7 +194,7 @@ class Float8Patch:
         """From now on a quantized weight gets this scale, for which it is multiplied with a float32."""
         self._params, self._to_scale = params, factor
         self._product = multiplied(self._products, factor.data_ptr())
-        self._streams, self._sum = {}, None
+        self._uses, self._sum = Uses(self._memory, factor), None
 
     def _scaled(self, stored: Any) -> Any:
         """In two passes of the engine's, of which the first finds the scale. None where it cannot."""
@@ -229,7 +229,7 @@ class Float8Patch:
         data = data_of(stored)
         found = torch.empty_like(data)
         threads = _generator_threads(self._device, data.numel())
-        stream = self._enter_stream()
+        stream = self._uses.enter()
         self._engine.requantize(found.data_ptr(), eight_bit_sum, self._seed, threads, stream, scaling)
         return self._made_of(found, stored)
 
@@ -240,26 +240,13 @@ class Float8Patch:
             value = stored.layout_cls.dequantize(stored._qdata, params)
         else:
             value = stored.to(self._through)
-        stream = self._enter_stream()
+        stream = self._uses.enter()
         self._engine.add_product(
             value.data_ptr(), dtype_name(self._through), self._shape[1], self._product, stream
         )
         return self._made_of(
             comfy.float.stochastic_rounding(value, data_of(stored).dtype, self._seed), stored
         )
-
-    def _enter_stream(self) -> int:
-        """The handle of the current stream. What is read in it is not given to others before it was."""
-        if self._device.type != "cuda":
-            return 0
-        handle = streams.current(self._device)
-        if handle not in self._streams:
-            stream = torch.cuda.current_stream(self._device)
-            self._memory.record_stream(stream)
-            if self._to_scale is not None:
-                self._to_scale.record_stream(stream)
-            self._streams[handle] = stream
-        return handle
 
     def _made_of(self, data: torch.Tensor, stored: Any) -> Any:
         return data if self._params is None else QuantizedTensor(data, stored._layout_cls, self._params)

@@ -89,7 +89,7 @@ class Loaded:
                     # Where the engine patches pages, it does not matter which of them stay.
                     whole=bool(patches)
                     and is_quantized
-                    and not (device.type == "cuda" and are_products(patches)),
+                    and not (device.type == "cuda" and are_products(patches or {})),
                     # What is added goes to what was read by then. Quantized weights that do not fit are patched when they are used.
                     # What else is computed as it is filled would be filled twice.
                     prefetch=not patches or are_added(patches, used) or (is_quantized and not fits),

@@ -321,11 +321,9 @@ def are_added(patches: Mapping[str, Sequence[Any]], dtypes: Mapping[str, torch.d
     return all(dtypes.get(key) in USED for key in patches) and are_products(patches)
 
 
-def are_products(patches: Mapping[str, Sequence[Any]] | None) -> bool:
+def are_products(patches: Mapping[str, Sequence[Any]]) -> bool:
     """Whether patches are nothing but products of low rank."""
-    return not patches or all(
-        _term(patch) is not None for of_weight in patches.values() for patch in of_weight
-    )
+    return all(_term(patch) is not None for of_weight in patches.values() for patch in of_weight)
 
 
 def _term(patch: Any) -> tuple[torch.Tensor, torch.Tensor, float] | None:

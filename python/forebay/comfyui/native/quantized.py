@@ -10,9 +10,9 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 from torch import nn
 
-from forebay import streams
 from forebay._forebay import Weight
 from forebay.parameter import ForebayTensor
+from forebay.streams import Uses
 
 _DATA = "data"
 _SCALE = "scale"
@@ -61,8 +61,8 @@ class ManagedQuantized:
         self._weights: list[Weight] = []
         self._params = weight._params
         self._scale: torch.Tensor | None = None
-        self._scale_streams: set[int] = set()
-        """Those that it is known to be read in."""
+        self._uses: Uses | None = None
+        """Of another scale than its own."""
         self._holder = nn.Module()
         self._holder_name = f"{name}_parts"
         self.data_name = f"{path}.{self._holder_name}.{_DATA}" if path else f"{self._holder_name}.{_DATA}"
@@ -116,7 +116,8 @@ class ManagedQuantized:
 
     def plain(self) -> Any:
         """The weight, made of plain tensors on the device. They stay as long as it does."""
-        self._enter_stream()
+        if self._uses is not None:
+            self._uses.enter()
         return self._made_of({name: _plain(getattr(self._holder, name)) for name in (_DATA, *self._fields)})
 
     def unpinned(self, held: list[Weight]) -> Any:
@@ -126,7 +127,8 @@ class ManagedQuantized:
             held: Gets those parts.
         """
         held += self._weights
-        self._enter_stream()
+        if self._uses is not None:
+            self._uses.enter()
         if self._unpinned is None:
             parts = {
                 name: part._weight.unpinned if isinstance(part, ForebayTensor) else part.data
@@ -170,24 +172,15 @@ class ManagedQuantized:
         Returns:
             What gives it its own back.
         """
-        self._scale, self._scale_streams = scale, set()
+        self._scale, self._uses = scale, Uses(scale)
         self._put()
 
         def undo() -> None:
             if self._scale is scale:
-                self._scale = None
+                self._scale = self._uses = None
                 self._put()
 
         return undo
-
-    def _enter_stream(self) -> None:
-        """Another scale than its own is not given to others before it was read in the current stream."""
-        if self._scale is None or not self._scale.is_cuda:
-            return
-        handle = streams.current(self._scale.device)
-        if handle not in self._scale_streams:
-            self._scale.record_stream(torch.cuda.current_stream(self._scale.device))
-            self._scale_streams.add(handle)
 
     def _put(self) -> None:
         with torch.inference_mode(False):
