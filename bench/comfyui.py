@@ -345,7 +345,7 @@ def watch_sampling(
     """Has something done with each model before it samples, and its steps watched; those on a card of so many bytes in turn with
     others on all of the device; without waiting for the device after each. Filled as they are.
     """
-    from forebay.comfyui.native.arrival import on_import
+    from forebay.comfyui.arrival import on_import
 
     samplings: list[Sampled] = []
 

@@ -106,13 +106,9 @@ class LowRank:
         ups = [up.detach().flatten(1).to(joined_on, dtype) for up, _, _ in self.terms]
         downs = [down.detach().flatten(1).to(joined_on, dtype) for _, down, _ in self.terms]
         last = torch.frombuffer(bytearray(numbers), dtype=torch.uint8).to(joined_on)
-        pieces = [_bytes_of(_joined(ups, 1)), _bytes_of(_joined(downs, 0)), last]
-        aligned = [(piece, piece.new_empty(-piece.numel() % _ALIGN)) for piece in pieces]
-        starts = [0, *itertools.accumulate(piece.numel() + gap.numel() for piece, gap in aligned)]
-        filled = [part for pair in aligned for part in pair]
-        return _Packed(
-            filled, starts, self.shape[0], rank, dtype_name(dtype), dtype_name(self.through), count
-        )
+        parts = [_bytes_of(_joined(ups, 1)), _bytes_of(_joined(downs, 0)), last]
+        starts = [0, *itertools.accumulate(-(-part.numel() // _ALIGN) * _ALIGN for part in parts)]
+        return _Packed(parts, starts, self.shape[0], rank, dtype_name(dtype), dtype_name(self.through), count)
 
     @staticmethod
     def _shape(up: torch.Tensor, down: torch.Tensor) -> tuple[int, int] | None:
@@ -127,8 +123,8 @@ class _Packed:
     """The factors of products, which are to lie behind one another in memory.
 
     Attributes:
-        parts: Their bytes, with gaps where something else begins.
-        starts: Where the factors of rows, those of columns and the numbers begin, and where all of it ends.
+        parts: The bytes of the factors of rows, of those of columns and of the numbers.
+        starts: Where each of these begins, and where all of it ends.
     """
 
     parts: list[torch.Tensor]
@@ -157,8 +153,8 @@ class _Packed:
 def to_device(patches: Iterable[LowRank], device: torch.device) -> list[Placed]:
     """Takes patches to a device, in the current stream: of each the memory that its factors lie in, and the product for the engine.
 
-    Some hundred weights change at once. Behind weights on their way to the device every copy waits for a page, so it is some MiB
-    that are copied at a time. Patches that were copied together share their memory.
+    Some hundred weights change at once. Beside weights on their way to the device every copy waits for its turn, so it is some MiB
+    that are copied at a time, from pinned memory, which nobody waits for. Patches that were copied together share their memory.
     """
     placed: list[Placed] = []
     together: list[_Packed] = []
@@ -176,35 +172,75 @@ def to_device(patches: Iterable[LowRank], device: torch.device) -> list[Placed]:
 def _copied(together: list[_Packed], through: _Through) -> list[Placed]:
     if not together:
         return []
-    memory = through.copied([part for one in together for part in one.parts])
-    pieces = memory.split_with_sizes([one.nbytes for one in together])
+    sizes = [one.nbytes for one in together]
+    places = itertools.accumulate(sizes, initial=0)
+    parts = [
+        (place + start, part)
+        for place, one in zip(places, together, strict=False)
+        for start, part in zip(one.starts, one.parts, strict=False)
+    ]
+    pieces = through.copied(parts, sum(sizes)).split_with_sizes(sizes)
     return [(piece, one.product(piece.data_ptr())) for piece, one in zip(pieces, together, strict=True)]
 
 
+_Parts = Sequence[tuple[int, torch.Tensor]]
+"""Bytes, each with where they begin in the memory that they are joined in."""
+
+
 class _Through:
-    """Memory of the host in which bytes are joined on their way to a device.
+    """Pinned memory in which bytes are joined on their way to a device: while some are copied, the next ones are joined.
 
     They are joined by this thread alone. Torch shares that out among threads, for each of which it waits: beside the readers of a
-    model's weights a hundred times as long as copying takes. Memory that is new each time takes five times as long.
+    model's weights a hundred times as long as copying takes.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._slots = itertools.cycle([_Slot(device), _Slot(device)])
 
-    def copied(self, parts: list[torch.Tensor]) -> torch.Tensor:
+    def copied(self, parts: _Parts, nbytes: int) -> torch.Tensor:
         """Bytes that are all on the host or all on the device, joined there, in memory of their own."""
-        if parts[0].device.type != "cpu":
-            return torch.cat(parts)
-        nbytes = sum(part.numel() for part in parts)
-        if self._memory.numel() < nbytes:
-            self._memory = torch.empty(max(nbytes, _COPIED_AT_ONCE), dtype=torch.uint8)
-        at = self._memory.data_ptr()
-        for part in parts:
-            ctypes.memmove(at, part.data_ptr(), part.numel())
-            at += part.numel()
-        # Pageable memory is read before this returns; what is in the stream is not waited for.
-        return self._memory[:nbytes].to(self._device, non_blocking=True, copy=True)
+        memory = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+        if parts[0][1].device.type != "cpu":
+            for at, part in parts:
+                memory[at : at + part.numel()].copy_(part)
+            return memory
+        for begin in range(0, nbytes, _COPIED_AT_ONCE):
+            piece = memory[begin : begin + _COPIED_AT_ONCE]
+            if self._device.type == "cpu":
+                _join(parts, begin, piece)
+            else:
+                next(self._slots).copy(parts, begin, piece)
+        return memory
+
+
+class _Slot:
+    """A piece of pinned memory, taken when it is used first."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._memory: torch.Tensor | None = None
+        self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+    def copy(self, parts: _Parts, begin: int, to: torch.Tensor) -> None:
+        """Copies what lies in one piece of the memory of these parts, in the current stream."""
+        if self._memory is None:
+            self._memory = torch.empty(_COPIED_AT_ONCE, dtype=torch.uint8, pin_memory=True)
+        else:
+            self._copied.synchronize()
+        joined = self._memory[: to.numel()]
+        _join(parts, begin, joined)
+        to.copy_(joined, non_blocking=True)
+        self._copied.record(torch.cuda.current_stream(self._device))
+
+
+def _join(parts: _Parts, begin: int, memory: torch.Tensor) -> None:
+    """Writes what lies in one piece of the memory of these parts to memory of the host."""
+    end = begin + memory.numel()
+    for at, part in parts:
+        first, last = max(at, begin), min(at + part.numel(), end)
+        if first < last:
+            ctypes.memmove(memory.data_ptr() + first - begin, part.data_ptr() + first - at, last - first)
 
 
 def _joined(tensors: list[torch.Tensor], axis: int) -> torch.Tensor:

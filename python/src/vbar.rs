@@ -81,6 +81,11 @@ impl ExplicitVbar {
         py.detach(|| self.inner.prioritize());
     }
 
+    /// As ``prioritize``, where the model whose weights these are is about to run: what is asked of files is asked anew.
+    fn begin_run(&self, py: Python<'_>) {
+        py.detach(|| self.inner.begin_run());
+    }
+
     /// To the bottom of the priorities.
     fn deprioritize(&self, py: Python<'_>) {
         py.detach(|| self.inner.deprioritize());

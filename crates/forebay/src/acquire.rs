@@ -63,7 +63,7 @@ pub(crate) enum Found {
 type Pending<'a> = (&'a Vbar, u32, Arc<Event>);
 
 /// Where pages were used between their pin and its end.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Used {
     /// On this stream.
     On(StreamHandle),
@@ -154,6 +154,9 @@ impl Shared {
     }
 
     pub(crate) fn unpin<V: AsRef<Vbar>>(&self, spans: &[Span<V>], used: Used) {
+        if used != Used::Nowhere {
+            spans.iter().for_each(|span| span.vbar.as_ref().streams.uses.note());
+        }
         let mut streamed: Vec<(&Vbar, u32)> = Vec::new();
         let mut last_of_streamed: Vec<PageRef> = Vec::new();
         for (vbar, page) in spans.iter().flat_map(Span::pages) {

@@ -54,6 +54,8 @@ pub(crate) struct VbarBook {
     pub(crate) started: bool,
     /// Whom to ask for the pages while they are lent as a whole.
     pub(crate) lent: Option<Arc<Lent>>,
+    /// The ends of its streams when they were last marked, as far as they were not reached since.
+    pub(crate) marks: Option<Vec<Arc<Event>>>,
 }
 
 impl VbarBook {
@@ -199,7 +201,7 @@ impl Books {
             } else {
                 self.recycle(uses.into_iter().map(|(_, event)| event));
                 if marks.as_ref().is_none_or(|(vbar, _)| *vbar != page.vbar) {
-                    match self.mark_known_streams(page.vbar) {
+                    match self.ends_of_uses(page.vbar) {
                         Ok(made) => marks = Some((page.vbar, made)),
                         Err(error) => self.lost(error),
                     }
@@ -213,9 +215,31 @@ impl Books {
         self.claimed = claimed;
     }
 
+    /// What must complete before pages of the VBAR that were claimed by now may be unmapped. Streams that nobody used them in since
+    /// are not marked again: they may be another model's by now, for whose work there would be no end of waiting.
+    fn ends_of_uses(&mut self, id: VbarId) -> Result<Vec<Arc<Event>>> {
+        let book = self.vbar(id);
+        let (vbar, was_used, earlier) =
+            (Arc::clone(&book.vbar), book.vbar.streams.uses.take(), book.marks.take());
+        let marks = match earlier {
+            Some(marks) if !was_used => {
+                // What cannot be told is told to who waits for it.
+                let is_done = |event: &Arc<Event>| event.is_complete().unwrap_or(false);
+                let (done, pending): (Vec<_>, Vec<_>) = marks.into_iter().partition(is_done);
+                self.recycle(done);
+                pending
+            }
+            earlier => {
+                self.recycle(earlier.into_iter().flatten());
+                self.mark_known_streams(&vbar)?
+            }
+        };
+        self.vbar(id).marks = Some(marks.clone());
+        Ok(marks)
+    }
+
     /// An event at the end of every stream that may have used a page of the VBAR.
-    fn mark_known_streams(&mut self, id: VbarId) -> Result<Vec<Arc<Event>>> {
-        let vbar = Arc::clone(&self.vbar(id).vbar);
+    fn mark_known_streams(&mut self, vbar: &Vbar) -> Result<Vec<Arc<Event>>> {
         let mut marks = Vec::new();
         for stream in vbar.streams.all() {
             // A driver that refused once is asked once more: to go on without the mark is not safe.
@@ -246,7 +270,10 @@ impl Pins for Books {
     }
 
     fn unpin(&mut self, page: PageRef) {
-        self.vbar(page.vbar).vbar.cell(page.page.0).unpin();
+        let vbar = &self.vbar(page.vbar).vbar;
+        // Whoever a page was lent to says of no use that it was one.
+        vbar.streams.uses.note();
+        vbar.cell(page.page.0).unpin();
     }
 
     fn claim(&mut self, page: PageRef) -> bool {
@@ -311,6 +338,7 @@ mod tests {
             uses: 0,
             started: false,
             lent: None,
+            marks: None,
         };
         books.vbars.insert(id, book);
         let page = PageRef { vbar: id, page: PageIndex(0) };

@@ -1,9 +1,9 @@
 //! One page's state as every thread may read it without a lock.
 
 #[cfg(loom)]
-use loom::sync::atomic::{AtomicU64, Ordering};
+use loom::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 #[cfg(not(loom))]
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// Pins and flags of a page in one word.
 ///
@@ -115,6 +115,24 @@ impl PageCell {
     }
 }
 
+/// Whether work was enqueued that uses any of some pages.
+#[derive(Debug, Default)]
+pub(crate) struct Uses(AtomicBool);
+
+impl Uses {
+    /// Work was enqueued. To be noted before its page is unpinned.
+    pub(crate) fn note(&self) {
+        // No plain store: whoever takes it sees what any of those did that noted something.
+        self.0.swap(true, Ordering::AcqRel);
+    }
+
+    /// Whether there was any since the last call. Who marks the ends of streams behind it has marked all work whose pages can be
+    /// claimed, for as long as this gives `false` behind the claim.
+    pub(crate) fn take(&self) -> bool {
+        self.0.swap(false, Ordering::AcqRel)
+    }
+}
+
 /// Every order in which threads may run: `make loom`.
 #[cfg(all(test, loom))]
 mod interleavings {
@@ -182,6 +200,41 @@ mod interleavings {
             page.take_and_fill(2);
             users.into_iter().for_each(|user| user.join().unwrap());
             assert_eq!(page.cell.load().pins(), 0);
+        });
+    }
+
+    #[test]
+    fn work_whose_page_can_be_claimed_was_marked_or_is_told_of() {
+        // All orders of three threads take too long.
+        let mut some = loom::model::Builder::new();
+        some.preemption_bound = Some(2);
+        some.check(|| {
+            let cell = Arc::new(PageCell::default());
+            cell.set_filled();
+            let (uses, enqueued) = (Arc::new(Uses::default()), Arc::new(AtomicU64::new(0)));
+            let users: Vec<_> = (0..2)
+                .map(|_| {
+                    let (cell, uses, enqueued) =
+                        (Arc::clone(&cell), Arc::clone(&uses), Arc::clone(&enqueued));
+                    thread::spawn(move || {
+                        if cell.try_pin().is_some() {
+                            enqueued.fetch_add(1, Ordering::Relaxed);
+                            uses.note();
+                            assert!(cell.unpin().is_some());
+                        }
+                    })
+                })
+                .collect();
+            uses.take();
+            let marked = enqueued.load(Ordering::Relaxed);
+            if cell.try_claim().is_some() && !uses.take() {
+                assert_eq!(
+                    enqueued.load(Ordering::Relaxed),
+                    marked,
+                    "nobody waits for work on a claimed page"
+                );
+            }
+            users.into_iter().for_each(|user| user.join().unwrap());
         });
     }
 

@@ -498,6 +498,7 @@ impl Engine {
             uses: 0,
             started: false,
             lent: None,
+            marks: None,
         };
         state.books.vbars.insert(id, book);
         state.adopt_kept(id);

@@ -121,6 +121,13 @@ impl ExplicitVbar {
         self.engine.prioritize(&self.vbar);
     }
 
+    /// As [`prioritize`](ExplicitVbar::prioritize), where the application is about to run the model whose weights these are. What
+    /// it asks of files from now on is asked anew: see [`Engine::read_to_device`].
+    pub fn begin_run(&self) {
+        self.prioritize();
+        self.engine.shared().state.lock().registering.begin_run();
+    }
+
     /// To the bottom of the priorities.
     pub fn deprioritize(&self) {
         self.engine.deprioritize(&self.vbar);

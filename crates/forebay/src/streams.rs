@@ -6,6 +6,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use forebay_device::StreamHandle;
 use parking_lot::Mutex;
 
+use crate::cell::Uses;
+
 /// Streams that are found without a lock.
 const RECENT: usize = 8;
 
@@ -19,11 +21,17 @@ const NO_STREAM: u64 = u64::MAX;
 pub(crate) struct KnownStreams {
     recent: [AtomicU64; RECENT],
     all: Mutex<Vec<StreamHandle>>,
+    /// What was enqueued for the pages since somebody asked.
+    pub(crate) uses: Uses,
 }
 
 impl Default for KnownStreams {
     fn default() -> Self {
-        KnownStreams { recent: array::from_fn(|_| AtomicU64::new(NO_STREAM)), all: Mutex::default() }
+        KnownStreams {
+            recent: array::from_fn(|_| AtomicU64::new(NO_STREAM)),
+            all: Mutex::default(),
+            uses: Uses::default(),
+        }
     }
 }
 

@@ -58,7 +58,8 @@ impl Engine {
     /// At first they go through pinned memory; tensors of a safetensors file are read ahead of the calls that ask for them, in
     /// the order in which they were asked for before. A part that is asked for again is registered where it is in the page
     /// cache, as far as memory is free ([`EngineConfig::registered`](crate::EngineConfig::registered)), and the copy engine reads
-    /// it by itself, until the file is written to or [forgotten](Engine::forget_file).
+    /// it by itself, until the file is written to or [forgotten](Engine::forget_file). Where another
+    /// [run](crate::ExplicitVbar::begin_run) began in between that takes a third time.
     ///
     /// # Errors
     /// [`EngineError::Transfer`] where the file cannot be read, and what the device reports. The place then holds arbitrary

@@ -280,6 +280,43 @@ fn a_page_unpinned_before_its_stream_has_finished_stays_until_then() {
 }
 
 #[test]
+fn a_vbar_that_is_not_used_any_more_is_not_waited_for_behind_what_others_do_in_its_streams() {
+    let rig = Rig::new();
+    let engine = rig.engine(PAGE * 2);
+    let (a, b) = (engine.vbar("a", PAGE * 2).unwrap(), engine.vbar("b", PAGE * 2).unwrap());
+    let consumer = rig.consumer();
+    let page_of = |vbar: &ExplicitVbar, page: u64| {
+        let at = vbar.base().offset(PAGE * page);
+        let found = vbar.fault(at, PAGE, Use::on(consumer.stream())).unwrap();
+        vbar.unpin_everywhere(at, PAGE).unwrap();
+        found.is_some()
+    };
+    assert!(page_of(&a, 0) && page_of(&a, 1));
+    b.prioritize();
+    assert!(page_of(&b, 0), "behind what was in the stream when the first page left");
+    let gate = Gate::close(&rig, consumer.stream());
+    assert!(page_of(&b, 1), "with the gate closed");
+    assert_eq!((pages(&a).0, pages(&b).0), (vec![], vec![0, 1]));
+    // Used in the stream once more, its pages leave behind the gate.
+    let (done, is_done) = mpsc::channel();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            assert!(b.fault(b.base(), PAGE, Use::on(consumer.stream())).unwrap().is_some());
+            b.unpin_everywhere(b.base(), PAGE).unwrap();
+            a.prioritize();
+            assert!(page_of(&a, 0));
+            done.send(()).unwrap();
+        });
+        if rig.host.is_some() {
+            let early = is_done.recv_timeout(Duration::from_millis(150));
+            assert_eq!(early, Err(RecvTimeoutError::Timeout));
+        }
+        gate.open();
+        is_done.recv().unwrap();
+    });
+}
+
+#[test]
 fn a_vbar_dropped_with_pins_takes_them_along_but_not_under_its_streams() {
     let mut random = Random::seeded();
     let rig = Rig::new();

@@ -237,6 +237,26 @@ fn what_is_asked_for_again_the_copy_engine_reads_by_itself_until_the_file_is_for
 }
 
 #[test]
+fn what_is_asked_for_once_a_run_is_registered_in_the_third() {
+    let host = HostConfig { registers: true, ..HostConfig::default() };
+    let rig = Rig::host(host).unwrap_or_else(Rig::new);
+    let engine = rig.engine(Bytes::mib(128));
+    let place = Place::new(&engine, &rig);
+    let mut random = Random::seeded();
+    let [looked_at, once, again] = [(); 3].map(|()| Tensors::new(&mut random, &SIZES));
+    register(&place, &looked_at);
+    for by_copy_engine in [0, 0, SOME, SOME] {
+        place.vbar.begin_run();
+        assert_eq!(place.check(&once, &ALL), by_copy_engine);
+    }
+    for by_copy_engine in [[0, SOME], [SOME, SOME]] {
+        place.vbar.begin_run();
+        assert_eq!([place.check(&again, &ALL), place.check(&again, &ALL)], by_copy_engine);
+    }
+    assert_eq!(place.check(&looked_at, &ALL), SOME, "it stays so");
+}
+
+#[test]
 fn what_is_read_ahead_takes_no_memory_from_weights() {
     let Some(rig) = Rig::host(HostConfig { capacity: Bytes::gib(2), ..HostConfig::default() }) else {
         return;

@@ -3,6 +3,9 @@
 The driver loads a kernel when it is first used. For a diffusion transformer that is 0.3 to 0.4 s of its first step, in which the
 device waits. So while ComfyUI starts, a thread uses the usual ones once, on memory whose contents do not matter: matrix products of
 the sizes that such models have, attention, norms, what stands between them. A model that uses others loads those as before.
+
+Torch's own are used as soon as ComfyUI has chosen its device, while it imports the rest of itself; ComfyUI's behind them, once it
+has initialised that device.
 """
 
 from __future__ import annotations
@@ -15,8 +18,10 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
+
+from forebay.comfyui.arrival import on_import
 
 if TYPE_CHECKING:
     import torch
@@ -42,33 +47,35 @@ MODULATION = 6, 1
 _FREE = 2 << 30
 """Bytes that are to be free on the device: the largest product takes 0.4 GiB."""
 
+_MANAGEMENT = "comfy.model_management"
+"""ComfyUI's module that chooses the device."""
+
 _log = logging.getLogger("forebay")
 _lock = threading.Lock()
-_begun: dict[str, threading.Thread] = {}
+_begun: dict[tuple[str, bool], threading.Thread] = {}
+"""By the device, and by whether they use ComfyUI's kernels."""
 
 of_patches: Kernels | None = None
 """Native mode's own, behind the usual ones."""
 
 
+def expect() -> None:
+    """Begins to load torch's kernels once ComfyUI has chosen its device: at once, or when that is imported."""
+    if _MANAGEMENT in sys.modules:
+        _begin_early()
+    else:
+        on_import(_MANAGEMENT, _begin_early)
+
+
 def begin(context: DevCtx) -> threading.Thread | None:
-    """Begins to load kernels for a device, in a thread of its own, once a process.
+    """Begins to load all kernels for a device, in a thread of its own, once a process.
 
     Returns:
         The thread; None where there is nothing to load: without a GPU, without ComfyUI, or where it is switched off.
     """
-    management = sys.modules.get("comfy.model_management")
-    if context.engine.device == "host" or management is None or os.environ.get(SWITCH) == "0":
+    if context.engine.device == "host":
         return None
-    device = context.device
-    with _lock:
-        known = _begun.get(str(device))
-        if known is None:
-            # No daemon: one that comes back from torch to an interpreter that has ended takes the process with it.
-            known = _begun[str(device)] = threading.Thread(
-                target=_load, args=(device, management), name="forebay-warm", daemon=False
-            )
-            known.start()
-        return known
+    return _begin(context.device, of_comfyui=True, behind=_begin(context.device))
 
 
 def wait() -> None:
@@ -77,15 +84,49 @@ def wait() -> None:
         thread.join()
 
 
-def _load(device: torch.device, management: Any) -> None:
+def _begin_early() -> None:
+    """What comes of it is none of ComfyUI's concern, whose import it is in the middle of."""
+    try:
+        device = sys.modules[_MANAGEMENT].get_torch_device()
+        if device.type == "cuda":
+            _begin(device)
+    except Exception as error:
+        _log.debug("kernels are loaded later: %s", error)
+
+
+def _begin(
+    device: torch.device, *, of_comfyui: bool = False, behind: threading.Thread | None = None
+) -> threading.Thread | None:
+    management = sys.modules.get(_MANAGEMENT)
+    if management is None or os.environ.get(SWITCH) == "0":
+        return None
+    with _lock:
+        key = str(device), of_comfyui
+        known = _begun.get(key)
+        if known is None:
+            # No daemon: one that comes back from torch to an interpreter that has ended takes the process with it.
+            known = _begun[key] = threading.Thread(
+                target=_load, args=(device, management, of_comfyui, behind), name="forebay-warm", daemon=False
+            )
+            known.start()
+        return known
+
+
+def _load(
+    device: torch.device, management: Any, of_comfyui: bool, behind: threading.Thread | None = None
+) -> None:
+    """Loads what is ComfyUI's, or what is torch's, behind what another thread loads."""
     import torch
 
+    if behind is not None:
+        behind.join()
+    part = "ComfyUI's" if of_comfyui else "torch's"
     begun, count = time.perf_counter(), 0
     try:
         with torch.inference_mode(), torch.cuda.device(device):
             dtype = torch.bfloat16 if management.should_use_bf16(device) else torch.float16
             try:
-                for use in _all(device, dtype):
+                for use in _all(_comfyuis() if of_comfyui else _torchs(), device, dtype):
                     # What this torch, this ComfyUI or this device does not have is not needed either.
                     with contextlib.suppress(Exception):
                         use()
@@ -94,17 +135,25 @@ def _load(device: torch.device, management: Any) -> None:
                 torch.cuda.empty_cache()
     except Exception as error:
         _log.debug("kernels are loaded when they are used: %s", error)
-    _log.debug("%s: %d operations in %.2f s", device, count, time.perf_counter() - begun)
+    _log.debug("%s: %d of %s operations in %.2f s", device, count, part, time.perf_counter() - begun)
 
 
-def _all(device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[], object]]:
+def _torchs() -> Iterable[Kernels]:
+    return _of_blocks, _of_samplers, _of_others, _of_attention
+
+
+def _comfyuis() -> Iterable[Kernels]:
+    return filter(None, (_of_layers, _of_float8, of_patches))
+
+
+def _all(
+    chosen: Iterable[Kernels], device: torch.device, dtype: torch.dtype
+) -> Iterator[Callable[[], object]]:
     """What is used, as long as there is memory for it and the process does not end."""
     import torch
 
     main = threading.main_thread()
-    for kernels in filter(
-        None, (_of_blocks, _of_samplers, _of_float8, of_patches, _of_attention, _of_others)
-    ):
+    for kernels in chosen:
         if torch.cuda.mem_get_info(device)[0] < _FREE:
             _log.debug("%s has too little free memory to load kernels before they are used", device)
             return
@@ -143,14 +192,7 @@ def _of_blocks(device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[]
     yield linear(1, 256, _WIDTH)
     image, text = (empty(1, tokens, _WIDTH) for tokens in _TOKENS[:2])
     one = empty(1, 1, _WIDTH)
-    number = torch.empty(1, dtype=torch.float32, device=device)
     query = empty(1, _HEADS, _TOKENS[0], _HEAD)
-    layers, rotary = (sys.modules.get(f"comfy.ldm.flux.{name}") for name in ("layers", "math"))
-    if layers is not None:
-        yield lambda: layers.timestep_embedding(number, 256).to(dtype)
-        yield lambda: layers.apply_mod(image, 1 + one, one)
-    if rotary is not None:
-        yield lambda: rotary.apply_rope(query, query, _turns(rotary, device))
     yield linear(_TOKENS[0], 64, _WIDTH)
     yield linear(_TOKENS[0], _WIDTH, 64)
     yield lambda: functional.layer_norm(image, (_WIDTH,), eps=1e-6)
@@ -165,15 +207,6 @@ def _of_blocks(device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[]
     yield lambda: torch.cat((image, torch.cat((image, image), 2)), 2)
     yield lambda: query.transpose(1, 2).contiguous()
     yield lambda: image.transpose(1, 2).contiguous()
-
-
-def _turns(rotary: Any, device: torch.device) -> torch.Tensor:
-    """By how much each pair of a head's numbers is turned, of tokens in one place."""
-    import torch
-
-    place = torch.zeros(1, _TOKENS[0], 3, dtype=torch.float32, device=device)
-    turned = torch.cat([rotary.rope(place[..., axis], 56, 10000) for axis in range(2)], dim=-3)
-    return torch.cat([turned, rotary.rope(place[..., 2], 16, 10000)], dim=-3).unsqueeze(1)
 
 
 def _of_samplers(device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[], object]]:
@@ -217,6 +250,42 @@ def _of_attention(device: torch.device, dtype: torch.dtype) -> Iterator[Callable
     yield lambda: attention._scaled_dot_product_cudnn_attention(query, query, query, None, False)
 
 
+def _of_layers(device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[], object]]:
+    """What such models have of ComfyUI's own functions."""
+    import torch
+
+    empty = functools.partial(torch.empty, dtype=dtype, device=device)
+    image, one = empty(1, _TOKENS[0], _WIDTH), empty(1, 1, _WIDTH)
+    number = torch.empty(1, dtype=torch.float32, device=device)
+    layers, rotary = (sys.modules.get(f"comfy.ldm.flux.{name}") for name in ("layers", "math"))
+    quantized = sys.modules.get("comfy.quant_ops")
+    if layers is not None:
+        yield lambda: layers.timestep_embedding(number, 256).to(dtype)
+        yield lambda: layers.apply_mod(image, 1 + one, one)
+    if rotary is None:
+        return
+    turns = _turns(rotary, device)
+    query = empty(1, _HEADS, _TOKENS[0], _HEAD)
+    yield lambda: rotary.apply_rope(query, query, turns)
+    if quantized is not None:
+        by_token, turns_of_tokens, scale = (
+            query.transpose(1, 2).contiguous(),
+            turns.transpose(1, 2),
+            empty(_HEAD),
+        )
+        yield lambda: rotary.apply_rope1(by_token, turns_of_tokens)
+        yield lambda: quantized.ck.rms_rope(by_token, by_token, turns_of_tokens, scale, scale, 1e-5)
+
+
+def _turns(rotary: Any, device: torch.device) -> torch.Tensor:
+    """By how much each pair of a head's numbers is turned, of tokens in one place."""
+    import torch
+
+    place = torch.zeros(1, _TOKENS[0], 3, dtype=torch.float32, device=device)
+    turned = torch.cat([rotary.rope(place[..., axis], 56, 10000) for axis in range(2)], dim=-3)
+    return torch.cat([turned, rotary.rope(place[..., 2], 16, 10000)], dim=-3).unsqueeze(1)
+
+
 def _of_float8(device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[], object]]:
     import torch
     from torch.nn import functional
@@ -258,9 +327,3 @@ def _of_others(device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[]
     yield lambda: functional.silu(image) * image + image
     yield lambda: torch.tanh(one)
     yield lambda: one.repeat(1, 32, 1)
-    rotary, quantized = sys.modules.get("comfy.ldm.flux.math"), sys.modules.get("comfy.quant_ops")
-    if rotary is not None and quantized is not None:
-        query = empty(1, _TOKENS[0], _HEADS, _HEAD)
-        turns, scale = _turns(rotary, device).transpose(1, 2), empty(_HEAD)
-        yield lambda: rotary.apply_rope1(query, turns)
-        yield lambda: quantized.ck.rms_rope(query, query, turns, scale, scale, 1e-5)

@@ -2,6 +2,9 @@
 //! they are in the page cache, so that the copy engine reads them by itself from then on.
 //!
 //! That takes less time than a reader takes to bring the bytes, and no memory. Each part has a mapping of its own.
+//!
+//! Registering takes longer than reading ahead, though. What the application asks for once a run of its model stays on the device
+//! during that run, and is read: in the third one it is registered as well.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -19,12 +22,16 @@ use crate::transfer::{FilePart, OnDevice};
 /// Files whose parts are known, and parts of a file.
 const MOST_FILES: usize = 16;
 const MOST_PARTS: usize = 1 << 16;
+/// The run in which a part is registered that is asked for once in each.
+const LAST_RUN: u8 = 3;
 
 /// Parts that were asked for. Under the state lock.
 #[derive(Debug, Default)]
 pub(crate) struct Parts {
     /// The one that was asked for last comes last.
     files: Vec<Known>,
+    /// Counts the application's runs of models.
+    run: u32,
 }
 
 #[derive(Debug)]
@@ -36,8 +43,11 @@ struct Known {
 
 #[derive(Debug)]
 enum Part {
-    /// It was asked for.
-    Asked,
+    /// It was asked for, last in this run, and before in so many others.
+    Asked {
+        run: u32,
+        earlier: u8,
+    },
     Registered(Arc<RegisteredPage>),
     /// The device or the system refused.
     Refused,
@@ -46,14 +56,19 @@ enum Part {
 /// What is known of a part that is asked for.
 #[derive(Debug)]
 pub(crate) enum Asked {
-    /// Nothing, or that it is not to be registered.
+    /// Nothing, or that it is not to be registered yet.
     First,
-    /// It was asked for before.
+    /// It was asked for before in this run, or in enough others.
     Again,
     Registered(Arc<RegisteredPage>),
 }
 
 impl Parts {
+    /// The application is about to run a model.
+    pub(super) fn begin_run(&mut self) {
+        self.run = self.run.wrapping_add(1);
+    }
+
     /// A part is asked for. To `gone` goes what was registered of its file as it was before somebody wrote to it, and of a file
     /// too many.
     pub(super) fn ask(&mut self, part: &FilePart, gone: &mut Vec<Arc<RegisteredPage>>) -> Asked {
@@ -71,14 +86,19 @@ impl Parts {
         if known.parts.len() >= MOST_PARTS {
             gone.extend(known.parts.drain().filter_map(|(_, part)| part.page()));
         }
+        let now = self.run;
         let asked = match known.parts.entry((part.offset, part.bytes)) {
             Entry::Vacant(entry) => {
-                entry.insert(Part::Asked);
+                entry.insert(Part::Asked { run: now, earlier: 0 });
                 Asked::First
             }
-            Entry::Occupied(entry) => match entry.get() {
+            Entry::Occupied(mut entry) => match entry.get_mut() {
                 Part::Registered(page) => Asked::Registered(Arc::clone(page)),
-                Part::Asked => Asked::Again,
+                Part::Asked { run, earlier } if *run != now && *earlier + 2 < LAST_RUN => {
+                    (*run, *earlier) = (now, *earlier + 1);
+                    Asked::First
+                }
+                Part::Asked { .. } => Asked::Again,
                 Part::Refused => Asked::First,
             },
         };
@@ -102,8 +122,9 @@ impl Parts {
 
     /// A part has a copy in memory of the application's: it is not asked for any more. What was registered of it.
     pub(super) fn copied(&mut self, part: &FilePart) -> Option<Arc<RegisteredPage>> {
+        let asked = Part::Asked { run: self.run, earlier: 0 };
         let known = self.parts_beside(part)?.get_mut(&(part.offset, part.bytes))?;
-        std::mem::replace(known, Part::Asked).page()
+        std::mem::replace(known, asked).page()
     }
 
     /// What is known of the parts of a part's file.
@@ -120,7 +141,7 @@ impl Parts {
 
     /// Lets go of `bytes` of what is registered, beginning with the file that was asked for longest ago.
     pub(super) fn let_go(&mut self, bytes: Bytes, gone: &mut Vec<Arc<RegisteredPage>>) {
-        let mut left = bytes;
+        let (mut left, run) = (bytes, self.run);
         for part in self.files.iter_mut().flat_map(|known| known.parts.values_mut()) {
             if left == Bytes::ZERO {
                 return;
@@ -128,7 +149,7 @@ impl Parts {
             if let Part::Registered(page) = part {
                 left = left.saturating_sub(page.size());
                 gone.push(Arc::clone(page));
-                *part = Part::Asked;
+                *part = Part::Asked { run, earlier: 0 };
             }
         }
     }
@@ -144,13 +165,13 @@ impl Part {
     fn page(self) -> Option<Arc<RegisteredPage>> {
         match self {
             Part::Registered(page) => Some(page),
-            Part::Asked | Part::Refused => None,
+            Part::Asked { .. } | Part::Refused => None,
         }
     }
 }
 
 impl Shared {
-    /// Has the copy engine read a part from the page cache, if it was asked for before, and is registered or can be now. Whether
+    /// Has the copy engine read a part from the page cache, if it was asked for often enough, and is registered or can be now. Whether
     /// it does.
     ///
     /// # Errors

@@ -163,6 +163,11 @@ impl Registering {
         self.leaving.extend(mem::take(&mut self.kept).into_values());
     }
 
+    /// The application is about to run a model, and to ask for parts of its file.
+    pub(crate) fn begin_run(&mut self) {
+        self.parts.begin_run();
+    }
+
     /// A part of a file is asked for.
     pub(crate) fn ask(&mut self, part: &FilePart) -> Asked {
         self.parts.ask(part, &mut self.leaving)

@@ -47,6 +47,7 @@ def init(
     if simple_vram_headroom is not None:
         _headroom = _checked_headroom(simple_vram_headroom)
     lib = _forebay
+    warming.expect()
     return True
 
 

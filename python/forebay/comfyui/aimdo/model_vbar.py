@@ -90,7 +90,7 @@ class ModelVBAR:
         Args:
             malloc_async_clamp: How far torch's own allocator may grow. It is left to itself, and memory made free for it.
         """
-        self._open().prioritize()
+        self._open().begin_run()
 
     def deprioritize(self) -> None:
         """To the bottom of the priorities."""

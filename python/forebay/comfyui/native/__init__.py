@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 
-from forebay.comfyui.native.arrival import on_import, withdraw
+from forebay.comfyui.arrival import on_import, withdraw
 
 _log = logging.getLogger("forebay")
 
