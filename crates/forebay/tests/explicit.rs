@@ -4,7 +4,7 @@
 mod common;
 
 use std::sync::Arc;
-use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::time::Duration;
 
 use common::gate::Gate;
@@ -31,6 +31,16 @@ fn pages(vbar: &ExplicitVbar) -> (Vec<usize>, Vec<usize>) {
         residency.iter().enumerate().filter(|(_, page)| wanted(page)).map(|(number, _)| number).collect()
     };
     (of(|page| page.0), of(|page| page.1))
+}
+
+/// Something is done once the gate opens, and not before, where it stays closed for as long as a test wants.
+fn done_behind(rig: &Rig, gate: Gate, is_done: &Receiver<()>) {
+    if rig.host.is_some() {
+        let early = is_done.recv_timeout(Duration::from_millis(150));
+        assert_eq!(early, Err(RecvTimeoutError::Timeout));
+    }
+    gate.open();
+    is_done.recv().unwrap();
 }
 
 /// Copies bytes to the device, and waits for it.
@@ -268,12 +278,7 @@ fn a_page_unpinned_before_its_stream_has_finished_stays_until_then() {
                 consumer.check();
                 done.send(()).unwrap();
             });
-            if rig.host.is_some() {
-                let early = is_done.recv_timeout(Duration::from_millis(150));
-                assert_eq!(early, Err(RecvTimeoutError::Timeout));
-            }
-            gate.open();
-            is_done.recv().unwrap();
+            done_behind(rig, gate, &is_done);
         });
         slow.check();
     }
@@ -307,12 +312,7 @@ fn a_vbar_that_is_not_used_any_more_is_not_waited_for_behind_what_others_do_in_i
             assert!(page_of(&a, 0));
             done.send(()).unwrap();
         });
-        if rig.host.is_some() {
-            let early = is_done.recv_timeout(Duration::from_millis(150));
-            assert_eq!(early, Err(RecvTimeoutError::Timeout));
-        }
-        gate.open();
-        is_done.recv().unwrap();
+        done_behind(&rig, gate, &is_done);
     });
 }
 
