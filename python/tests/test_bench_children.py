@@ -40,8 +40,9 @@ def children(bench: Any) -> ModuleType:
     return bench("children")
 
 
-def script(folder: Path, body: str) -> Path:
-    path = folder / "script.py"
+def script(folder: Path, body: str, name: str = "a") -> Path:
+    # One for each child: another's may be reading its own.
+    path = folder / f"{name}.py"
     path.write_text(HEAD + body)
     return path
 
@@ -51,7 +52,7 @@ def started(
 ) -> Any:
     """A child that waits."""
     child = children.Child(
-        script(folder, body), ["--name", name], site=None, log=folder / f"{name}.log", waits=True
+        script(folder, body, name), ["--name", name], site=None, log=folder / f"{name}.log", waits=True
     )
     return opened.enter_context(child)
 
