@@ -155,7 +155,7 @@ impl Shared {
 
     pub(crate) fn unpin<V: AsRef<Vbar>>(&self, spans: &[Span<V>], used: Used) {
         if used != Used::Nowhere {
-            spans.iter().for_each(|span| span.vbar.as_ref().streams.uses.note());
+            spans.iter().for_each(|span| span.vbar.as_ref().note_use(span.first..=span.last));
         }
         let mut streamed: Vec<(&Vbar, u32)> = Vec::new();
         let mut last_of_streamed: Vec<PageRef> = Vec::new();

@@ -1,11 +1,11 @@
 //! What the engine knows of pages beside the policy: who used them, what they wait for, what went wrong.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
 
 use forebay_core::{Bytes, FrameId, PageRef, Pins, Schedule, VbarId};
-use forebay_device::{Device, DeviceError, Event, Frame, StreamHandle};
+use forebay_device::{Device, DeviceAddr, DeviceError, Event, Frame, StreamHandle};
 
 use crate::cache::registered::RegisteredPage;
 use crate::lease::Lent;
@@ -54,9 +54,21 @@ pub(crate) struct VbarBook {
     pub(crate) started: bool,
     /// Whom to ask for the pages while they are lent as a whole.
     pub(crate) lent: Option<Arc<Lent>>,
-    /// The ends of its streams when they were last marked, as far as they were not reached since.
-    pub(crate) marks: Option<Vec<Arc<Event>>>,
+    /// The ends of its streams as they were marked, earliest first.
+    pub(crate) marks: VecDeque<Marks>,
 }
+
+/// The ends of a VBAR's streams at one time.
+#[derive(Debug)]
+pub(crate) struct Marks {
+    /// They come behind the work on pages that were used last at this time, or before.
+    covers: u64,
+    /// Those that were not reached yet when somebody looked.
+    ends: Vec<Arc<Event>>,
+}
+
+/// Marks that are kept of a VBAR. Without earlier ones later ones are waited for.
+const MOST_MARKS: usize = 16;
 
 impl VbarBook {
     /// Whether it is neither closed nor parked.
@@ -189,24 +201,30 @@ impl Books {
         Ok(event)
     }
 
-    /// Finds what must complete before the pages may be unmapped that were claimed since the last call. Pages that
-    /// leave together share their marks: all of them were claimed before the first.
+    /// The page that has the last of some bytes, where the application read them to the pages of a model that it runs.
+    pub(crate) fn page_that_keeps(&self, addr: DeviceAddr, bytes: Bytes) -> Option<PageRef> {
+        let mut books = self.vbars.values();
+        books.find_map(|book| book.vbar.has_runs().then(|| book.vbar.page_at(addr, bytes)).flatten())
+    }
+
+    /// The pages that were claimed since the last [`leave`](Books::leave).
+    pub(crate) fn claimed(&self) -> impl Iterator<Item = PageRef> {
+        self.claimed.iter().map(|claimed| claimed.page)
+    }
+
+    /// Finds what must complete before the pages may be unmapped that were claimed since the last call.
     pub(crate) fn leave(&mut self) {
         let mut claimed = std::mem::take(&mut self.claimed);
-        let mut marks: Option<(VbarId, Vec<Arc<Event>>)> = None;
         for Claimed { page, is_known, uses, frame } in claimed.drain(..) {
             let mut leaving = Vec::with_capacity(2);
             if is_known {
                 leaving.extend(uses.into_iter().map(|(_, event)| event));
             } else {
                 self.recycle(uses.into_iter().map(|(_, event)| event));
-                if marks.as_ref().is_none_or(|(vbar, _)| *vbar != page.vbar) {
-                    match self.ends_of_uses(page.vbar) {
-                        Ok(made) => marks = Some((page.vbar, made)),
-                        Err(error) => self.lost(error),
-                    }
+                match self.ends_of_uses(page) {
+                    Ok(ends) => leaving.extend(ends),
+                    Err(error) => self.lost(error),
                 }
-                leaving.extend(marks.iter().flat_map(|(_, events)| events).map(Arc::clone));
             }
             leaving
                 .extend(frame.and_then(|frame| self.frames.get(&frame)).map(|book| Arc::clone(&book.filled)));
@@ -215,27 +233,30 @@ impl Books {
         self.claimed = claimed;
     }
 
-    /// What must complete before pages of the VBAR that were claimed by now may be unmapped. Streams that nobody used them in since
-    /// are not marked again: they may be another model's by now, for whose work there would be no end of waiting.
-    fn ends_of_uses(&mut self, id: VbarId) -> Result<Vec<Arc<Event>>> {
-        let book = self.vbar(id);
-        let (vbar, was_used, earlier) =
-            (Arc::clone(&book.vbar), book.vbar.streams.uses.take(), book.marks.take());
-        let marks = match earlier {
-            Some(marks) if !was_used => {
-                // What cannot be told is told to who waits for it.
-                let is_done = |event: &Arc<Event>| event.is_complete().unwrap_or(false);
-                let (done, pending): (Vec<_>, Vec<_>) = marks.into_iter().partition(is_done);
-                self.recycle(done);
-                pending
-            }
-            earlier => {
-                self.recycle(earlier.into_iter().flatten());
-                self.mark_known_streams(&vbar)?
-            }
-        };
-        self.vbar(id).marks = Some(marks.clone());
-        Ok(marks)
+    /// What must complete before a claimed page may be unmapped. Where streams were marked since it was used that is not done again:
+    /// work that came behind it, another model's maybe, is not waited for. So pages that leave together share their marks.
+    fn ends_of_uses(&mut self, page: PageRef) -> Result<Vec<Arc<Event>>> {
+        let book = self.vbar(page.vbar);
+        let (vbar, used_at) = (Arc::clone(&book.vbar), book.vbar.used_at(page.page.0));
+        if let Some(place) = book.marks.iter().position(|marks| marks.covers >= used_at) {
+            // What cannot be told is told to who waits for it.
+            let is_pending = |event: &Arc<Event>| !event.is_complete().unwrap_or(false);
+            let (ends, reached): (Vec<_>, Vec<_>) =
+                std::mem::take(&mut book.marks[place].ends).into_iter().partition(is_pending);
+            book.marks[place].ends = ends.clone();
+            // Behind these nobody needs those before them.
+            let needless = if ends.is_empty() { place } else { 0 };
+            let earlier: Vec<_> = book.marks.drain(..needless).flat_map(|marks| marks.ends).collect();
+            self.recycle(reached.into_iter().chain(earlier));
+            return Ok(ends);
+        }
+        let covers = vbar.streams.marking.begin();
+        let ends = self.mark_known_streams(&vbar)?;
+        let marks = &mut self.vbar(page.vbar).marks;
+        let earliest = if marks.len() < MOST_MARKS { None } else { marks.pop_front() };
+        marks.push_back(Marks { covers, ends: ends.clone() });
+        self.recycle(earliest.into_iter().flat_map(|marks| marks.ends));
+        Ok(ends)
     }
 
     /// An event at the end of every stream that may have used a page of the VBAR.
@@ -272,7 +293,7 @@ impl Pins for Books {
     fn unpin(&mut self, page: PageRef) {
         let vbar = &self.vbar(page.vbar).vbar;
         // Whoever a page was lent to says of no use that it was one.
-        vbar.streams.uses.note();
+        vbar.note_use(page.page.0..=page.page.0);
         vbar.cell(page.page.0).unpin();
     }
 
@@ -338,7 +359,7 @@ mod tests {
             uses: 0,
             started: false,
             lent: None,
-            marks: None,
+            marks: VecDeque::new(),
         };
         books.vbars.insert(id, book);
         let page = PageRef { vbar: id, page: PageIndex(0) };

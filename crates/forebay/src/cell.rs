@@ -1,9 +1,9 @@
 //! One page's state as every thread may read it without a lock.
 
 #[cfg(loom)]
-use loom::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use loom::sync::atomic::{AtomicU64, Ordering};
 #[cfg(not(loom))]
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Pins and flags of a page in one word.
 ///
@@ -115,21 +115,20 @@ impl PageCell {
     }
 }
 
-/// Whether work was enqueued that uses any of some pages.
+/// Tells work on some pages that was enqueued before the ends of streams were marked from work that was not.
 #[derive(Debug, Default)]
-pub(crate) struct Uses(AtomicBool);
+pub(crate) struct Marking(AtomicU64);
 
-impl Uses {
-    /// Work was enqueued. To be noted before its page is unpinned.
-    pub(crate) fn note(&self) {
-        // No plain store: whoever takes it sees what any of those did that noted something.
-        self.0.swap(true, Ordering::AcqRel);
+impl Marking {
+    /// When work was enqueued, to be noted of its page before that is unpinned.
+    pub(crate) fn now(&self) -> u64 {
+        // No load: whoever marks next sees what everybody did who was told the time before.
+        self.0.fetch_add(0, Ordering::AcqRel)
     }
 
-    /// Whether there was any since the last call. Who marks the ends of streams behind it has marked all work whose pages can be
-    /// claimed, for as long as this gives `false` behind the claim.
-    pub(crate) fn take(&self) -> bool {
-        self.0.swap(false, Ordering::AcqRel)
+    /// Streams are about to be marked: behind all work on claimed pages of which this time is noted, or one before.
+    pub(crate) fn begin(&self) -> u64 {
+        self.0.fetch_add(1, Ordering::AcqRel)
     }
 }
 
@@ -204,30 +203,31 @@ mod interleavings {
     }
 
     #[test]
-    fn work_whose_page_can_be_claimed_was_marked_or_is_told_of() {
+    fn work_on_a_claimed_page_was_marked_or_is_noted_as_later() {
         // All orders of three threads take too long.
         let mut some = loom::model::Builder::new();
         some.preemption_bound = Some(2);
         some.check(|| {
             let cell = Arc::new(PageCell::default());
             cell.set_filled();
-            let (uses, enqueued) = (Arc::new(Uses::default()), Arc::new(AtomicU64::new(0)));
+            let (marking, used_at) = (Arc::new(Marking::default()), Arc::new(AtomicU64::new(0)));
+            let enqueued = Arc::new(AtomicU64::new(0));
             let users: Vec<_> = (0..2)
                 .map(|_| {
-                    let (cell, uses, enqueued) =
-                        (Arc::clone(&cell), Arc::clone(&uses), Arc::clone(&enqueued));
+                    let (cell, marking) = (Arc::clone(&cell), Arc::clone(&marking));
+                    let (used_at, enqueued) = (Arc::clone(&used_at), Arc::clone(&enqueued));
                     thread::spawn(move || {
                         if cell.try_pin().is_some() {
                             enqueued.fetch_add(1, Ordering::Relaxed);
-                            uses.note();
+                            used_at.fetch_max(marking.now(), Ordering::AcqRel);
                             assert!(cell.unpin().is_some());
                         }
                     })
                 })
                 .collect();
-            uses.take();
+            let covered = marking.begin();
             let marked = enqueued.load(Ordering::Relaxed);
-            if cell.try_claim().is_some() && !uses.take() {
+            if cell.try_claim().is_some() && used_at.load(Ordering::Acquire) <= covered {
                 assert_eq!(
                     enqueued.load(Ordering::Relaxed),
                     marked,

@@ -1,5 +1,6 @@
 //! The engine of one device.
 
+use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Once};
 use std::thread::{Builder, JoinHandle};
@@ -498,7 +499,7 @@ impl Engine {
             uses: 0,
             started: false,
             lent: None,
-            marks: None,
+            marks: VecDeque::new(),
         };
         state.books.vbars.insert(id, book);
         state.adopt_kept(id);

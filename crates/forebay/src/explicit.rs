@@ -122,9 +122,11 @@ impl ExplicitVbar {
     }
 
     /// As [`prioritize`](ExplicitVbar::prioritize), where the application is about to run the model whose weights these are. What
-    /// it asks of files from now on is asked anew: see [`Engine::read_to_device`].
+    /// it reads from files to the range stays there for that run, as far as its pages do, and what it asks of files from now on is
+    /// asked anew: see [`Engine::read_to_device`].
     pub fn begin_run(&self) {
         self.prioritize();
+        self.vbar.begin_run();
         self.engine.shared().state.lock().registering.begin_run();
     }
 

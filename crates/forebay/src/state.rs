@@ -240,6 +240,7 @@ impl State {
         event: impl FnOnce(&mut Policy, &mut Books, &mut Vec<Command>) -> T,
     ) -> T {
         let answer = event(&mut self.policy, &mut self.books, &mut self.scratch);
+        self.books.claimed().for_each(|page| self.registering.left(page));
         self.books.leave();
         while let Some(id) = self.policy.take_recall() {
             if let Some(lent) = self.books.vbar(id).lent.clone() {

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use forebay_device::StreamHandle;
 use parking_lot::Mutex;
 
-use crate::cell::Uses;
+use crate::cell::Marking;
 
 /// Streams that are found without a lock.
 const RECENT: usize = 8;
@@ -21,8 +21,8 @@ const NO_STREAM: u64 = u64::MAX;
 pub(crate) struct KnownStreams {
     recent: [AtomicU64; RECENT],
     all: Mutex<Vec<StreamHandle>>,
-    /// What was enqueued for the pages since somebody asked.
-    pub(crate) uses: Uses,
+    /// When they are marked.
+    pub(crate) marking: Marking,
 }
 
 impl Default for KnownStreams {
@@ -30,7 +30,7 @@ impl Default for KnownStreams {
         KnownStreams {
             recent: array::from_fn(|_| AtomicU64::new(NO_STREAM)),
             all: Mutex::default(),
-            uses: Uses::default(),
+            marking: Marking::default(),
         }
     }
 }

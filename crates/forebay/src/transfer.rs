@@ -56,10 +56,11 @@ impl Engine {
     /// Reads a part of a file to the device. Work that is enqueued in the stream after this returns finds the bytes.
     ///
     /// At first they go through pinned memory; tensors of a safetensors file are read ahead of the calls that ask for them, in
-    /// the order in which they were asked for before. A part that is asked for again is registered where it is in the page
-    /// cache, as far as memory is free ([`EngineConfig::registered`](crate::EngineConfig::registered)), and the copy engine reads
-    /// it by itself, until the file is written to or [forgotten](Engine::forget_file). Where another
-    /// [run](crate::ExplicitVbar::begin_run) began in between that takes a third time.
+    /// the order in which they were asked for before. Then a part is registered in the background where it is in the page cache, as
+    /// far as memory is free ([`EngineConfig::registered`](crate::EngineConfig::registered)), and the copy engine reads it by itself,
+    /// until the file is written to or [forgotten](Engine::forget_file). What goes to pages of a model that
+    /// [runs](crate::ExplicitVbar::begin_run) is registered once they leave during that run, or when it is asked for again in the same
+    /// run or in a third one.
     ///
     /// # Errors
     /// [`EngineError::Transfer`] where the file cannot be read, and what the device reports. The place then holds arbitrary
@@ -210,7 +211,8 @@ impl Attachment {
 
 impl HostBuffer {
     /// Reads a part of a file into the buffer, and returns when the bytes are there. With a place on an engine's device they
-    /// also go there, as by [`Engine::read_to_device`]. What is registered of the part for that is given back: the buffer has it.
+    /// also go there, as by [`Engine::read_to_device`]. What is registered of the part for that is given back a while later: the
+    /// buffer has it.
     ///
     /// # Errors
     /// As [`Engine::read_to_device`]; [`EngineError::Invalid`] for a part that the buffer does not have.
@@ -221,10 +223,8 @@ impl HostBuffer {
     pub unsafe fn read(&self, part: &FilePart, at: Bytes, to: Option<(&Engine, OnDevice)>) -> Result<()> {
         let range = self.range();
         let engine = to.map(|(engine, _)| engine).or(range.engine().map(|engine| &**engine));
-        if let Some(shared) = engine.map(Engine::shared)
-            && shared.state.lock().registering.part_copied(part)
-        {
-            shared.register.notify_one();
+        if let Some(engine) = engine {
+            engine.shared().state.lock().registering.part_copied(part);
         }
         match engine {
             Some(engine) if to.is_some() || part.bytes > LEAST_SHARED => {

@@ -1,5 +1,6 @@
 //! A VBAR as all threads share it.
 
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
@@ -32,11 +33,14 @@ pub(crate) struct Vbar {
     pub(crate) trace: Trace,
     pub(crate) counters: Counters,
     pub(crate) streams: KnownStreams,
+    /// When each page was used last, as [`Marking`](crate::cell::Marking) tells the time.
+    used_at: Box<[AtomicU64]>,
     pub(crate) patches: Patches,
     /// Leading pages that are pinned as long as the model is attached, once they are.
     pub(crate) reserved: AtomicU32,
     /// Passes without a lock since uses were last taken in.
     pub(crate) passes_as_lent: AtomicU32,
+    has_runs: AtomicBool,
     /// Set when the VBAR is closed, so that nobody pins what others still hold.
     pub(crate) closed: AtomicBool,
     reservation: Reservation,
@@ -62,9 +66,11 @@ impl Vbar {
             layout,
             counters: Counters::default(),
             streams: KnownStreams::default(),
+            used_at: (0..pages).map(|_| AtomicU64::new(0)).collect(),
             patches: Patches::default(),
             reserved: AtomicU32::new(0),
             passes_as_lent: AtomicU32::new(0),
+            has_runs: AtomicBool::new(false),
             closed: AtomicBool::new(false),
             reservation,
         }
@@ -88,6 +94,36 @@ impl Vbar {
 
     pub(crate) fn cell(&self, page: u32) -> &PageCell {
         &self.cells[page as usize]
+    }
+
+    /// Work on pinned pages was enqueued. To be noted before they are unpinned.
+    pub(crate) fn note_use(&self, pages: RangeInclusive<u32>) {
+        let now = self.streams.marking.now();
+        pages.for_each(|page| {
+            self.used_at[page as usize].fetch_max(now, Ordering::AcqRel);
+        });
+    }
+
+    /// When a claimed page was used last.
+    pub(crate) fn used_at(&self, page: u32) -> u64 {
+        self.used_at[page as usize].load(Ordering::Acquire)
+    }
+
+    /// See [`ExplicitVbar::begin_run`](crate::ExplicitVbar::begin_run).
+    pub(crate) fn begin_run(&self) {
+        self.has_runs.store(true, Ordering::Release);
+    }
+
+    /// Whether the application ever ran the model whose weights these are: what it reads to the pages stays there for that run.
+    pub(crate) fn has_runs(&self) -> bool {
+        self.has_runs.load(Ordering::Acquire)
+    }
+
+    /// The page that has the last of some bytes, if they are in it.
+    pub(crate) fn page_at(&self, addr: DeviceAddr, bytes: Bytes) -> Option<PageRef> {
+        let offset = addr.get().checked_sub(self.base().get())?;
+        let last = offset.checked_add(bytes.get().saturating_sub(1))?;
+        (last < self.size().get()).then(|| self.page_ref((last / self.page_size.get()) as u32))
     }
 
     /// Whether any page is pinned. Reads every page; for closing only.

@@ -72,12 +72,28 @@ struct Place<'a> {
 const ROOM: Bytes = Bytes::mib(32);
 
 impl<'a> Place<'a> {
+    /// Pages of a model that runs.
     fn new(engine: &'a Arc<Engine>, rig: &'a Rig) -> Self {
+        let place = Self::beside_models(engine, rig);
+        place.vbar.begin_run();
+        place
+    }
+
+    /// Memory that keeps nothing.
+    fn beside_models(engine: &'a Arc<Engine>, rig: &'a Rig) -> Self {
         let vbar = engine.vbar("target", ROOM).unwrap();
         let addr = vbar.alloc(ROOM).unwrap();
-        let stream = rig.stream();
-        assert!(vbar.fault(addr, ROOM, Use::on(stream.handle())).unwrap().is_some());
-        Place { engine, device: &rig.device, vbar, addr, stream }
+        let place = Place { engine, device: &rig.device, vbar, addr, stream: rig.stream() };
+        place.fault();
+        place
+    }
+
+    fn fault(&self) {
+        assert!(self.vbar.fault(self.addr, ROOM, Use::on(self.stream.handle())).unwrap().is_some());
+    }
+
+    fn unpin(&self) {
+        self.vbar.unpin_everywhere(self.addr, ROOM).unwrap();
     }
 
     /// Asks for tensors one after the other, without waiting for copies, each behind the one before. How many of them the copy
@@ -109,7 +125,7 @@ impl<'a> Place<'a> {
 
 impl Drop for Place<'_> {
     fn drop(&mut self) {
-        self.vbar.unpin_everywhere(self.addr, ROOM).unwrap();
+        self.unpin();
     }
 }
 
@@ -257,6 +273,43 @@ fn what_is_asked_for_once_a_run_is_registered_in_the_third() {
 }
 
 #[test]
+fn what_does_not_stay_is_registered_before_it_is_asked_for_again() {
+    let host = HostConfig { registers: true, ..HostConfig::default() };
+    let rig = Rig::host(host).unwrap_or_else(Rig::new);
+    let engine = rig.engine(Bytes::mib(128));
+    let mut random = Random::seeded();
+    let [passing, staying, lost] = [(); 3].map(|()| Tensors::new(&mut random, &SIZES));
+    let bytes: Bytes = ALL.iter().map(|&number| passing.part(number).bytes).sum();
+    let registered = || engine.stats().registered;
+
+    let buffer = Place::beside_models(&engine, &rig);
+    assert_eq!(buffer.check(&passing, &ALL), 0);
+    eventually("what passes is not registered", || registered() >= bytes);
+    assert_eq!(buffer.check(&passing, &ALL), SOME);
+    let before = registered();
+    assert!(before < bytes + Bytes::mib(1), "{before}");
+
+    // In one page.
+    let place = Place::new(&engine, &rig);
+    assert_eq!(place.check(&staying, &ALL), 0);
+    place.vbar.begin_run();
+    assert_eq!(place.check(&lost, &ALL), 0);
+    std::thread::sleep(Duration::from_millis(50));
+    assert_eq!(registered(), before, "what stays is registered");
+    place.unpin();
+    assert_eq!(place.vbar.free(ROOM), ROOM);
+    eventually("what left while its model ran is not registered", || registered() >= before + bytes);
+    place.vbar.prioritize();
+    place.fault();
+    std::thread::sleep(Duration::from_millis(50));
+    assert!(
+        registered() < before + bytes + Bytes::mib(1),
+        "what left its model in an earlier run is registered"
+    );
+    assert_eq!((place.check(&lost, &ALL), place.check(&staying, &ALL)), (SOME, 0));
+}
+
+#[test]
 fn what_is_read_ahead_takes_no_memory_from_weights() {
     let Some(rig) = Rig::host(HostConfig { capacity: Bytes::gib(2), ..HostConfig::default() }) else {
         return;
@@ -317,7 +370,7 @@ fn what_was_registered_of_a_file_that_changes_is_given_back() {
 }
 
 #[test]
-fn no_more_is_registered_than_allowed_and_none_where_the_application_has_a_copy() {
+fn no_more_is_registered_than_allowed_and_first_to_leave_is_what_the_application_has_a_copy_of() {
     let rig = Rig::new();
     let engine = rig.engine(Bytes::mib(128));
     let tensors = Tensors::new(&mut Random::seeded(), &SIZES);
@@ -333,6 +386,8 @@ fn no_more_is_registered_than_allowed_and_none_where_the_application_has_a_copy(
     buffer.extend(part.bytes, growth).unwrap();
     // SAFETY: the buffer is this test's own.
     unsafe { buffer.read(&part, Bytes::ZERO, None) }.unwrap();
+    assert_eq!(registered(), all, "given back beside what the application registers");
+    engine.set_registered(Some(all.saturating_sub(Bytes::new(1))));
     eventually("what is copied stays registered", || registered() < all);
     assert!(registered() + part.bytes + Bytes::mib(1) > all, "{} of {all}", registered());
 

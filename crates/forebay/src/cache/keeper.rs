@@ -88,6 +88,7 @@ impl Keeper {
             } else if !self.look_at_memory(&mut state)
                 && !Self::leave_cache(&mut state)
                 && !self.let_expire(&mut state)
+                && !self.register_part(&mut state)
                 && !self.register_next(&mut state)
             {
                 // Nothing let go of the lock since the state was looked at.
@@ -116,6 +117,13 @@ impl Keeper {
             state.registering.expire(AT_ONCE);
         }
         state.registering.has_leaving()
+    }
+
+    /// Registers a part of a file that the application asks for again soon. Whether there was one.
+    fn register_part(&self, state: &mut MutexGuard<'_, State>) -> bool {
+        let Some(part) = state.registering.take_wanted_part() else { return false };
+        self.shared.register_part(state, &part);
+        true
     }
 
     /// Registers a page that goes through the ring again and again, if it is time. Whether there was one.

@@ -1,21 +1,23 @@
-//! Parts of files that the application asks for by itself, and asks for again in every step: registered at the second time, where
-//! they are in the page cache, so that the copy engine reads them by itself from then on.
+//! Parts of files that the application asks for by itself. What does not stay on the device it asks for again in every step: that
+//! is registered where it is in the page cache, so that the copy engine reads it by itself from then on. It takes less time than a
+//! reader takes to bring the bytes, and no memory. Each part has a mapping of its own.
 //!
-//! That takes less time than a reader takes to bring the bytes, and no memory. Each part has a mapping of its own.
-//!
-//! Registering takes longer than reading ahead, though. What the application asks for once a run of its model stays on the device
-//! during that run, and is read: in the third one it is registered as well.
+//! Registering takes longer than reading ahead, though. So it is done in the background, behind the readers, who bring a part at first:
+//! at once where it goes to other memory than a model's pages, else when its page leaves while that model runs. Who asks for it
+//! before registers it himself. What is asked for once a run stays on the device during that run, and is read: in the third one it
+//! is registered as well.
 
-use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
-use forebay_core::Bytes;
+use forebay_core::{Bytes, PageRef};
 use forebay_store::FileStamp;
+use parking_lot::MutexGuard;
 
 use super::registered::{NotRegistered, PagePlan, RegisteredPage};
 use crate::Result;
-use crate::state::Shared;
+use crate::state::{Shared, State};
 use crate::timeline::Activity;
 use crate::transfer::{FilePart, OnDevice};
 
@@ -30,6 +32,10 @@ const LAST_RUN: u8 = 3;
 pub(crate) struct Parts {
     /// The one that was asked for last comes last.
     files: Vec<Known>,
+    /// What was read in this run to pages that keep it, by the page that its last byte is in: the first of them to leave.
+    kept: HashMap<PageRef, Vec<FilePart>>,
+    /// What is to be registered in the background, unless somebody asks for it before.
+    wanted: VecDeque<FilePart>,
     /// Counts the application's runs of models.
     run: u32,
 }
@@ -67,11 +73,17 @@ impl Parts {
     /// The application is about to run a model.
     pub(super) fn begin_run(&mut self) {
         self.run = self.run.wrapping_add(1);
+        self.kept.clear();
     }
 
-    /// A part is asked for. To `gone` goes what was registered of its file as it was before somebody wrote to it, and of a file
-    /// too many.
-    pub(super) fn ask(&mut self, part: &FilePart, gone: &mut Vec<Arc<RegisteredPage>>) -> Asked {
+    /// A part is asked for, to go to a page that keeps it, or to other memory. To `gone` goes what was registered of its file as it
+    /// was before somebody wrote to it, and of a file too many.
+    pub(super) fn ask(
+        &mut self,
+        part: &FilePart,
+        page: Option<PageRef>,
+        gone: &mut Vec<Arc<RegisteredPage>>,
+    ) -> Asked {
         let file = part.file.stamp();
         let mut known = match self.files.iter().position(|known| known.file == file) {
             Some(place) => self.files.remove(place),
@@ -94,7 +106,7 @@ impl Parts {
             }
             Entry::Occupied(mut entry) => match entry.get_mut() {
                 Part::Registered(page) => Asked::Registered(Arc::clone(page)),
-                Part::Asked { run, earlier } if *run != now && *earlier + 2 < LAST_RUN => {
+                Part::Asked { run, earlier } if page.is_some() && *run != now && *earlier + 2 < LAST_RUN => {
                     (*run, *earlier) = (now, *earlier + 1);
                     Asked::First
                 }
@@ -103,7 +115,18 @@ impl Parts {
             },
         };
         self.files.push(known);
+        if matches!(asked, Asked::First) && part.bytes > Bytes::ZERO {
+            match page {
+                Some(page) => self.kept.entry(page).or_default().push(part.clone()),
+                None => self.wanted.push_back(part.clone()),
+            }
+        }
         asked
+    }
+
+    /// A page loses what it has.
+    pub(super) fn left(&mut self, page: PageRef) {
+        self.wanted.extend(self.kept.remove(&page).into_iter().flatten());
     }
 
     /// A part was registered, or cannot be. What is not kept: the page itself where nothing is known of its file any more.
@@ -122,9 +145,22 @@ impl Parts {
 
     /// A part has a copy in memory of the application's: it is not asked for any more. What was registered of it.
     pub(super) fn copied(&mut self, part: &FilePart) -> Option<Arc<RegisteredPage>> {
-        let asked = Part::Asked { run: self.run, earlier: 0 };
-        let known = self.parts_beside(part)?.get_mut(&(part.offset, part.bytes))?;
-        std::mem::replace(known, asked).page()
+        self.parts_beside(part)?.remove(&(part.offset, part.bytes))?.page()
+    }
+
+    /// The next part to be registered in the background.
+    pub(super) fn take_wanted(&mut self) -> Option<FilePart> {
+        while let Some(part) = self.wanted.pop_front() {
+            let known = self.parts_beside(&part).and_then(|parts| parts.get(&(part.offset, part.bytes)));
+            if matches!(known, Some(Part::Asked { .. })) {
+                return Some(part);
+            }
+        }
+        None
+    }
+
+    pub(super) fn has_wanted(&self) -> bool {
+        !self.wanted.is_empty()
     }
 
     /// What is known of the parts of a part's file.
@@ -135,6 +171,12 @@ impl Parts {
 
     /// Nothing is known any more of the file of this device and inode; without one, of any.
     pub(super) fn forget(&mut self, file: Option<(u64, u64)>, gone: &mut Vec<Arc<RegisteredPage>>) {
+        let is_other = |part: &FilePart| file.is_some_and(|file| file != part.file.stamp().file());
+        self.wanted.retain(is_other);
+        self.kept.retain(|_, parts| {
+            parts.retain(is_other);
+            !parts.is_empty()
+        });
         let is_meant = |known: &mut Known| file.is_none_or(|file| file == known.file.file());
         self.files.extract_if(.., is_meant).for_each(|known| known.leave(gone));
     }
@@ -180,7 +222,7 @@ impl Shared {
     /// # Safety
     /// As for [`Engine::read_to_device`](crate::Engine::read_to_device).
     pub(crate) unsafe fn copy_from_cache(&self, part: &FilePart, to: OnDevice) -> Result<bool> {
-        let Some(page) = self.registered_part(part)? else { return Ok(false) };
+        let Some(page) = self.registered_part(part, to)? else { return Ok(false) };
         // SAFETY: nobody gives the page back while it is held here, and whoever does later waits for what is noted below; the
         // rest is the caller's promise.
         let copied = unsafe { page.copy_to(&*self.device, to.addr, to.stream) };
@@ -194,15 +236,16 @@ impl Shared {
 
     /// A part that is registered, or can be now. Registering is done without a lock; others that ask for the same part
     /// meanwhile do it as well, and the last page stays.
-    fn registered_part(&self, part: &FilePart) -> Result<Option<Arc<RegisteredPage>>> {
+    fn registered_part(&self, part: &FilePart, to: OnDevice) -> Result<Option<Arc<RegisteredPage>>> {
         let mut state = self.state.lock();
         state.check()?;
         if state.stop {
             // Without readers, who say so.
             return Ok(None);
         }
-        let asked = state.registering.ask(part);
-        if state.registering.has_leaving() {
+        let page = state.books.page_that_keeps(to.addr, part.bytes);
+        let asked = state.registering.ask(part, page);
+        if state.registering.has_leaving() || state.registering.has_wanted_part() {
             self.register.notify_one();
         }
         match asked {
@@ -210,20 +253,29 @@ impl Shared {
             Asked::Again if part.bytes > Bytes::ZERO => {}
             Asked::Again | Asked::First => return Ok(None),
         }
+        Ok(self.register_part(&mut state, part))
+    }
+
+    /// Registers a part without a lock, if there is room for it.
+    pub(super) fn register_part(
+        &self,
+        state: &mut MutexGuard<'_, State>,
+        part: &FilePart,
+    ) -> Option<Arc<RegisteredPage>> {
         let plan = PagePlan::of_part(&part.file, part.offset, part.bytes);
         let size = plan.size();
         if !state.registering.begin_part(size) {
-            return Ok(None);
+            return None;
         }
-        drop(state);
-        let made = self.register(&plan);
-        let mut state = self.state.lock();
+        let made = MutexGuard::unlocked(state, || {
+            let made = self.register(&plan);
+            if let Err(error) = &made {
+                tracing::debug!(device = %self.id, %error, "a part of a file was not registered");
+            }
+            made
+        });
         state.registering.end_part(part, size, made.as_ref());
-        drop(state);
-        made.map(Some).or_else(|error| {
-            tracing::debug!(device = %self.id, %error, "a part of a file was not registered");
-            Ok(None)
-        })
+        made.ok()
     }
 
     fn register(&self, plan: &PagePlan) -> std::result::Result<Arc<RegisteredPage>, NotRegistered> {
@@ -232,5 +284,58 @@ impl Shared {
         let made = mapped.register(&self.device)?;
         self.timeline.note(Activity::Register, 0, began);
         Ok(Arc::new(made))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use forebay_core::{Mode, PageIndex, Policy, RankOrder, VbarSpec};
+    use forebay_store::SourceFile;
+
+    const LEN: Bytes = Bytes::kib(4);
+
+    /// Parts of a file, none registered.
+    fn parts(of: u64) -> Vec<FilePart> {
+        let named = tempfile::NamedTempFile::new().unwrap();
+        named.as_file().set_len(of * LEN.get()).unwrap();
+        let file = SourceFile::open(named.path()).unwrap();
+        (0..of)
+            .map(|number| FilePart { file: Arc::clone(&file), offset: number * LEN.get(), bytes: LEN })
+            .collect()
+    }
+
+    fn wanted(parts: &mut Parts) -> Vec<u64> {
+        std::iter::from_fn(|| parts.take_wanted()).map(|part| part.offset / LEN.get()).collect()
+    }
+
+    #[test]
+    fn in_the_background_what_does_not_stay_is_registered_unless_it_is_copied_or_forgotten() {
+        let (mut known, mut gone) = (Parts::default(), Vec::new());
+        let (order, mode) = (RankOrder::Address, Mode::Explicit);
+        let spec = VbarSpec { pages: 3, page_size: LEN, order, mode, window: 0, uses_a_pass: 0 };
+        let vbar = Policy::new(LEN).add_vbar(spec);
+        let pages = [0, 1, 2].map(|number| PageRef { vbar, page: PageIndex(number) });
+        let [file, other] = [6, 2].map(parts);
+        known.begin_run();
+        for (part, page) in [(0, None), (1, Some(0)), (2, Some(0)), (3, Some(1)), (4, None), (5, Some(2))] {
+            let asked = known.ask(&file[part], page.map(|page: usize| pages[page]), &mut gone);
+            assert!(matches!(asked, Asked::First));
+        }
+        known.ask(&other[0], None, &mut gone);
+        known.ask(&other[1], Some(pages[0]), &mut gone);
+        assert!(known.copied(&file[4]).is_none());
+        known.forget(Some(other[0].file.stamp().file()), &mut gone);
+        assert_eq!(wanted(&mut known), [0]);
+        assert!(!known.has_wanted());
+        known.left(pages[0]);
+        assert_eq!(wanted(&mut known), [1, 2]);
+        known.left(pages[0]);
+        known.set(&file[3], None);
+        known.left(pages[1]);
+        known.begin_run();
+        known.left(pages[2]);
+        assert!(wanted(&mut known).is_empty(), "told before, refused by the device, kept through its run");
+        assert!(gone.is_empty());
     }
 }

@@ -34,6 +34,10 @@ pub(crate) struct Registering {
     due: BTreeSet<(Rank, PageRef)>,
     /// Pages of models that are gone.
     kept: HashMap<PageKey, Arc<RegisteredPage>>,
+    /// Parts that the application has copies of by now. While it makes them it registers memory, too, beside which giving back takes
+    /// both twice as long.
+    copied: Vec<Arc<RegisteredPage>>,
+    /// When the latest of these was added.
     kept_since: Option<Instant>,
     /// What the application asks for by itself.
     parts: Parts,
@@ -59,6 +63,7 @@ impl Registering {
             wanted: BTreeSet::new(),
             due: BTreeSet::new(),
             kept: HashMap::new(),
+            copied: Vec::new(),
             kept_since: None,
             parts: Parts::default(),
             parts_under_way: 0,
@@ -158,9 +163,10 @@ impl Registering {
         !self.leaving.is_empty()
     }
 
-    /// Lets go of what is kept for models that are gone.
+    /// Lets go of what nobody needs now: what is kept for models that are gone, and what has copies.
     pub(crate) fn drop_kept(&mut self) {
         self.leaving.extend(mem::take(&mut self.kept).into_values());
+        self.leaving.append(&mut self.copied);
     }
 
     /// The application is about to run a model, and to ask for parts of its file.
@@ -168,9 +174,23 @@ impl Registering {
         self.parts.begin_run();
     }
 
-    /// A part of a file is asked for.
-    pub(crate) fn ask(&mut self, part: &FilePart) -> Asked {
-        self.parts.ask(part, &mut self.leaving)
+    /// A part of a file is asked for, to go to a page that keeps it, or to other memory.
+    pub(crate) fn ask(&mut self, part: &FilePart, page: Option<PageRef>) -> Asked {
+        self.parts.ask(part, page, &mut self.leaving)
+    }
+
+    /// A page loses what it has.
+    pub(crate) fn left(&mut self, page: PageRef) {
+        self.parts.left(page);
+    }
+
+    /// The next part to be registered in the background.
+    pub(crate) fn take_wanted_part(&mut self) -> Option<FilePart> {
+        self.parts.take_wanted()
+    }
+
+    pub(crate) fn has_wanted_part(&self) -> bool {
+        self.parts.has_wanted()
     }
 
     /// Makes room for a part of so many bytes, which is registered next. Whether there is some.
@@ -217,15 +237,19 @@ impl Registering {
         self.has_leaving() || self.parts_under_way > 0
     }
 
-    /// A part of a file has a copy in memory of the application's. Whether something is to be given back.
-    pub(crate) fn part_copied(&mut self, part: &FilePart) -> bool {
-        self.leaving.extend(self.parts.copied(part));
-        self.has_leaving()
+    /// A part of a file has a copy in memory of the application's.
+    pub(crate) fn part_copied(&mut self, part: &FilePart) {
+        if let Some(page) = self.parts.copied(part) {
+            self.copied.push(page);
+            self.kept_since = Some(Instant::now());
+        }
     }
 
     /// Nothing of a file that is told by its device and inode is asked for any more; without one, of none.
     pub(crate) fn forget_file(&mut self, file: Option<(u64, u64)>) {
         self.parts.forget(file, &mut self.leaving);
+        // Whatever file they are of.
+        self.leaving.append(&mut self.copied);
     }
 
     /// Lets go of some of what has been kept long enough.
@@ -234,11 +258,13 @@ impl Registering {
             let keys: Vec<_> = self.kept.keys().take(most).cloned().collect();
             let expired = keys.iter().filter_map(|key| self.kept.remove(key));
             self.leaving.extend(expired);
+            let copied = self.copied.len().min(most);
+            self.leaving.extend(self.copied.drain(..copied));
         }
     }
 
     pub(crate) fn has_kept(&self) -> bool {
-        !self.kept.is_empty()
+        !self.kept.is_empty() || !self.copied.is_empty()
     }
 
     fn keep(&mut self, key: PageKey, page: Arc<RegisteredPage>) {

@@ -170,8 +170,8 @@ class HostBuffer:
 def read_file_to_device(
     file: Any, file_offset: int, size: int, stream: Any, device_ptr: int, device: Any, mark_cold: bool = True
 ) -> None:
-    """Reads a part of a file to a device. Work that is enqueued in the stream afterwards finds the bytes. From the second time on
-    the device reads it from the page cache by itself, as far as that can be registered.
+    """Reads a part of a file to a device. Work that is enqueued in the stream afterwards finds the bytes. What does not stay
+    on the device is registered in the background, as far as that is possible: the device reads it from the page cache by itself then.
 
     Args:
         file: A descriptor, or an object with ``fileno()``.
