@@ -45,6 +45,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
@@ -95,7 +96,8 @@ def parse() -> argparse.Namespace:
         nargs="+",
         default=["flux"],
         help="ARCH-QUANT-CARD[-loraN][-xINSTANCES][-rROUNDS][-te][-vae][-SIZE], with =SYSTEM,... for it alone, or a group: "
-        + ", ".join(GROUPS),
+        + ", ".join(GROUPS)
+        + "; runs as often as it is given",
     )
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=["legacy", "aimdo", "dropin"])
     parser.add_argument(
@@ -145,7 +147,7 @@ def main() -> int:
     chosen.out.mkdir(parents=True, exist_ok=True)
     children.end_with_their_parent()
     try:
-        jobs = [job for name in dict.fromkeys(names) for job in jobs_of(name, chosen.systems)]
+        jobs = [job for name in names for job in jobs_of(name, chosen.systems)]
     except (argparse.ArgumentTypeError, ValueError) as error:
         sys.exit(f"--cells: {error}")
     rows: list[Row] = []
@@ -205,6 +207,8 @@ class Runs:
         self._card = card
         self._wheels = children.Wheels(chosen.wheels)
         self._end = end
+        self._begun: Counter[str] = Counter()
+        """How often each was started, by the name of its log."""
 
     def outcomes(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Outcome]]:
         """Each job's outcome, in their order; ``machine`` is known with the first."""
@@ -247,7 +251,10 @@ class Runs:
         arguments += ["--device", chosen.device, "--steps", chosen.steps, "--work", chosen.work]
         arguments += ["--cells", cell.name] if cell else []
         arguments += ["--asynchronous"] if chosen.asynchronous else []
-        log = chosen.out / f"{cell.name}-{name}.log" if cell else chosen.out / f"{name}.log"
+        title = f"{cell.name}-{name}" if cell else name
+        self._begun[title] += 1
+        number = f"-{self._begun[title]}" if self._begun[title] > 1 else ""
+        log = chosen.out / f"{title}{number}.log"
         environment = dict(system.environment) if system else {}
         child = Child(Path(__file__), arguments, site=site, log=log, environment=environment, waits=True)
         return opened.enter_context(child)

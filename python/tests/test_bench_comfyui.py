@@ -72,6 +72,14 @@ def test_all_come_before_the_first_begins(checkout: Path) -> None:
     assert [row["first_s"] for row in rows if "first_s" in row] == [[1.0], [1.0]]
 
 
+def test_a_cell_runs_as_often_as_it_is_given(checkout: Path) -> None:
+    rows, log = run(checkout, "--cells", "flux-bf16-0-tiny", "sd15-bf16-0-tiny", "flux-bf16-0-tiny")
+    assert log[3:] == [f"{does} {arch}" for arch in ("flux", "sd15", "flux") for does in ("began", "ended")]
+    assert [row["cell"].partition("-")[0] for row in rows] == ["flux", "sd15", "flux"]
+    logs = {path.name for path in (checkout.parent / "out").glob("flux*.log")}
+    assert logs == {"flux-bf16-0-tiny-legacy.log", "flux-bf16-0-tiny-legacy-2.log"}
+
+
 def test_who_comes_too_late_is_not_begun(checkout: Path) -> None:
     rows, log = run(checkout, "--cells", "flux-bf16-0-tiny", "sd15-bf16-0-tiny", "--until", "0")
     assert [row["reason"] for row in rows] == ["not begun: 0 s are over"] * 2

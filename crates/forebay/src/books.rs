@@ -332,25 +332,25 @@ impl Pins for Books {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use forebay_core::{Bytes, Mode, PageIndex, Policy, RankOrder, VbarSpec};
+    use forebay_core::{Mode, Policy, RankOrder, VbarSpec};
     use forebay_device::host::{HostConfig, HostDevice};
     use forebay_device::{Reservation, Stream};
 
-    #[test]
-    fn a_page_that_one_decision_takes_and_backs_again_is_unmapped_behind_its_uses() {
+    const SIZE: Bytes = Bytes::mib(2);
+
+    /// Books of one VBAR with so many pages.
+    fn of_one_vbar(pages: u32) -> (Books, Arc<Vbar>) {
         let device: Arc<dyn Device> = Arc::new(HostDevice::new(HostConfig::default()).unwrap());
-        let stream = Stream::new(Arc::clone(&device)).unwrap();
         let mut books = Books::new(Arc::clone(&device));
-        let size = Bytes::mib(2);
         let (order, mode) = (RankOrder::Address, Mode::Streamed);
-        let spec = VbarSpec { pages: 1, page_size: size, order, mode, window: 0, uses_a_pass: 1 };
-        let id = Policy::new(size).add_vbar(spec);
-        let reservation = Reservation::new(device, size, size).unwrap();
-        let vbar = Arc::new(Vbar::new(id, "model".into(), reservation, size, None));
+        let spec = VbarSpec { pages, page_size: SIZE, order, mode, window: 0, uses_a_pass: 1 };
+        let id = Policy::new(SIZE).add_vbar(spec);
+        let reservation = Reservation::new(device, SIZE * u64::from(pages), SIZE).unwrap();
+        let vbar = Arc::new(Vbar::new(id, "model".into(), reservation, SIZE, None));
         let book = VbarBook {
             vbar: Arc::clone(&vbar),
-            pages: vec![PageBook::default()],
-            mapped: 1,
+            pages: (0..pages).map(|_| PageBook::default()).collect(),
+            mapped: pages,
             closing: false,
             parked: false,
             cached: None,
@@ -362,7 +362,14 @@ mod tests {
             marks: VecDeque::new(),
         };
         books.vbars.insert(id, book);
-        let page = PageRef { vbar: id, page: PageIndex(0) };
+        (books, vbar)
+    }
+
+    #[test]
+    fn a_page_that_one_decision_takes_and_backs_again_is_unmapped_behind_its_uses() {
+        let (mut books, vbar) = of_one_vbar(1);
+        let stream = Stream::new(Arc::clone(&books.device)).unwrap();
+        let page = vbar.page_ref(0);
         // Resident and used: nobody noted where.
         vbar.streams.know(stream.handle());
         vbar.cell(0).set_filled();
@@ -372,5 +379,21 @@ mod tests {
         assert!(!books.set_streamed(page));
         books.leave();
         assert_eq!(books.page(page).leaving.len(), 1, "the stream that used it is waited for");
+    }
+
+    #[test]
+    fn what_is_read_stays_as_long_as_the_page_with_its_last_byte_does_once_its_model_runs() {
+        let (books, vbar) = of_one_vbar(3);
+        let keeps = |from: u64, len: u64| {
+            books.page_that_keeps(vbar.base().offset(Bytes::new(from)), Bytes::new(len))
+        };
+        let size = SIZE.get();
+        assert_eq!(keeps(0, 1), None, "a buffer");
+        vbar.begin_run();
+        for (from, len, page) in [(0, 1, 0), (0, size, 0), (size - 1, 2, 1), (5, 2 * size, 2), (size, 0, 1)] {
+            assert_eq!(keeps(from, len), Some(vbar.page_ref(page)), "{len} at {from}");
+        }
+        assert_eq!((keeps(3 * size - 1, 2), keeps(3 * size, 1)), (None, None), "past its end");
+        assert_eq!(books.page_that_keeps(DeviceAddr::new(vbar.base().get() - 1), Bytes::new(1)), None);
     }
 }

@@ -24,6 +24,14 @@ fn unpin(vbar: &ExplicitVbar, first: u64, count: u64) {
     vbar.unpin(vbar.base().offset(PAGE * first), PAGE * count, StreamHandle::DEFAULT).unwrap();
 }
 
+/// A page is faulted, and unpinned behind what is in the stream by then. Whether it was there.
+fn used(vbar: &ExplicitVbar, page: u64, stream: StreamHandle) -> bool {
+    let at = vbar.base().offset(PAGE * page);
+    let found = vbar.fault(at, PAGE, Use::on(stream)).unwrap();
+    vbar.unpin_everywhere(at, PAGE).unwrap();
+    found.is_some()
+}
+
 /// The pages that have memory, and those that are pinned.
 fn pages(vbar: &ExplicitVbar) -> (Vec<usize>, Vec<usize>) {
     let residency = vbar.residency();
@@ -290,12 +298,7 @@ fn a_vbar_that_is_not_used_any_more_is_not_waited_for_behind_what_others_do_in_i
     let engine = rig.engine(PAGE * 2);
     let (a, b) = (engine.vbar("a", PAGE * 2).unwrap(), engine.vbar("b", PAGE * 2).unwrap());
     let consumer = rig.consumer();
-    let page_of = |vbar: &ExplicitVbar, page: u64| {
-        let at = vbar.base().offset(PAGE * page);
-        let found = vbar.fault(at, PAGE, Use::on(consumer.stream())).unwrap();
-        vbar.unpin_everywhere(at, PAGE).unwrap();
-        found.is_some()
-    };
+    let page_of = |vbar: &ExplicitVbar, page: u64| used(vbar, page, consumer.stream());
     assert!(page_of(&a, 0) && page_of(&a, 1));
     b.prioritize();
     assert!(page_of(&b, 0), "behind what was in the stream when the first page left");
@@ -306,14 +309,38 @@ fn a_vbar_that_is_not_used_any_more_is_not_waited_for_behind_what_others_do_in_i
     let (done, is_done) = mpsc::channel();
     std::thread::scope(|scope| {
         scope.spawn(|| {
-            assert!(b.fault(b.base(), PAGE, Use::on(consumer.stream())).unwrap().is_some());
-            b.unpin_everywhere(b.base(), PAGE).unwrap();
+            assert!(page_of(&b, 0));
             a.prioritize();
             assert!(page_of(&a, 0));
             done.send(()).unwrap();
         });
         done_behind(&rig, gate, &is_done);
     });
+}
+
+#[test]
+fn a_page_is_not_waited_for_behind_what_came_after_its_last_use() {
+    let rig = Rig::new();
+    let engine = rig.engine(PAGE * 3);
+    let (a, b) = (engine.vbar("a", PAGE * 4).unwrap(), engine.vbar("b", PAGE * 3).unwrap());
+    let consumer = rig.consumer();
+    let page_of = |vbar: &ExplicitVbar, page: u64| used(vbar, page, consumer.stream());
+    assert!(page_of(&a, 1) && page_of(&a, 2) && page_of(&a, 3));
+    assert!(page_of(&a, 0), "the last one leaves for the first");
+    let gate = Gate::close(&rig, consumer.stream());
+    assert!(page_of(&a, 0), "used again, with the gate closed");
+    b.prioritize();
+    assert!(page_of(&b, 0) && page_of(&b, 1), "in place of pages that were not");
+    assert_eq!((pages(&a).0, pages(&b).0), (vec![0], vec![0, 1]));
+    let (done, is_done) = mpsc::channel();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            assert!(page_of(&b, 2));
+            done.send(()).unwrap();
+        });
+        done_behind(&rig, gate, &is_done);
+    });
+    assert_eq!((pages(&a).0, pages(&b).0), (vec![], vec![0, 1, 2]));
 }
 
 #[test]

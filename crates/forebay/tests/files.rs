@@ -310,6 +310,27 @@ fn what_does_not_stay_is_registered_before_it_is_asked_for_again() {
 }
 
 #[test]
+fn a_file_is_open_once_however_many_of_its_parts_are_known() {
+    let host = HostConfig { registers: true, ..HostConfig::default() };
+    let rig = Rig::host(host).unwrap_or_else(Rig::new);
+    let engine = rig.engine(Bytes::mib(128));
+    let mut random = Random::seeded();
+    let [staying, passing, again] = [(); 3].map(|()| Tensors::new(&mut random, &[4096; 200]));
+    let all: Vec<_> = (0..200).collect();
+    let [model, buffer] = [Place::new(&engine, &rig), Place::beside_models(&engine, &rig)];
+    let open = || std::fs::read_dir("/proc/self/fd").unwrap().count();
+    let before = open();
+    assert_eq!(
+        (model.check(&staying, &all), buffer.check(&passing, &all), model.check(&again, &all)),
+        (0, 0, 0)
+    );
+    eventually("what is asked for again is not registered", || model.check(&again, &all) == all.len());
+    eventually("what passes is not registered", || buffer.check(&passing, &all) == all.len());
+    // Nothing is in the readers' hands any more; other threads open a few.
+    assert!(open() < before + 20, "{} files are open, {before} before", open());
+}
+
+#[test]
 fn what_is_read_ahead_takes_no_memory_from_weights() {
     let Some(rig) = Rig::host(HostConfig { capacity: Bytes::gib(2), ..HostConfig::default() }) else {
         return;
@@ -386,6 +407,8 @@ fn no_more_is_registered_than_allowed_and_first_to_leave_is_what_the_application
     buffer.extend(part.bytes, growth).unwrap();
     // SAFETY: the buffer is this test's own.
     unsafe { buffer.read(&part, Bytes::ZERO, None) }.unwrap();
+    assert_eq!(place.check(&tensors, &[2]), 1);
+    std::thread::sleep(Duration::from_millis(50));
     assert_eq!(registered(), all, "given back beside what the application registers");
     engine.set_registered(Some(all.saturating_sub(Bytes::new(1))));
     eventually("what is copied stays registered", || registered() < all);

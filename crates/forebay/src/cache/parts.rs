@@ -12,7 +12,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
 use forebay_core::{Bytes, PageRef};
-use forebay_store::FileStamp;
+use forebay_store::SourceFile;
 use parking_lot::MutexGuard;
 
 use super::registered::{NotRegistered, PagePlan, RegisteredPage};
@@ -42,7 +42,8 @@ pub(crate) struct Parts {
 
 #[derive(Debug)]
 struct Known {
-    file: FileStamp,
+    /// As it was opened when it was asked first: every call has a descriptor of its own.
+    file: Arc<SourceFile>,
     /// By where they begin, and how long they are.
     parts: HashMap<(u64, Bytes), Part>,
 }
@@ -64,8 +65,8 @@ enum Part {
 pub(crate) enum Asked {
     /// Nothing, or that it is not to be registered yet.
     First,
-    /// It was asked for before in this run, or in enough others.
-    Again,
+    /// It was asked for before in this run, or in enough others: of this file, which is open already.
+    Again(Arc<SourceFile>),
     Registered(Arc<RegisteredPage>),
 }
 
@@ -84,15 +85,15 @@ impl Parts {
         page: Option<PageRef>,
         gone: &mut Vec<Arc<RegisteredPage>>,
     ) -> Asked {
-        let file = part.file.stamp();
-        let mut known = match self.files.iter().position(|known| known.file == file) {
+        let stamp = part.file.stamp();
+        let mut known = match self.files.iter().position(|known| known.file.stamp() == stamp) {
             Some(place) => self.files.remove(place),
             None => {
-                self.forget(Some(file.file()), gone);
+                self.forget(Some(stamp.file()), gone);
                 if self.files.len() == MOST_FILES {
                     self.files.remove(0).leave(gone);
                 }
-                Known { file, parts: HashMap::new() }
+                Known { file: Arc::clone(&part.file), parts: HashMap::new() }
             }
         };
         if known.parts.len() >= MOST_PARTS {
@@ -106,21 +107,22 @@ impl Parts {
             }
             Entry::Occupied(mut entry) => match entry.get_mut() {
                 Part::Registered(page) => Asked::Registered(Arc::clone(page)),
-                Part::Asked { run, earlier } if page.is_some() && *run != now && *earlier + 2 < LAST_RUN => {
+                Part::Asked { run, earlier } if *run != now && *earlier + 2 < LAST_RUN => {
                     (*run, *earlier) = (now, *earlier + 1);
                     Asked::First
                 }
-                Part::Asked { .. } => Asked::Again,
+                Part::Asked { .. } => Asked::Again(Arc::clone(&known.file)),
                 Part::Refused => Asked::First,
             },
         };
-        self.files.push(known);
         if matches!(asked, Asked::First) && part.bytes > Bytes::ZERO {
+            let part = FilePart { file: Arc::clone(&known.file), ..*part };
             match page {
-                Some(page) => self.kept.entry(page).or_default().push(part.clone()),
-                None => self.wanted.push_back(part.clone()),
+                Some(page) => self.kept.entry(page).or_default().push(part),
+                None => self.wanted.push_back(part),
             }
         }
+        self.files.push(known);
         asked
     }
 
@@ -165,8 +167,8 @@ impl Parts {
 
     /// What is known of the parts of a part's file.
     fn parts_beside(&mut self, part: &FilePart) -> Option<&mut HashMap<(u64, Bytes), Part>> {
-        let file = part.file.stamp();
-        self.files.iter_mut().find(|known| known.file == file).map(|known| &mut known.parts)
+        let stamp = part.file.stamp();
+        self.files.iter_mut().find(|known| known.file.stamp() == stamp).map(|known| &mut known.parts)
     }
 
     /// Nothing is known any more of the file of this device and inode; without one, of any.
@@ -177,7 +179,7 @@ impl Parts {
             parts.retain(is_other);
             !parts.is_empty()
         });
-        let is_meant = |known: &mut Known| file.is_none_or(|file| file == known.file.file());
+        let is_meant = |known: &mut Known| file.is_none_or(|file| file == known.file.stamp().file());
         self.files.extract_if(.., is_meant).for_each(|known| known.leave(gone));
     }
 
@@ -248,12 +250,13 @@ impl Shared {
         if state.registering.has_leaving() || state.registering.has_wanted_part() {
             self.register.notify_one();
         }
-        match asked {
-            Asked::Registered(page) => return Ok(Some(page)),
-            Asked::Again if part.bytes > Bytes::ZERO => {}
-            Asked::Again | Asked::First => return Ok(None),
-        }
-        Ok(self.register_part(&mut state, part))
+        Ok(match asked {
+            Asked::Registered(page) => Some(page),
+            Asked::Again(file) if part.bytes > Bytes::ZERO => {
+                self.register_part(&mut state, &FilePart { file, ..*part })
+            }
+            Asked::Again(_) | Asked::First => None,
+        })
     }
 
     /// Registers a part without a lock, if there is room for it.
