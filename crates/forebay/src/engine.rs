@@ -437,6 +437,7 @@ impl Engine {
             if let Some(lent) = book.lent.clone() {
                 state.recall(&lent);
             }
+            state.registering.forget_pages(vbar.id);
             state.decide(|policy, books, out| policy.close_vbar(vbar.id, books, out));
             state.keep_registered(vbar.id);
         }

@@ -310,9 +310,24 @@ fn what_does_not_stay_is_registered_before_it_is_asked_for_again() {
 }
 
 #[test]
+fn what_a_model_kept_that_is_gone_is_not_registered() {
+    let rig = Rig::new();
+    let engine = rig.engine(Bytes::mib(128));
+    let mut random = Random::seeded();
+    let [gone, passing] = [(); 2].map(|()| Tensors::new(&mut random, &SIZES));
+    assert_eq!(Place::new(&engine, &rig).check(&gone, &ALL), 0);
+    // Behind whatever the model left.
+    let buffer = Place::beside_models(&engine, &rig);
+    assert_eq!(buffer.check(&passing, &ALL), 0);
+    let bytes: Bytes = ALL.iter().map(|&number| passing.part(number).bytes).sum();
+    eventually("what passes is not registered", || engine.stats().registered >= bytes);
+    std::thread::sleep(Duration::from_millis(50));
+    assert!(engine.stats().registered < bytes + Bytes::mib(1), "{}", engine.stats().registered);
+}
+
+#[test]
 fn a_file_is_open_once_however_many_of_its_parts_are_known() {
-    let host = HostConfig { registers: true, ..HostConfig::default() };
-    let rig = Rig::host(host).unwrap_or_else(Rig::new);
+    let rig = Rig::new();
     let engine = rig.engine(Bytes::mib(128));
     let mut random = Random::seeded();
     let [staying, passing, again] = [(); 3].map(|()| Tensors::new(&mut random, &[4096; 200]));

@@ -11,7 +11,7 @@ use std::collections::hash_map::Entry;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
-use forebay_core::{Bytes, PageRef};
+use forebay_core::{Bytes, PageRef, VbarId};
 use forebay_store::SourceFile;
 use parking_lot::MutexGuard;
 
@@ -129,6 +129,11 @@ impl Parts {
     /// A page loses what it has.
     pub(super) fn left(&mut self, page: PageRef) {
         self.wanted.extend(self.kept.remove(&page).into_iter().flatten());
+    }
+
+    /// The model is gone whose pages these are.
+    pub(super) fn forget_pages(&mut self, vbar: VbarId) {
+        self.kept.retain(|page, _| page.vbar != vbar);
     }
 
     /// A part was registered, or cannot be. What is not kept: the page itself where nothing is known of its file any more.

@@ -184,6 +184,11 @@ impl Registering {
         self.parts.left(page);
     }
 
+    /// The model is gone whose pages these are: what they have is not asked for again.
+    pub(crate) fn forget_pages(&mut self, vbar: VbarId) {
+        self.parts.forget_pages(vbar);
+    }
+
     /// The next part to be registered in the background.
     pub(crate) fn take_wanted_part(&mut self) -> Option<FilePart> {
         self.parts.take_wanted()
