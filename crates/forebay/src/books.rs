@@ -203,8 +203,8 @@ impl Books {
 
     /// The page that has the last of some bytes, where the application read them to the pages of a model that it runs.
     pub(crate) fn page_that_keeps(&self, addr: DeviceAddr, bytes: Bytes) -> Option<PageRef> {
-        let mut books = self.vbars.values();
-        books.find_map(|book| book.vbar.has_runs().then(|| book.vbar.page_at(addr, bytes)).flatten())
+        let mut models = self.vbars.values().map(|book| &book.vbar).filter(|vbar| vbar.has_runs());
+        models.find_map(|vbar| vbar.pages_at(addr, bytes).map(|pages| vbar.page_ref(*pages.end())))
     }
 
     /// The pages that were claimed since the last [`leave`](Books::leave).
@@ -240,14 +240,14 @@ impl Books {
         let (vbar, used_at) = (Arc::clone(&book.vbar), book.vbar.used_at(page.page.0));
         if let Some(place) = book.marks.iter().position(|marks| marks.covers >= used_at) {
             // What cannot be told is told to who waits for it.
-            let is_pending = |event: &Arc<Event>| !event.is_complete().unwrap_or(false);
-            let (ends, reached): (Vec<_>, Vec<_>) =
-                std::mem::take(&mut book.marks[place].ends).into_iter().partition(is_pending);
-            book.marks[place].ends = ends.clone();
-            // Behind these nobody needs those before them.
-            let needless = if ends.is_empty() { place } else { 0 };
-            let earlier: Vec<_> = book.marks.drain(..needless).flat_map(|marks| marks.ends).collect();
-            self.recycle(reached.into_iter().chain(earlier));
+            let is_reached = |event: &mut Arc<Event>| event.is_complete().unwrap_or(false);
+            let mut reached: Vec<_> = book.marks[place].ends.extract_if(.., is_reached).collect();
+            let ends = book.marks[place].ends.clone();
+            if ends.is_empty() {
+                // Behind these nobody needs those before them.
+                reached.extend(book.marks.drain(..place).flat_map(|marks| marks.ends));
+            }
+            self.recycle(reached);
             return Ok(ends);
         }
         let covers = vbar.streams.marking.begin();

@@ -206,9 +206,7 @@ impl ExplicitVbar {
     }
 
     fn span(&self, addr: DeviceAddr, bytes: Bytes) -> Result<Span<Arc<Vbar>>> {
-        let offset = addr.get().checked_sub(self.vbar.base().get()).map(Bytes::new);
-        let end = offset.and_then(|offset| offset.checked_add(bytes)).filter(|end| *end <= self.vbar.size());
-        let (Some(offset), Some(end), true) = (offset, end, bytes > Bytes::ZERO) else {
+        let Some(pages) = self.vbar.pages_at(addr, bytes).filter(|_| bytes > Bytes::ZERO) else {
             return Err(EngineError::Invalid(format!(
                 "{bytes} at {:#x} are no range of VBAR {:?} with {} at {:#x}",
                 addr.get(),
@@ -217,8 +215,7 @@ impl ExplicitVbar {
                 self.vbar.base().get()
             )));
         };
-        let page = |at: u64| (at / self.vbar.page_size.get()) as u32;
-        Ok(Span { vbar: Arc::clone(&self.vbar), first: page(offset.get()), last: page(end.get() - 1) })
+        Ok(Span { vbar: Arc::clone(&self.vbar), first: *pages.start(), last: *pages.end() })
     }
 }
 

@@ -119,11 +119,12 @@ impl Vbar {
         self.has_runs.load(Ordering::Acquire)
     }
 
-    /// The page that has the last of some bytes, if they are in it.
-    pub(crate) fn page_at(&self, addr: DeviceAddr, bytes: Bytes) -> Option<PageRef> {
-        let offset = addr.get().checked_sub(self.base().get())?;
-        let last = offset.checked_add(bytes.get().saturating_sub(1))?;
-        (last < self.size().get()).then(|| self.page_ref((last / self.page_size.get()) as u32))
+    /// The pages that have some bytes, at least one, if they are in it.
+    pub(crate) fn pages_at(&self, addr: DeviceAddr, bytes: Bytes) -> Option<RangeInclusive<u32>> {
+        let first = addr.get().checked_sub(self.base().get())?;
+        let last = first.checked_add(bytes.get().saturating_sub(1))?;
+        let page = |at: u64| (at / self.page_size.get()) as u32;
+        (last < self.size().get()).then(|| page(first)..=page(last))
     }
 
     /// Whether any page is pinned. Reads every page; for closing only.

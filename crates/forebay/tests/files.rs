@@ -254,8 +254,7 @@ fn what_is_asked_for_again_the_copy_engine_reads_by_itself_until_the_file_is_for
 
 #[test]
 fn what_is_asked_for_once_a_run_is_registered_in_the_third() {
-    let host = HostConfig { registers: true, ..HostConfig::default() };
-    let rig = Rig::host(host).unwrap_or_else(Rig::new);
+    let rig = Rig::new();
     let engine = rig.engine(Bytes::mib(128));
     let place = Place::new(&engine, &rig);
     let mut random = Random::seeded();
@@ -274,8 +273,7 @@ fn what_is_asked_for_once_a_run_is_registered_in_the_third() {
 
 #[test]
 fn what_does_not_stay_is_registered_before_it_is_asked_for_again() {
-    let host = HostConfig { registers: true, ..HostConfig::default() };
-    let rig = Rig::host(host).unwrap_or_else(Rig::new);
+    let rig = Rig::new();
     let engine = rig.engine(Bytes::mib(128));
     let mut random = Random::seeded();
     let [passing, staying, lost] = [(); 3].map(|()| Tensors::new(&mut random, &SIZES));

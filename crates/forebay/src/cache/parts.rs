@@ -299,7 +299,6 @@ impl Shared {
 mod tests {
     use super::*;
     use forebay_core::{Mode, PageIndex, Policy, RankOrder, VbarSpec};
-    use forebay_store::SourceFile;
 
     const LEN: Bytes = Bytes::kib(4);
 
