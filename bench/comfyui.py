@@ -7,8 +7,9 @@ release, which is when the one before it has ended.
 
 Results are compared by hash with those of ComfyUI's own offloading (``--disable-dynamic-vram``) in the same cell, or where
 that was not run on a card that holds everything. With a LoRA ComfyUI rounds patched weights in one way where they are loaded
-and in another where they are patched as they are used: comfy-aimdo and what stands in for it are compared with comfy-aimdo,
-and native, which gives the former everywhere, with ComfyUI's own offloading on a card that holds everything.
+and in another where they are patched as they are used: what stands in for comfy-aimdo is compared with it, on the same card or
+where that was not run on any, and native, which gives the former everywhere, with ComfyUI's own offloading on a card that holds
+everything. The groups ``matrix-...`` run a model on cards of all sizes, with and without a LoRA, for the results.
 
 Later steps are the median of all but the first; their limit is the larger of two: the fastest median on a card that holds
 everything, and the bytes that were not resident over the link's rate, for these are streamed while a step computes. A first step
@@ -56,7 +57,7 @@ from unittest import mock
 import children
 from card import Card
 from children import Child, Outcome, Row
-from comfyui_cells import GROUPS, LEGACY, LOADED, SYSTEMS, Cell
+from comfyui_cells import AIMDO, GROUPS, LEGACY, LOADED, SYSTEMS, Cell
 from in_turn import Cards, of_turns, over_limit
 from touch import touch
 
@@ -162,7 +163,7 @@ def main() -> int:
             result = gathered(runs.machine, rows)
             (chosen.out / "comfyui.json").write_text(json.dumps(result, indent=1))
             (chosen.out / "comfyui.md").write_text(markdown(result) + "\n")
-    print(markdown(result))
+    print(f"{markdown(result)}\n\n{verdict(result)}")
     return 0 if all(row.get("same", True) for row in result["rows"]) else 1
 
 
@@ -554,16 +555,22 @@ class References:
             for (cell, system), value in self._found.items()
             if system in (LEGACY, LOADED) and cell.holds_everything
         }
+        self._patched_on_use = {
+            replace(cell, card=0): value for (cell, system), value in self._found.items() if system == AIMDO
+        }
 
     def of(self, cell: Cell, system: str) -> list[str] | None:
         """Of a system in a cell."""
-        loaded = self._loaded.get(replace(cell, card=0))
+        anywhere = replace(cell, card=0)
+        loaded = self._loaded.get(anywhere)
         if not cell.lora:
             return self._found.get((cell, LEGACY), loaded)
         # Where weights are loaded ComfyUI rounds patched ones in another way than where they are patched as they are used.
         if SYSTEMS[system].native or SYSTEMS[system].loads_before:
             return loaded
-        return None if system == LEGACY else self._found.get((cell, "aimdo"))
+        return (
+            None if system == LEGACY else self._found.get((cell, AIMDO), self._patched_on_use.get(anywhere))
+        )
 
 
 def told(row: Row) -> str:
@@ -601,6 +608,20 @@ def markdown(result: Row) -> str:
             lines.append(f"| {' | '.join([title, *cells_of(row, tells_sleep)])} |")
         parts.append(f"`{cell}`:\n\n" + "\n".join(lines))
     return "\n\n".join(parts)
+
+
+def verdict(result: Row) -> str:
+    """How many results are the same as those they are compared with, and which are not, or did not come."""
+    rows: list[Row] = result["rows"]
+    compared = [row["same"] for row in rows if "same" in row]
+    others = [
+        f"{row['cell']} {row['system']}: {row.get('reason', 'ANOTHER RESULT')}"
+        for row in rows
+        if "reason" in row or not row.get("same", True)
+    ]
+    return "\n".join(
+        [f"The same result: {sum(compared)} of {len(compared)} compared, {len(rows)} run.", *others]
+    )
 
 
 def cells_of(row: Row, tells_sleep: bool) -> list[str]:

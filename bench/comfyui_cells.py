@@ -31,10 +31,11 @@ class System:
 
 LEGACY = "legacy"
 LOADED = "loaded"
+AIMDO = "aimdo"
 SYSTEMS = {
     LEGACY: System("ComfyUI's own offloading", ("--disable-dynamic-vram",), None),
     LOADED: System("all loaded before", ("--disable-dynamic-vram",), None, loads_before=True),
-    "aimdo": System("", distribution="comfy-aimdo"),
+    AIMDO: System("", distribution="comfy-aimdo"),
     # As Forebay's launcher starts ComfyUI.
     "dropin": System("Forebay in its place", ("--fast-disk",)),
     "slowdisk": System("Forebay in its place, without --fast-disk"),
@@ -108,6 +109,15 @@ class Cell:
         return cell
 
 
+def _matrix(arch: str, quant: str, more: str = "") -> list[str]:
+    """A model with and without a LoRA on cards of all sizes. What results are compared with runs on the largest."""
+    names = []
+    for lora, also in (("", ""), ("-lora0.8", "aimdo,")):
+        names.append(f"{arch}-{quant}-80{lora}{more}=legacy,{also}dropin,native")
+        names += [f"{arch}-{quant}-{card}{lora}{more}=dropin,native" for card in (8, 12, 24)]
+    return names
+
+
 GROUPS = {
     "flux": [
         "flux-bf16-80", "flux-bf16-80-lora0.8", "flux-bf16-12", "flux-bf16-24", "flux-bf16-12-lora0.8", "flux-fp8scaled-8",
@@ -118,4 +128,9 @@ GROUPS = {
     ],
     "whole": ["flux-bf16-24-te-vae", "zimage-bf16-12-vae"],
     "tiny": ["flux-bf16-0-tiny", "flux-fp8scaled-0-lora0.8-tiny"],
+    "matrix-flux": _matrix("flux", "bf16"),
+    "matrix-flux-fp8": _matrix("flux", "fp8scaled"),
+    "matrix-wan": _matrix("wan", "fp16", "-x2-r2"),
+    "matrix-wan-fp8": _matrix("wan", "fp8scaled", "-x2-r2"),
+    "matrix-small": [*_matrix("zimage", "bf16"), *_matrix("zimage", "fp8scaled"), *_matrix("sd15", "bf16")],
 }  # fmt: skip

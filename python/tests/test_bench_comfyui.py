@@ -115,6 +115,33 @@ def test_without_a_lora_all_are_compared_with_comfyuis_own(comfyui: ModuleType) 
     assert same == [True, True, False, False, True]
 
 
+def test_every_result_of_a_matrix_is_compared_but_those_that_others_are_compared_with(
+    comfyui: ModuleType,
+) -> None:
+    cells = importlib.import_module("comfyui_cells")
+    names = [name for group, names in cells.GROUPS.items() if group.startswith("matrix-") for name in names]
+    jobs = [job for name in names for job in comfyui.jobs_of(name, ["legacy"])]
+    assert len({(job.cell, job.system) for job in jobs}) == len(jobs)
+    assert {job.cell.card for job in jobs} == {8, 12, 24, 80}
+    rows = [row(job.cell.name, job.system, "a") for job in jobs]
+    compared = comfyui.gathered(MACHINE, rows)
+    alone = {("lora" in found["cell"], found["system"]) for found in compared["rows"] if "same" not in found}
+    assert alone == {(True, "legacy")}
+    loras = sum(job.system == "legacy" and job.cell.lora > 0 for job in jobs)
+    same = len(jobs) - loras
+    assert comfyui.verdict(compared) == f"The same result: {same} of {same} compared, {len(jobs)} run."
+
+
+def test_the_verdict_names_what_is_another_and_what_did_not_come(comfyui: ModuleType) -> None:
+    rows = [row("sd15-bf16-80", system, result) for system, result in [("legacy", "a"), ("native", "b")]]
+    rows.append({"cell": "wan-fp16-8", "system": "dropin", "reason": "no memory"})
+    assert comfyui.verdict(comfyui.gathered(MACHINE, rows)).splitlines() == [
+        "The same result: 1 of 2 compared, 3 run.",
+        "sd15-bf16-80 native: ANOTHER RESULT",
+        "wan-fp16-8 dropin: no memory",
+    ]
+
+
 def test_first_steps_have_a_limit(comfyui: ModuleType) -> None:
     rows = [row("flux-bf16-80", "legacy", "a"), row("flux-bf16-12-x2-r2", "native", "a", again_s=[1.0, 2.0])]
     result = comfyui.gathered(MACHINE, rows)
