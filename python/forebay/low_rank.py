@@ -34,6 +34,9 @@ Patch = tuple[
 Placed = tuple[torch.Tensor, Product]
 """A patch on a device: the memory that its factors lie in, and the product."""
 
+Shape = tuple[int, int, int]
+"""Rows, columns and rank of a product."""
+
 _ALIGN = 16
 _COPIED_AT_ONCE = 8 << 20
 _SCRATCH = 32 << 20
@@ -54,7 +57,7 @@ class LowRank:
             value += (scale * product.reshape(value.shape)).to(through)
         return value.to(weight.dtype)
 
-    The device sums a product in ascending order of rank with fused multiply-adds; :func:`sums_as_torch` tells whether
+    The device sums a product in ascending order of rank with fused multiply-adds; :func:`sums_as_torch` tells where
     ``torch.mm`` does.
 
     Attributes:
@@ -94,6 +97,11 @@ class LowRank:
     def ranks(self) -> list[int]:
         """The rank of each product."""
         return [down.shape[0] for _, down, _ in self.terms]
+
+    @property
+    def shapes(self) -> set[Shape]:
+        """Of the products."""
+        return {(*self.shape, rank) for rank in self.ranks}
 
     def _packed(self, device: torch.device) -> _Packed:
         """All that a device needs to add the products, where it can be joined without copying between devices."""
@@ -265,32 +273,39 @@ def joined_dtype(factors: Iterable[torch.Tensor]) -> torch.dtype:
     return dtype if dtype in USED else torch.float32
 
 
-def sums_as_torch(engine: Engine, device: torch.device, rows: int, columns: int, rank: int) -> bool:
-    """Whether ``torch.mm`` in float32 gives the bits that the engine's device gives, which depends on the shape.
+def sums_as_torch(engine: Engine, device: torch.device, shapes: Iterable[Shape]) -> dict[Shape, bool]:
+    """Of which shapes ``torch.mm`` in float32 gives the bits that the engine's device gives.
 
-    Tried once for each shape, with random factors.
+    Each is tried once, with random factors. The device is waited for once, for all that are new: they are tried while a model's
+    weights are on their way to it, whose copies everything that is copied would wait for.
     """
+    shapes = set(shapes)
     try:
         precision = torch.get_float32_matmul_precision()
     except RuntimeError:
         # Set for a backend alone, to other than float32's own.
-        return False
-    key = (str(device), rows, columns, rank, precision)
-    if key not in _known:
+        return dict.fromkeys(shapes, False)
+    keys = {shape: (str(device), *shape, precision) for shape in shapes}
+    new = [shape for shape, key in keys.items() if key not in _known]
+    if new:
         with torch.inference_mode(False), torch.no_grad():
-            _known[key] = _are_same(engine, device, rows, columns, rank)
-    return _known[key]
+            different = torch.stack([_is_different(engine, device, *shape) for shape in new]).tolist()
+        _known.update((keys[shape], not one) for shape, one in zip(new, different, strict=True))
+    return {shape: _known[key] for shape, key in keys.items()}
 
 
-def _are_same(engine: Engine, device: torch.device, rows: int, columns: int, rank: int) -> bool:
+def _is_different(engine: Engine, device: torch.device, rows: int, columns: int, rank: int) -> torch.Tensor:
+    """Whether any bit of a product is, as a number on the device."""
     generator = torch.Generator(device).manual_seed(rank)
     up = torch.randn(rows, rank, generator=generator, device=device)
     down = torch.randn(rank, columns, generator=generator, device=device)
     # A zero has a sign, which not all sums begin with.
     up[0] = 0.0
     expected = torch.mm(up, down)
-    ones, ends = torch.ones(1, device=device), torch.tensor([rank], dtype=torch.int32, device=device)
+    ones = torch.ones(1, device=device)
+    ends = torch.full((1,), rank, dtype=torch.int32, device=device)
     stream = streams.current(device)
+    different = torch.zeros((), dtype=torch.bool, device=device)
     step = max(1, _SCRATCH // (4 * columns))
     for first in range(0, rows, step):
         part = expected[first : first + step]
@@ -299,6 +314,5 @@ def _are_same(engine: Engine, device: torch.device, rows: int, columns: int, ran
         each = ("float32", 1, ends.data_ptr(), 0)
         product = (first, first + len(part), *addresses, "float32", rank, each)
         engine.add_product(sums.data_ptr(), "float32", columns, product, stream)
-        if not torch.equal(sums.view(torch.int32), part.view(torch.int32)):
-            return False
-    return True
+        different |= (sums.view(torch.int32) != part.view(torch.int32)).any()
+    return different

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -49,21 +51,57 @@ def test_the_result_is_torchs(through: torch.dtype, dtype: torch.dtype, engine: 
         for ranks in ([1], [16], [40], [8, 3, 21], [16, 16, 32]):
             for number, layer in enumerate(module):
                 weight = layer.weight._source
-                rows, columns = weight.shape[0], weight.shape[1:].numel()
                 used = [DTYPES[number]] if len(ranks) == 1 else DTYPES
                 patch = products(weight, ranks, through, used)
-                is_torchs = [
-                    sums_as_torch(attachment.engine, TORCH_DEVICE, rows, columns, rank) for rank in ranks
-                ]
+                is_torchs = sums_as_torch(attachment.engine, TORCH_DEVICE, patch.shapes)
+                assert is_torchs.keys() == {(len(weight), weight[0].numel(), rank) for rank in ranks}
                 # MKL keeps the sign of a zero where there is but one rank; these products have none.
-                assert TORCH_DEVICE.type == "cuda" or ranks == [1] or all(is_torchs)
-                if TORCH_DEVICE.type == "cuda" and not all(is_torchs):
+                assert TORCH_DEVICE.type == "cuda" or ranks == [1] or all(is_torchs.values())
+                if TORCH_DEVICE.type == "cuda" and not all(is_torchs.values()):
                     continue
                 attachment.set_patch(f"{number}.weight", patch)
                 assert same(layer.weight.clone(), patched(weight, patch)), (ranks, number)
                 assert same(patch(move(weight)), patched(weight, patch))
         attachment.set_patch({f"{number}.weight": None for number in range(3)})
         assert all(same(layer.weight.clone().cpu(), layer.weight._source) for layer in module)
+
+
+class AddsToFew:
+    """An engine that does nothing to products of more than 1,000 rows. Notes the shapes."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self.tried: list[tuple[int, int, int]] = []
+
+    def add_product(self, address: int, dtype: str, columns: int, product: Any, stream: int) -> None:
+        """Adds it, or not."""
+        rows, rank = product[1], product[6]
+        self.tried.append((rows, columns, rank))
+        if rows <= 1000:
+            self._engine.add_product(address, dtype, columns, product, stream)
+
+
+def test_shapes_that_are_summed_in_another_way_are_found_out_once(
+    engine: EngineMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = [(300, 200, 8), (1001, 64, 8), (300, 200, 9)]
+    adds_all = engine()
+    monkeypatch.setattr(low_rank, "_known", {})
+    expected = sums_as_torch(adds_all, TORCH_DEVICE, shapes)
+    # A card's own arithmetic decides.
+    assert TORCH_DEVICE.type == "cuda" or all(expected.values())
+    expected[shapes[1]] = False
+
+    monkeypatch.setattr(low_rank, "_known", {})
+    adds_to_few: Any = AddsToFew(adds_all)
+    assert sums_as_torch(adds_to_few, TORCH_DEVICE, [*shapes, shapes[0]]) == expected
+    assert sorted(adds_to_few.tried) == sorted(shapes)
+    assert sums_as_torch(adds_to_few, TORCH_DEVICE, shapes) == expected
+    assert sums_as_torch(adds_to_few, TORCH_DEVICE, []) == {}
+    assert len(adds_to_few.tried) == len(shapes)
+
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", Mock(side_effect=RuntimeError))
+    assert sums_as_torch(adds_to_few, TORCH_DEVICE, shapes) == dict.fromkeys(shapes, False)
 
 
 def test_weights_do_not_depend_on_what_is_resident(engine: EngineMaker) -> None:

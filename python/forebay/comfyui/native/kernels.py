@@ -43,5 +43,5 @@ def of_patches(device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[]
 
     yield requantize
     for rows, columns in (*BLOCK, MODULATION):
-        yield partial(sums_as_torch, engine, device, rows * _WIDTH, columns * _WIDTH, _RANK)
+        yield partial(sums_as_torch, engine, device, [(rows * _WIDTH, columns * _WIDTH, _RANK)])
     del memory  # which the engine's kernels read: torch gives it to others of this stream alone

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.lora
@@ -94,6 +94,11 @@ class _New:
     added: LowRank | None
     rounded: LowRank | None
 
+    @property
+    def products(self) -> LowRank | None:
+        """What the engine adds in either way."""
+        return self.rounded if self.added is None else self.added
+
 
 class Patches:
     """The patches of an attached model, which change with the patcher that is loaded."""
@@ -148,7 +153,9 @@ class Patches:
                 patch.undo()
             if patch.computed is not None:
                 patch.computed.undo()
-        new = [self._new(key, list(patches[key])) for key in patches if key not in self._of]
+        new = self._summed_as_torch(
+            [self._new(key, list(patches[key])) for key in patches if key not in self._of]
+        )
         device = self._attachment.device
         rounded = [(one, one.rounded) for one in new if one.rounded is not None]
         placed = to_device((products for _, products in rounded), device)
@@ -284,7 +291,7 @@ class Patches:
         return stored._weight
 
     def _products(self, weight: Any, patches: Sequence[Any]) -> LowRank | None:
-        """What the engine adds to a weight, where that is what ComfyUI computes."""
+        """What patches add to a weight, where they are products that the engine can add."""
         if not isinstance(weight, ForebayTensor) or weight.ndim < 2 or not weight.is_contiguous():
             return None
         terms = [_term(patch) for patch in patches]
@@ -299,11 +306,18 @@ class Patches:
         shape = (weight.shape[0], weight.shape[1:].numel())
         nbytes = sum(factor.nbytes for *factors, _ in products.terms for factor in factors)
         # As for other patches: what is larger than the weight does not go to the device to stay.
-        if products.shape != shape or nbytes > weight.nbytes:
-            return None
-        engine = self._attachment.engine
-        is_same = all(sums_as_torch(engine, device, *shape, rank) for rank in sorted(set(products.ranks)))
-        return products if is_same else None
+        return products if products.shape == shape and nbytes <= weight.nbytes else None
+
+    def _summed_as_torch(self, new: Sequence[_New]) -> list[_New]:
+        """The same, but that the engine adds nothing where torch, and so ComfyUI, would sum it in another order."""
+        shapes = {shape for one in new if one.products is not None for shape in one.products.shapes}
+        is_same = sums_as_torch(self._attachment.engine, self._attachment.device, shapes)
+        return [
+            one
+            if one.products is None or all(is_same[shape] for shape in one.products.shapes)
+            else replace(one, added=None, rounded=None)
+            for one in new
+        ]
 
 
 def _data_name(key: str, quantized: ManagedQuantized | None) -> str:
