@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import comfyui
+import comfyui_rows
 import loaders
 import peers
 import plot
@@ -359,7 +359,7 @@ def side_by_side(
 
 def comfyui_cells(path: Path) -> str:
     result = json.loads(path.read_text())
-    return "\n\n".join(["### ComfyUI", described(path, result), comfyui.markdown(result)])
+    return "\n\n".join(["### ComfyUI", described(path, result), comfyui_rows.markdown(result)])
 
 
 def under_pressure(path: Path) -> str:

@@ -43,6 +43,12 @@ def comfyui(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.fixture
+def rows_of(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(BENCH)
+    return importlib.import_module("comfyui_rows")
+
+
+@pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     package = tmp_path / "checkout" / "comfy"
     package.mkdir(parents=True)
@@ -93,30 +99,31 @@ def row(cell: str, system: str, result: str, **more: Any) -> dict[str, Any]:
     return {"cell": cell, "system": system, "hashes": [result], **sizes, **times, **more}
 
 
-def test_with_a_lora_native_is_compared_with_what_is_loaded(comfyui: ModuleType) -> None:
+def test_with_a_lora_native_is_compared_with_what_is_loaded(rows_of: ModuleType) -> None:
     on_use = [("aimdo", "u"), ("dropin", "u"), ("unpinned", "l"), ("native", "l"), ("legacy", "m")]
     rows = [row("flux-bf16-12-lora0.8", system, result) for system, result in on_use]
     rows += [row("flux-bf16-8-lora0.5", system, result) for system, result in on_use]
     rows += [row("flux-bf16-80-lora0.8", "legacy", "l"), row("flux-bf16-80-lora0.8", "native", "u")]
-    same = [found.get("same") for found in comfyui.gathered(MACHINE, rows)["rows"]]
+    same = [found.get("same") for found in rows_of.gathered(MACHINE, rows)["rows"]]
     assert same == [True, True, False, True, None, True, True, False, None, None, None, False]
 
 
-def test_without_a_lora_all_are_compared_with_comfyuis_own(comfyui: ModuleType) -> None:
+def test_without_a_lora_all_are_compared_with_comfyuis_own(rows_of: ModuleType) -> None:
     rows = [
         row("flux-bf16-12", system, result)
         for system, result in [("legacy", "a"), ("aimdo", "a"), ("native", "b")]
     ]
     rows.append(row("flux-bf16-24", "native", "a"))
-    same = [found.get("same") for found in comfyui.gathered(MACHINE, rows)["rows"]]
+    same = [found.get("same") for found in rows_of.gathered(MACHINE, rows)["rows"]]
     assert same == [True, True, False, None]
     rows.append(row("flux-bf16-80", "loaded", "b"))
-    same = [found.get("same") for found in comfyui.gathered(MACHINE, rows)["rows"]]
+    same = [found.get("same") for found in rows_of.gathered(MACHINE, rows)["rows"]]
     assert same == [True, True, False, False, True]
 
 
 def test_every_result_of_a_matrix_is_compared_but_those_that_others_are_compared_with(
     comfyui: ModuleType,
+    rows_of: ModuleType,
 ) -> None:
     cells = importlib.import_module("comfyui_cells")
     names = [name for group, names in cells.GROUPS.items() if group.startswith("matrix-") for name in names]
@@ -124,28 +131,28 @@ def test_every_result_of_a_matrix_is_compared_but_those_that_others_are_compared
     assert len({(job.cell, job.system) for job in jobs}) == len(jobs)
     assert {job.cell.card for job in jobs} == {8, 12, 24, 80}
     rows = [row(job.cell.name, job.system, "a") for job in jobs]
-    compared = comfyui.gathered(MACHINE, rows)
+    compared = rows_of.gathered(MACHINE, rows)
     alone = {("lora" in found["cell"], found["system"]) for found in compared["rows"] if "same" not in found}
     assert alone == {(True, "legacy")}
     loras = sum(job.system == "legacy" and job.cell.lora > 0 for job in jobs)
     same = len(jobs) - loras
-    assert comfyui.verdict(compared) == f"The same result: {same} of {same} compared, {len(jobs)} run."
+    assert rows_of.verdict(compared) == f"The same result: {same} of {same} compared, {len(jobs)} run."
 
 
-def test_the_verdict_names_what_is_another_and_what_did_not_come(comfyui: ModuleType) -> None:
+def test_the_verdict_names_what_is_another_and_what_did_not_come(rows_of: ModuleType) -> None:
     rows = [row("sd15-bf16-80", system, result) for system, result in [("legacy", "a"), ("native", "b")]]
     rows.append({"cell": "wan-fp16-8", "system": "dropin", "reason": "no memory"})
-    assert comfyui.verdict(comfyui.gathered(MACHINE, rows)).splitlines() == [
+    assert rows_of.verdict(rows_of.gathered(MACHINE, rows)).splitlines() == [
         "The same result: 1 of 2 compared, 3 run.",
         "sd15-bf16-80 native: ANOTHER RESULT",
         "wan-fp16-8 dropin: no memory",
     ]
 
 
-def test_first_steps_have_a_limit(comfyui: ModuleType) -> None:
+def test_first_steps_have_a_limit(rows_of: ModuleType) -> None:
     rows = [row("flux-bf16-80", "legacy", "a"), row("flux-bf16-12-x2-r2", "native", "a", again_s=[1.0, 2.0])]
-    result = comfyui.gathered(MACHINE, rows)
-    lines = [line.split(" | ") for line in comfyui.markdown(result).splitlines() if "3.00, 5.00" in line]
+    result = rows_of.gathered(MACHINE, rows)
+    lines = [line.split(" | ") for line in rows_of.markdown(result).splitlines() if "3.00, 5.00" in line]
     # 20 GB at 10 GB/s.
     assert [line[1:7] for line in lines] == [
         ["3.00, 5.00", "2.00", "", "", "1.000", "0.50"],
@@ -153,16 +160,16 @@ def test_first_steps_have_a_limit(comfyui: ModuleType) -> None:
     ]
     for found in result["rows"]:
         del found["first_limit_s"], found["again_limit_s"], found["limit_s"]  # a result of an earlier day
-    assert "| 3.00, 5.00 |  | 1.00, 2.00 |  | 1.000 |  |" in comfyui.markdown(result)
+    assert "| 3.00, 5.00 |  | 1.00, 2.00 |  | 1.000 |  |" in rows_of.markdown(result)
 
 
-def test_what_was_loaded_before_tells_how_long_kernels_take(comfyui: ModuleType) -> None:
+def test_what_was_loaded_before_tells_how_long_kernels_take(rows_of: ModuleType) -> None:
     rows = [
         row("flux-bf16-80", "loaded", "a", first_s=[9.0]),
         row("flux-bf16-80-lora0.8", "loaded", "a", first_s=[4.0]),
         *(row("flux-bf16-12-x2-r2", system, "a", again_s=[1.0, 2.0]) for system in ("native", "started")),
     ]
-    native, started = comfyui.gathered(MACHINE, rows)["rows"][2:]
+    native, started = rows_of.gathered(MACHINE, rows)["rows"][2:]
     # The first process finds libraries on disk, the second model its kernels: 3 s of them, and 20 GB at 10 GB/s.
     assert (native["first_limit_s"], native["again_limit_s"], native["limit_s"]) == (3.5, 2.0, 2.0)
     # There are none to be loaded by then.
@@ -177,14 +184,14 @@ def test_loading_before_a_first_step_is_no_part_of_it(comfyui: ModuleType) -> No
     assert [phase.get("ran_s") for phase in report["phases"]] == [None, [2.5, 0.75], [1.5, 0.5]]
 
 
-def test_later_steps_tell_how_long_their_thread_slept(comfyui: ModuleType) -> None:
+def test_later_steps_tell_how_long_their_thread_slept(comfyui: ModuleType, rows_of: ModuleType) -> None:
     def found(*ran: list[float]) -> Any:
         each = [
             {"phase": "sample", "s": 1, "step_s": [3.0, 1.0, 1.0, 1.25], **({"ran_s": r} if r else {})}
             for r in ran
         ]
         outcome = comfyui.Outcome(rows=[{"phases": [{"phase": "load", "s": 1}, *each]}])
-        return comfyui.row_of(comfyui.Cell.parse("flux-bf16-12-r2"), "native", outcome, 4)["slept_s"]
+        return rows_of.row_of(comfyui.Cell.parse("flux-bf16-12-r2"), "native", outcome, 4)["slept_s"]
 
     assert found([1.0, 0.75, 1.5, 1.0], [3.0, 0.5, 0.5, 1.0]) == 0.25
     assert found([]) is None
@@ -195,20 +202,20 @@ def test_later_steps_tell_how_long_their_thread_slept(comfyui: ModuleType) -> No
     rows.append(row("flux-bf16-12", "aimdo", "a"))
     told = [
         line.split(" | ")[7]
-        for line in comfyui.markdown(comfyui.gathered(MACHINE, rows)).splitlines()
+        for line in rows_of.markdown(rows_of.gathered(MACHINE, rows)).splitlines()
         if "5.00 |" in line
     ]
     assert told == ["0.000", "0.007", ""]
 
 
-def test_each_turn_is_held_against_its_neighbours(comfyui: ModuleType) -> None:
+def test_each_turn_is_held_against_its_neighbours(comfyui: ModuleType, rows_of: ModuleType) -> None:
     in_turn = importlib.import_module("in_turn")
     # The processor's speed halves behind the third turn. What settles, and the last turn, which is cut off, do not count.
     turns = [5.0, 1.0, 1.1, 2.0, 2.2, 2.0, 9.0]
     steps = [value for turn in turns for value in [7.0] * in_turn.SETTLING + [turn] * in_turn.SETTLED]
     phase = {"phase": "sample", "s": 1, "step_s": steps[:-1]}
     phase["turns"] = {"resident_bytes": 5}
-    found = comfyui.row_of(
+    found = rows_of.row_of(
         comfyui.Cell.parse("flux-bf16-12"), "turns", comfyui.Outcome(rows=[{"phases": [phase]}]), 49
     )
     assert found["turns_s"] == turns[:-1]
@@ -219,7 +226,7 @@ def test_each_turn_is_held_against_its_neighbours(comfyui: ModuleType) -> None:
     assert in_turn.over_limit(found["turns_s"], 4.0) == pytest.approx((1.1 + 2.2) / 2 / 4)
     assert in_turn.over_limit(turns[:3], 0.5) is None
     rows = [row("flux-bf16-12", "turns", "a", turns_s=turns[:-1], later_s=1.65, resident_bytes=5e9)]
-    [of_turns] = comfyui.gathered(MACHINE, rows)["rows"]
+    [of_turns] = rows_of.gathered(MACHINE, rows)["rows"]
     # 15 GB at 10 GB/s.
     assert of_turns["limit_s"] == pytest.approx(1.65 / ((1.1 / 1.5 + 2.2 / 2) / 2))
 
