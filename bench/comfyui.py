@@ -132,6 +132,11 @@ def parse() -> argparse.Namespace:
     chosen = parser.parse_args()
     if chosen.together < 1:
         parser.error("--together: at least one")
+    for setting in ("comfyui", "tool"):
+        if not getattr(chosen, setting).exists():
+            parser.error(f"--{setting}: is not there: {getattr(chosen, setting)}")
+    if chosen.out.exists() and not chosen.out.is_dir():
+        parser.error(f"--out: is no folder: {chosen.out}")
     if chosen.asynchronous and chosen.device != "cuda":
         parser.error("--asynchronous: for --device cuda, since nothing else runs behind the thread")
     return chosen
