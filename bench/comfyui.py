@@ -55,8 +55,8 @@ from unittest import mock
 import children
 from card import Card
 from children import Child, Outcome, Row
-from comfyui_cells import GROUPS, SYSTEMS, Cell
-from comfyui_rows import GIB, gathered, markdown, row_of, told, verdict
+from comfyui_cells import GIB, GROUPS, SYSTEMS, Cell
+from comfyui_rows import gathered, markdown, row_of, told, verdict
 from in_turn import Cards
 from touch import touch
 
@@ -279,7 +279,7 @@ class Runs:
 
     def _bytes_of(self, job: Job) -> int:
         """Of its card; 0 where that is all there are, or it makes the card small by itself."""
-        nbytes = int(job.cell.card * GIB)
+        nbytes = job.cell.card_bytes
         is_all = SYSTEMS[job.system].in_turn or nbytes >= self.machine["memory_bytes"]
         return 0 if is_all else nbytes
 
@@ -308,7 +308,7 @@ def child(chosen: argparse.Namespace) -> int:
             importlib.import_module("forebay.comfyui.native").install()
         sys.meta_path.insert(0, Gate())
         action = load_whole if system.loads_before else wait_for_kernels if system.waits_before else None
-        card_bytes = int(cell.card * GIB) if system.in_turn else None
+        card_bytes = cell.card_bytes if system.in_turn else None
         # Importing Forebay would change the order in which the others start; where steps are asynchronous it does for all.
         is_watched = system.native or action or chosen.asynchronous
         samplings = watch_sampling(action, card_bytes, chosen.asynchronous) if is_watched else []

@@ -6,6 +6,8 @@ import argparse
 import re
 from dataclasses import dataclass, replace
 
+GIB = 1 << 30
+
 
 @dataclass(frozen=True)
 class System:
@@ -72,6 +74,11 @@ class Cell:
     def holds_everything(self) -> bool:
         """Whether nothing is to be offloaded."""
         return self.card == 0 or self.card >= 80
+
+    @property
+    def card_bytes(self) -> int:
+        """Bytes of device memory that are free at the start; 0: all."""
+        return int(self.card * GIB)
 
     @property
     def model(self) -> tuple[str, ...]:

@@ -9,10 +9,8 @@ from dataclasses import replace
 from datetime import date
 
 from children import Outcome, Row
-from comfyui_cells import AIMDO, LEGACY, LOADED, SYSTEMS, Cell
+from comfyui_cells import AIMDO, GIB, LEGACY, LOADED, SYSTEMS, Cell
 from in_turn import of_turns, over_limit
-
-GIB = 1 << 30
 
 
 def row_of(cell: Cell, system: str, outcome: Outcome, steps: int) -> Row:
