@@ -117,12 +117,18 @@ class Cell:
 
 
 def _matrix(arch: str, quant: str, more: str = "") -> list[str]:
-    """A model with and without a LoRA on cards of all sizes. What results are compared with runs on the largest."""
-    names = []
-    for lora, also in (("", ""), ("-lora0.8", "aimdo,")):
-        names.append(f"{arch}-{quant}-80{lora}{more}=legacy,{also}dropin,native")
-        names += [f"{arch}-{quant}-{card}{lora}{more}=dropin,native" for card in (8, 12, 24)]
-    return names
+    """A model with and without a LoRA on cards of all sizes. What results and times are compared with runs on the largest, and
+    comfy-aimdo on the smallest as well.
+    """
+    systems = {
+        "": {80: "legacy,loaded,dropin,native", 8: "aimdo,dropin,native"},
+        "-lora0.8": {80: "legacy,aimdo,dropin,native"},
+    }
+    return [
+        f"{arch}-{quant}-{card}{lora}{more}={of_card.get(card, 'dropin,native')}"
+        for lora, of_card in systems.items()
+        for card in (80, 8, 12, 24)
+    ]
 
 
 GROUPS = {
