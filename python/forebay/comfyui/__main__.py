@@ -17,7 +17,7 @@ from pathlib import Path
 
 from forebay import __version__
 from forebay.comfyui import checkout, substitute
-from forebay.comfyui.aimdo.host_buffer import LIMIT
+from forebay.comfyui.aimdo.host_buffer import LIMIT, gib, most
 from forebay.comfyui.warming import SWITCH
 
 _OFF = "--disable-dynamic-vram"
@@ -45,9 +45,12 @@ def main(arguments: Sequence[str]) -> int:
     if script is None:
         print(f"{_parser().format_usage()}which ComfyUI? give the path of its main.py", file=sys.stderr)
         return 2
+    if chosen.pinned is not None:
+        os.environ[LIMIT] = str(chosen.pinned)
     try:
         found = checkout.examine(Path(script).resolve())
-    except checkout.NotComfyUI as error:
+        most()
+    except (checkout.NotComfyUI, ValueError) as error:
         print(f"forebay: {error}", file=sys.stderr)
         return 2
     if found.is_newer:
@@ -56,8 +59,6 @@ def main(arguments: Sequence[str]) -> int:
             file=sys.stderr,
         )
     substitute.install(found.aimdo)
-    if chosen.pinned is not None:
-        os.environ[LIMIT] = str(chosen.pinned)
     if not chosen.warm:
         os.environ[SWITCH] = "0"
     if chosen.native and _OFF not in rest:
@@ -128,11 +129,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _gib(text: str) -> float:
-    """A number of GiB."""
-    value = float(text)
-    if not 0 <= value < 1 << 20:
-        raise ValueError(text)
-    return value
+    """As the environment takes it."""
+    try:
+        return gib(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 if __name__ == "__main__":

@@ -208,6 +208,11 @@ def test_host_buffers_together_grow_no_further_than_their_limit(
     monkeypatch.setenv(host_buffer.LIMIT, "0")
     with pytest.raises(RuntimeError, match="together"):
         HostBuffer(1)
+    for wrong in ("much", "-1", "nan"):
+        monkeypatch.setenv(host_buffer.LIMIT, wrong)
+        with pytest.raises(ValueError, match=f"{host_buffer.LIMIT}.*'{wrong}'"):
+            second.extend(1)
+    assert second.size == 3 * MIB
 
 
 def test_copies_are_kept_of_what_is_read_again_within_a_node(comfy, file, copies) -> None:

@@ -141,7 +141,19 @@ def test_pinned_memory_can_be_limited(checkout: Path) -> None:
     assert launch("--pinned=0", "--no-native", checkout / "main.py").stdout == "0.0\n"
     for wrong in ("-1", "much", "nan"):
         done = launch("--pinned", wrong, checkout / "main.py")
-        assert done.returncode == 2 and "--pinned" in done.stderr
+        assert done.returncode == 2
+        assert f"argument --pinned: a number of GiB from 0 on is wanted: {wrong!r}" in done.stderr
+
+
+def test_what_the_environment_says_of_it_is_looked_at_before_comfyui_starts(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (checkout / "main.py").write_text("print('started')")
+    monkeypatch.setenv("FOREBAY_COMFYUI_PINNED_GIB", "much")
+    done = launch(checkout / "main.py")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "FOREBAY_COMFYUI_PINNED_GIB: a number of GiB from 0 on is wanted: 'much'" in done.stderr
+    assert launch("--pinned", 1, checkout / "main.py").stdout == "started\n"
 
 
 def test_loading_kernels_before_they_are_used_can_be_switched_off(checkout: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import os
 import weakref
@@ -16,6 +17,32 @@ LIMIT = "FOREBAY_COMFYUI_PINNED_GIB"
 are worth it, see :mod:`copies`. What a buffer refuses to hold, ComfyUI reads from the file again at each use."""
 
 _buffers: weakref.WeakSet[HostBuffer] = weakref.WeakSet()
+
+
+def gib(text: str) -> float:
+    """A number of GiB from 0 on.
+
+    Raises:
+        ValueError: For anything else, which it names.
+    """
+    with contextlib.suppress(ValueError):
+        value = float(text)
+        if 0 <= value < 1 << 20:
+            return value
+    raise ValueError(f"a number of GiB from 0 on is wanted: {text!r}")
+
+
+def most() -> float | None:
+    """How many GiB the environment lets all host buffers together grow to, if it says so.
+
+    Raises:
+        ValueError: For a value that is no number, which it names.
+    """
+    text = os.environ.get(LIMIT)
+    try:
+        return gib(text) if text else None
+    except ValueError as error:
+        raise ValueError(f"{LIMIT}: {error}") from None
 
 
 def total_size() -> int:
@@ -76,18 +103,18 @@ class HostBuffer:
         Raises:
             RuntimeError: Past its range or the limit of all buffers, for a copy of a weight that is not worth it, where the
                 process's memory cgroup has no room, and where the system or a device refuses.
-            ValueError: For a negative number.
+            ValueError: For a negative number, and for an environment that limits all buffers to no number of GiB.
         """
         size = devices.count("size", size)
-        limit = os.environ.get(LIMIT)
-        if not limit and self._is_refused(size):
+        limit = most()
+        if limit is None and self._is_refused(size):
             raise RuntimeError(
                 f"no copy of {size} bytes is kept of what is not used again, or read from the page cache ({LIMIT} says how many "
                 "GiB are)"
             )
-        if limit and total_size() + size > float(limit) * 2**30:
+        if limit is not None and total_size() + size > limit * 2**30:
             raise RuntimeError(
-                f"host buffers grow up to {limit} GiB together ({LIMIT}); {size} bytes more were asked for"
+                f"host buffers grow up to {limit:g} GiB together ({LIMIT}); {size} bytes more were asked for"
             )
         try:
             return self._buffer.extend(size, register=register, may_move=reallocate)
