@@ -366,8 +366,9 @@ class Attachment:
             self._small.append((weight.name, small))
         else:
             stand_in = ForebayParameter(weight, source, self.device, found.is_table, found.conversion)
-        # What applications have noted on the parameter.
-        stand_in.__dict__.update({**found.parameter.__dict__, **stand_in.__dict__})
+        for name, noted in found.parameter.__dict__.items():
+            # By applications.
+            stand_in.__dict__.setdefault(name, noted)
         self._stand_ins.add(id(stand_in))
         for place in found.places:
             self._set(place, stand_in)

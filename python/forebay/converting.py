@@ -61,9 +61,10 @@ def conversion_of(
     Raises:
         ValueError: For a dtype or scale that cannot be; names the weight.
     """
+    dtype, key = _dtype_for(name, dtypes), _scale_key(name, scales)
+    if dtype is None and key is None:
+        return None
     what = f"{name} of {label}"
-    dtype = _dtype_for(name, dtypes)
-    key = _scale_key(name, scales)
     if dtype is None or not stored.is_floating_point():
         if key is not None:
             raise ValueError(
@@ -94,17 +95,18 @@ def dtype_name(dtype: torch.dtype) -> str:
 def _dtype_for(name: str, dtypes: Dtypes | None) -> torch.dtype | None:
     if dtypes is None or isinstance(dtypes, torch.dtype):
         return dtypes
-    parts = name.split(".")
-    for count in range(len(parts), -1, -1):
-        found = dtypes.get(".".join(parts[:count]))
-        if found is not None:
+    while True:
+        found = dtypes.get(name)
+        if found is not None or not name:
             return found
-    return None
+        name = name.rpartition(".")[0]
 
 
 def _scale_key(name: str, scales: Mapping[str, torch.Tensor] | None) -> str | None:
     """``weight_scale`` or ``scale_weight`` beside a ``weight``."""
+    if scales is None:
+        return None
     beside = [f"{name}_scale"]
     if name.endswith("weight"):
         beside.append(name.removesuffix("weight") + "scale_weight")
-    return next((key for key in beside if scales is not None and key in scales), None)
+    return next((key for key in beside if key in scales), None)

@@ -107,9 +107,11 @@ def takes_loans(module: nn.Module, also: tuple[type[nn.Module], ...]) -> bool:
 
 def plain_tensor(capsule: Any, dtype: torch.dtype, size: torch.Size, stride: tuple[int, ...]) -> torch.Tensor:
     """A tensor over a capsule of bytes. Not an inference tensor, so that writes to it are counted."""
-    with torch.inference_mode(False):
-        # Not a view of the bytes either: torch would take the way back to them into account in every operation.
-        return torch.utils.dlpack.from_dlpack(capsule).view(dtype).as_strided(size, stride).data
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):
+            return plain_tensor(capsule, dtype, size, stride)
+    # Not a view of the bytes either: torch would take the way back to them into account in every operation.
+    return torch.utils.dlpack.from_dlpack(capsule).view(dtype).as_strided(size, stride).data
 
 
 def _borrow(module: nn.Module, borrowed: list[_Loan]) -> None:

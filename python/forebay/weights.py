@@ -40,6 +40,8 @@ class ManagedWeight:
     @property
     def nbytes(self) -> int:
         """Bytes from the first element to the last, by the strides."""
+        if self.source.is_contiguous():
+            return self.source.nbytes
         spans = zip(self.source.size(), self.source.stride(), strict=True)
         return (1 + sum((size - 1) * stride for size, stride in spans)) * self.source.element_size()
 
@@ -68,9 +70,10 @@ class Weights:
                 if not _is_plain(parameter):
                     self.others.append((place, parameter))
                     continue
-                weight = known.get(_identity(parameter))
+                identity = _identity(parameter)
+                weight = known.get(identity)
                 if weight is None:
-                    weight = known[_identity(parameter)] = ManagedWeight(path, parameter)
+                    weight = known[identity] = ManagedWeight(path, parameter)
                     weight.conversion = conversion_of(path, label, weight.source, dtypes, scales)
                     self.managed.append(weight)
                 weight.places.append(place)
