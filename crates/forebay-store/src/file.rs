@@ -129,6 +129,15 @@ impl SourceFile {
         Ok(())
     }
 
+    /// Asks whether the file has all of a range now: one `fstat`.
+    ///
+    /// # Errors
+    /// [`StoreError::Truncated`] where the file ends before the range does.
+    pub fn check_range(&self, offset: u64, len: Bytes) -> Result<()> {
+        let wanted = offset.saturating_add(len.get());
+        if wanted <= self.len_now() { Ok(()) } else { Err(self.truncated(wanted)) }
+    }
+
     /// Writes all of `bytes` at `offset`. The file was opened for writing as well, and [`verify`](Self::verify) finds it
     /// changed from then on.
     ///
@@ -187,8 +196,11 @@ impl SourceFile {
     }
 
     fn truncated(&self, wanted: u64) -> StoreError {
-        let length = self.stamp_now().map_or(self.opened.len, |now| now.len);
-        StoreError::Truncated { path: self.path.clone(), tensor: None, wanted, length }
+        StoreError::Truncated { path: self.path.clone(), tensor: None, wanted, length: self.len_now() }
+    }
+
+    fn len_now(&self) -> u64 {
+        self.stamp_now().map_or(self.opened.len, |now| now.len)
     }
 
     fn stamp_now(&self) -> io::Result<FileStamp> {

@@ -70,6 +70,7 @@ impl Engine {
     /// The place is memory of this device and nobody else's until the copies have ended; the stream is one of the device and
     /// lives as long.
     pub unsafe fn read_to_device(&self, part: &FilePart, to: OnDevice) -> Result<ReadBy> {
+        part.check()?;
         let shared = self.shared();
         // SAFETY: as the caller promises.
         if unsafe { shared.copy_from_cache(part, to) }? {
@@ -221,6 +222,7 @@ impl HostBuffer {
     /// Nobody else uses that part of the buffer until this returns, nor writes to it until the copies have ended. The place
     /// is as for [`Engine::read_to_device`].
     pub unsafe fn read(&self, part: &FilePart, at: Bytes, to: Option<(&Engine, OnDevice)>) -> Result<()> {
+        part.check()?;
         let range = self.range();
         let engine = to.map(|(engine, _)| engine).or(range.engine().map(|engine| &**engine));
         if let Some(engine) = engine {
@@ -241,6 +243,11 @@ impl HostBuffer {
 }
 
 impl FilePart {
+    /// Whether the file has it.
+    fn check(&self) -> Result<()> {
+        self.file.check_range(self.offset, self.bytes).map_err(EngineError::Transfer)
+    }
+
     fn read(&self, at: Bytes, bytes: &mut [u8]) -> Result<()> {
         let offset = self.offset.saturating_add(at.get());
         self.file.read_exact_at(offset, bytes).map_err(EngineError::Transfer)

@@ -13,8 +13,8 @@ use forebay::device::host::HostConfig;
 use forebay::device::{Device, DeviceAddr, Event, Stream};
 use forebay::store::SourceFile;
 use forebay::{
-    Budget, Bytes, Engine, EngineConfig, ExplicitVbar, FilePart, Growth, HostBuffer, HostBufferOptions,
-    OnDevice, ReadBy, Use,
+    Budget, Bytes, Engine, EngineConfig, EngineError, ExplicitVbar, FilePart, Growth, HostBuffer,
+    HostBufferOptions, OnDevice, ReadBy, Use,
 };
 
 /// A safetensors file, and each tensor's place in it and bytes.
@@ -321,6 +321,28 @@ fn what_a_model_kept_that_is_gone_is_not_registered() {
     eventually("what passes is not registered", || engine.stats().registered >= bytes);
     std::thread::sleep(Duration::from_millis(50));
     assert!(engine.stats().registered < bytes + Bytes::mib(1), "{}", engine.stats().registered);
+}
+
+#[test]
+fn what_a_file_does_not_have_is_an_error_and_nothing_else_stops() {
+    let rig = Rig::new();
+    let engine = rig.engine(Bytes::mib(128));
+    let place = Place::new(&engine, &rig);
+    let tensors = Tensors::new(&mut Random::seeded(), &SIZES);
+    assert_eq!(place.check(&tensors, &ALL), 0);
+    let last = tensors.part(ALL[ALL.len() - 1]);
+    let file_end = last.file.len().get();
+    // Asked for twice: what the engine knows of it would be registered then.
+    for (offset, bytes) in [(file_end, 1), (file_end - 1, 2), (0, u64::MAX - 9), (u64::MAX - 9, 9)] {
+        for _ in 0..2 {
+            let part = FilePart { file: Arc::clone(&last.file), offset, bytes: Bytes::new(bytes) };
+            let to = OnDevice { addr: place.addr, stream: place.stream.handle() };
+            // SAFETY: nothing is written, since nothing is read.
+            let error = unsafe { engine.read_to_device(&part, to) }.unwrap_err();
+            assert!(matches!(error, EngineError::Transfer { .. }), "{offset} {bytes}: {error}");
+        }
+    }
+    place.check(&tensors, &ALL);
 }
 
 #[test]

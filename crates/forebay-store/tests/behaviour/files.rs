@@ -36,8 +36,12 @@ fn a_read_past_the_end_says_where_the_end_is() {
     let file = SourceFile::open(&path).unwrap();
     let mut buffer = [0; 10];
     for (offset, wanted) in [(91, 101), (100, 110), (5000, 5010), (u64::MAX, u64::MAX)] {
-        let error = file.read_exact_at(offset, &mut buffer).unwrap_err();
-        assert_eq!(error, StoreError::Truncated { path: path.clone(), tensor: None, wanted, length: 100 });
+        let truncated = StoreError::Truncated { path: path.clone(), tensor: None, wanted, length: 100 };
+        assert_eq!(file.read_exact_at(offset, &mut buffer).unwrap_err(), truncated);
+        assert_eq!(file.check_range(offset, Bytes::new(10)).unwrap_err(), truncated);
+    }
+    for (offset, len) in [(0, 100), (90, 10), (100, 0)] {
+        file.check_range(offset, Bytes::new(len)).unwrap();
     }
 }
 
@@ -50,6 +54,7 @@ fn a_file_truncated_in_use_is_an_error_with_numbers() {
 
     let error = file.read_exact_at(30, &mut [0; 20]).unwrap_err();
     assert_eq!(error, StoreError::Truncated { path: path.clone(), tensor: None, wanted: 50, length: 40 });
+    assert_eq!(file.check_range(30, Bytes::new(20)).unwrap_err(), error);
     let changed = StoreError::Changed { path, what: "size 100 -> 40".into() };
     assert_eq!(file.verify().unwrap_err(), changed);
     assert_eq!(MappedFile::map(&file).unwrap_err(), changed);

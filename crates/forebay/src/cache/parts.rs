@@ -9,6 +9,7 @@
 
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, VecDeque};
+use std::mem;
 use std::sync::Arc;
 
 use forebay_core::{Bytes, PageRef, VbarId};
@@ -34,8 +35,8 @@ pub(crate) struct Parts {
     files: Vec<Known>,
     /// What was read in this run to pages that keep it, by the page that its last byte is in: the first of them to leave.
     kept: HashMap<PageRef, Vec<FilePart>>,
-    /// What is to be registered in the background, unless somebody asks for it before.
-    wanted: VecDeque<FilePart>,
+    /// What is to be registered in the background, unless somebody asks for it before; with the model whose page had it.
+    wanted: VecDeque<(Option<VbarId>, FilePart)>,
     /// Counts the application's runs of models.
     run: u32,
 }
@@ -68,6 +69,8 @@ pub(crate) enum Asked {
     /// It was asked for before in this run, or in enough others: of this file, which is open already.
     Again(Arc<SourceFile>),
     Registered(Arc<RegisteredPage>),
+    /// That it cannot be registered.
+    Refused,
 }
 
 impl Parts {
@@ -112,14 +115,14 @@ impl Parts {
                     Asked::First
                 }
                 Part::Asked { .. } => Asked::Again(Arc::clone(&known.file)),
-                Part::Refused => Asked::First,
+                Part::Refused => Asked::Refused,
             },
         };
         if matches!(asked, Asked::First) && part.bytes > Bytes::ZERO {
             let part = FilePart { file: Arc::clone(&known.file), ..*part };
             match page {
                 Some(page) => self.kept.entry(page).or_default().push(part),
-                None => self.wanted.push_back(part),
+                None => self.wanted.push_back((None, part)),
             }
         }
         self.files.push(known);
@@ -128,23 +131,27 @@ impl Parts {
 
     /// A page loses what it has.
     pub(super) fn left(&mut self, page: PageRef) {
-        self.wanted.extend(self.kept.remove(&page).into_iter().flatten());
+        let parts = self.kept.remove(&page).into_iter().flatten();
+        self.wanted.extend(parts.map(|part| (Some(page.vbar), part)));
     }
 
     /// The model is gone whose pages these are.
     pub(super) fn forget_pages(&mut self, vbar: VbarId) {
         self.kept.retain(|page, _| page.vbar != vbar);
+        self.wanted.retain(|(of, _)| *of != Some(vbar));
     }
 
-    /// A part was registered, or cannot be. What is not kept: the page itself where nothing is known of its file any more.
+    /// A part was registered, or cannot be. What is not kept: the page itself where nothing is known of the part any more, which was
+    /// copied or forgotten meanwhile.
     pub(super) fn set(
         &mut self,
         part: &FilePart,
         page: Option<&Arc<RegisteredPage>>,
     ) -> Option<Arc<RegisteredPage>> {
         let now = page.map_or(Part::Refused, |page| Part::Registered(Arc::clone(page)));
-        let not_kept = match self.parts_beside(part) {
-            Some(parts) => parts.insert((part.offset, part.bytes), now)?,
+        let known = self.parts_beside(part).and_then(|parts| parts.get_mut(&(part.offset, part.bytes)));
+        let not_kept = match known {
+            Some(known) => mem::replace(known, now),
             None => now,
         };
         not_kept.page()
@@ -157,7 +164,7 @@ impl Parts {
 
     /// The next part to be registered in the background.
     pub(super) fn take_wanted(&mut self) -> Option<FilePart> {
-        while let Some(part) = self.wanted.pop_front() {
+        while let Some((_, part)) = self.wanted.pop_front() {
             let known = self.parts_beside(&part).and_then(|parts| parts.get(&(part.offset, part.bytes)));
             if matches!(known, Some(Part::Asked { .. })) {
                 return Some(part);
@@ -179,7 +186,7 @@ impl Parts {
     /// Nothing is known any more of the file of this device and inode; without one, of any.
     pub(super) fn forget(&mut self, file: Option<(u64, u64)>, gone: &mut Vec<Arc<RegisteredPage>>) {
         let is_other = |part: &FilePart| file.is_some_and(|file| file != part.file.stamp().file());
-        self.wanted.retain(is_other);
+        self.wanted.retain(|(_, part)| is_other(part));
         self.kept.retain(|_, parts| {
             parts.retain(is_other);
             !parts.is_empty()
@@ -244,6 +251,11 @@ impl Shared {
     /// A part that is registered, or can be now. Registering is done without a lock; others that ask for the same part
     /// meanwhile do it as well, and the last page stays.
     fn registered_part(&self, part: &FilePart, to: OnDevice) -> Result<Option<Arc<RegisteredPage>>> {
+        let end = part.offset.checked_add(part.bytes.get());
+        if end.is_none_or(|end| end > part.file.len().get()) {
+            // The file grew after it was opened: readers find what is there.
+            return Ok(None);
+        }
         let mut state = self.state.lock();
         state.check()?;
         if state.stop {
@@ -260,7 +272,7 @@ impl Shared {
             Asked::Again(file) if part.bytes > Bytes::ZERO => {
                 self.register_part(&mut state, &FilePart { file, ..*part })
             }
-            Asked::Again(_) | Asked::First => None,
+            Asked::Again(_) | Asked::First | Asked::Refused => None,
         })
     }
 
@@ -299,6 +311,8 @@ impl Shared {
 mod tests {
     use super::*;
     use forebay_core::{Mode, PageIndex, Policy, RankOrder, VbarSpec};
+    use forebay_device::Device;
+    use forebay_device::host::{HostConfig, HostDevice};
 
     const LEN: Bytes = Bytes::kib(4);
 
@@ -312,6 +326,12 @@ mod tests {
             .collect()
     }
 
+    fn vbar() -> VbarId {
+        let (order, mode) = (RankOrder::Address, Mode::Explicit);
+        let spec = VbarSpec { pages: 3, page_size: LEN, order, mode, window: 0, uses_a_pass: 0 };
+        Policy::new(LEN).add_vbar(spec)
+    }
+
     fn wanted(parts: &mut Parts) -> Vec<u64> {
         std::iter::from_fn(|| parts.take_wanted()).map(|part| part.offset / LEN.get()).collect()
     }
@@ -319,9 +339,7 @@ mod tests {
     #[test]
     fn in_the_background_what_does_not_stay_is_registered_unless_it_is_copied_or_forgotten() {
         let (mut known, mut gone) = (Parts::default(), Vec::new());
-        let (order, mode) = (RankOrder::Address, Mode::Explicit);
-        let spec = VbarSpec { pages: 3, page_size: LEN, order, mode, window: 0, uses_a_pass: 0 };
-        let vbar = Policy::new(LEN).add_vbar(spec);
+        let vbar = vbar();
         let pages = [0, 1, 2].map(|number| PageRef { vbar, page: PageIndex(number) });
         let [file, other] = [6, 2].map(parts);
         known.begin_run();
@@ -344,5 +362,50 @@ mod tests {
         known.left(pages[2]);
         assert!(wanted(&mut known).is_empty(), "told before, refused by the device, kept through its run");
         assert!(gone.is_empty());
+    }
+
+    #[test]
+    fn what_a_model_lost_that_is_gone_is_not_registered() {
+        let (mut known, mut gone) = (Parts::default(), Vec::new());
+        let vbar = vbar();
+        let page = PageRef { vbar, page: PageIndex(0) };
+        let file = parts(3);
+        known.ask(&file[0], Some(page), &mut gone);
+        known.ask(&file[1], None, &mut gone);
+        known.left(page);
+        known.ask(&file[2], Some(page), &mut gone);
+        known.forget_pages(vbar);
+        assert_eq!(wanted(&mut known), [1]);
+    }
+
+    #[test]
+    fn what_was_refused_is_not_registered_whoever_asks_again() {
+        let (mut known, mut gone) = (Parts::default(), Vec::new());
+        let file = parts(1);
+        known.ask(&file[0], None, &mut gone);
+        assert_eq!(wanted(&mut known), [0]);
+        known.set(&file[0], None);
+        assert!(matches!(known.ask(&file[0], None, &mut gone), Asked::Refused));
+        assert!(!known.has_wanted());
+    }
+
+    #[test]
+    fn what_was_copied_while_it_was_registered_is_not_kept() {
+        let device: Arc<dyn Device> =
+            Arc::new(HostDevice::new(HostConfig { registers: true, ..HostConfig::default() }).unwrap());
+        let (mut known, mut gone) = (Parts::default(), Vec::new());
+        let file = parts(2);
+        let registered = |part: &FilePart| {
+            let plan = PagePlan::of_part(&part.file, part.offset, part.bytes);
+            let page = plan.map().unwrap().register(&device).ok();
+            Arc::new(page.expect("the host registers"))
+        };
+        file.iter().for_each(|part| drop(known.ask(part, None, &mut gone)));
+        let [copied, kept] = [0, 1].map(|number: usize| registered(&file[number]));
+        assert!(known.copied(&file[0]).is_none());
+        assert!(known.set(&file[0], Some(&copied)).is_some_and(|page| Arc::ptr_eq(&page, &copied)));
+        assert!(known.set(&file[1], Some(&kept)).is_none());
+        assert!(matches!(known.ask(&file[0], None, &mut gone), Asked::First));
+        assert!(matches!(known.ask(&file[1], None, &mut gone), Asked::Registered(_)));
     }
 }
