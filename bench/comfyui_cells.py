@@ -117,18 +117,16 @@ class Cell:
 
 
 def _matrix(arch: str, quant: str, more: str = "") -> list[str]:
-    """A model with and without a LoRA on cards of all sizes. What results and times are compared with runs on the largest, and
-    comfy-aimdo on the smallest as well.
+    """A model with and without a LoRA on cards of all sizes: first the largest, with what results are compared with, and last
+    comfy-aimdo on the smallest.
     """
-    systems = {
-        "": {80: "legacy,loaded,dropin,native", 8: "aimdo,dropin,native"},
-        "-lora0.8": {80: "legacy,aimdo,dropin,native"},
-    }
-    return [
-        f"{arch}-{quant}-{card}{lora}{more}={of_card.get(card, 'dropin,native')}"
-        for lora, of_card in systems.items()
-        for card in (80, 8, 12, 24)
+    compared = {(80, ""): "legacy,", (80, "-lora0.8"): "legacy,aimdo,"}
+    cells = [
+        f"{arch}-{quant}-{card}{lora}{more}={compared.get((card, lora), '')}dropin,native"
+        for card in (80, 8, 24, 12)
+        for lora in ("", "-lora0.8")
     ]
+    return [*cells, f"{arch}-{quant}-8{more}=aimdo"]
 
 
 GROUPS = {
@@ -145,5 +143,7 @@ GROUPS = {
     "matrix-flux-fp8": _matrix("flux", "fp8scaled"),
     "matrix-wan": _matrix("wan", "fp16", "-x2-r2"),
     "matrix-wan-fp8": _matrix("wan", "fp8scaled", "-x2-r2"),
-    "matrix-small": [*_matrix("zimage", "bf16"), *_matrix("zimage", "fp8scaled"), *_matrix("sd15", "bf16")],
+    "matrix-zimage": _matrix("zimage", "bf16"),
+    "matrix-zimage-fp8": _matrix("zimage", "fp8scaled"),
+    "matrix-sd15": _matrix("sd15", "bf16"),
 }  # fmt: skip
