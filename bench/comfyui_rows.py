@@ -173,6 +173,26 @@ def verdict(result: Row) -> str:
     )
 
 
+def matrix(rows: list[Row]) -> str:
+    """Which systems gave the result they are compared with, on cards of which size; rows with as many steps may come of several files."""
+    same: dict[tuple[str, int], dict[float, list[str]]] = {}
+    for steps in sorted({row["steps"] for row in rows}):
+        for row in gathered({"link_gb_s": 0}, [row for row in rows if row["steps"] == steps])["rows"]:
+            if "same" not in row:
+                continue
+            cell = Cell.parse(row["cell"])
+            name = replace(cell, card=0).name.replace("-0", "", 1)
+            told = row["system"] if row["same"] else f"**not {row['system']}**"
+            same.setdefault((name, steps), {}).setdefault(cell.card, []).append(told)
+    cards = sorted({card for of_cards in same.values() for card in of_cards})
+    head = ["", "steps", *(f"{card:g} GiB" for card in cards)]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for (name, steps), of_cards in same.items():
+        found = [", ".join(sorted(set(of_cards.get(card, [])))) for card in cards]
+        lines.append(f"| {' | '.join([name, str(steps), *found])} |")
+    return "\n".join(lines)
+
+
 def cells_of(row: Row, tells_sleep: bool) -> list[str]:
     if "reason" in row:
         return [row["reason"].replace("|", "/"), *[""] * (10 if tells_sleep else 9)]

@@ -93,6 +93,7 @@ def main() -> None:
         parts.append(f"## {folder.name}")
         notes = folder / "notes.md"
         parts += [notes.read_text().strip()] if notes.exists() else []
+        parts += on_cards_of_all_sizes(folder)
         for pattern, section in SECTIONS:
             parts += [section(path) for path in sorted(folder.glob(pattern))]
     (RESULTS / "README.md").write_text("\n\n".join(parts) + "\n")
@@ -362,6 +363,15 @@ def comfyui_cells(path: Path) -> str:
     return "\n\n".join(["### ComfyUI", described(path, result), comfyui_rows.markdown(result)])
 
 
+def on_cards_of_all_sizes(folder: Path) -> list[str]:
+    rows = [
+        row for path in sorted(folder.glob("comfyui*.json")) for row in json.loads(path.read_text())["rows"]
+    ]
+    if not {8, 12, 24, 80} <= {row.get("card_gib") for row in rows}:
+        return []
+    return ["### ComfyUI, on cards of all sizes: whose result is the same", comfyui_rows.matrix(rows)]
+
+
 def under_pressure(path: Path) -> str:
     return f"### Under pressure\n\n{pressure.markdown(json.loads(path.read_text()))}"
 
@@ -451,7 +461,11 @@ def described(path: Path, result: Row) -> str:
     link = result.get("link_gb_s")
     told += f", link {link:.1f} GB/s" if link else ""
     command = result.get("command")
-    ran = f"`{command.split(' --out')[0]}`" if command else f"`bench/{path.stem}.py`; the file has no command"
+    ran = (
+        f"`{re.sub(r' --out [^ ]+', '', command)}`"
+        if command
+        else f"`bench/{path.stem}.py`; the file has no command"
+    )
     return f"{told}, {of_folder['date']}. {ran}."
 
 

@@ -76,14 +76,16 @@ def write(folder: Path, kind: str, stored: str) -> Path:
     return path
 
 
-def lora(model: Any, seed: int = 7, rank: int = 4, every: int = 1) -> dict[str, torch.Tensor]:
-    """A random adapter for every (or every n-th) linear layer of a diffusion model's blocks."""
+def lora(
+    model: Any, seed: int = 7, rank: int = 4, every: int = 1, within: tuple[str, ...] = BLOCKS
+) -> dict[str, torch.Tensor]:
+    """A random adapter for every (or every n-th) linear layer of a diffusion model's blocks, or of what begins otherwise."""
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, torch.Tensor] = {}
     layers = [
         (name, module)
         for name, module in model.model.diffusion_model.named_modules()
-        if type(module).__name__ == "Linear" and name.startswith(BLOCKS)
+        if type(module).__name__ == "Linear" and name.startswith(within)
     ]
     for name, module in layers[::every]:
         down = torch.randn(rank, module.in_features, generator=generator) * 0.05

@@ -11,7 +11,7 @@ from comfy import model_management
 from comfy.model_patcher import CallbacksMP, ModelPatcher, ModelPatcherDynamic, wipe_lowvram_weight
 
 from forebay._forebay import DeviceError
-from forebay.comfyui.native import collector
+from forebay.comfyui.native import collector, kept
 from forebay.comfyui.native.loaded import Loaded, engine_for, loaded_of
 
 _log = logging.getLogger("forebay")
@@ -170,14 +170,20 @@ class ForebayModelPatcher(ModelPatcherDynamic):  # type: ignore[misc]
         """The stored weights, which stay valid when this model is unloaded, and their patches."""
         found: dict[str, Any] = super().get_key_patches(filter_prefix)
         loaded = loaded_of(self.model)
-        if loaded is not None:
-            for key, patches in found.items():
-                patches[0] = (loaded.stored(key, patches[0][0]), *patches[0][1:])
+        for key, patches in found.items():
+            weight, *rest = patches[0]
+            if loaded is not None:
+                weight = loaded.stored(key, weight)
+            else:
+                path, _, name = key.rpartition(".")
+                weight = kept.used(self.model.get_submodule(path), name, weight)
+            patches[0] = (weight, *rest)
         return found
 
     def model_state_dict_for_saving(self, model: Any = None, prefix: str = "") -> Any:
         """What is saved is read from the files and patched, weight by weight; the model is unloaded for it."""
         self._unload()
+        kept.convert(self.model)
         return super().model_state_dict_for_saving(model, prefix)
 
     # ---- weight hooks, which change weights in the middle of a run: ComfyUI takes get_non_dynamic_delegate for them

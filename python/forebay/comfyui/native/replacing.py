@@ -16,6 +16,7 @@ import comfy.utils as utils
 from forebay._forebay import OutOfMemoryError
 from forebay.comfyui import warming
 from forebay.comfyui.native.casting import lending
+from forebay.comfyui.native.kept import keeping
 from forebay.comfyui.native.kernels import of_patches
 from forebay.comfyui.native.patcher import ForebayModelPatcher
 
@@ -32,6 +33,9 @@ def replace(activate: bool) -> None:
     if not _undo:
         _set(model_patcher, "ModelPatcherDynamic", ForebayModelPatcher)
         _set(ops, "cast_bias_weight", lending(ops.cast_bias_weight))
+        # By this name only where ComfyUI has it: what it does not keep it copies.
+        if hasattr(ops, "_load_quantized_module"):
+            _set(ops, "_load_quantized_module", keeping(ops._load_quantized_module))
         # Weights of one operation that do not fit are what ComfyUI's retries with smaller tiles are for.
         known = model_management.OOM_EXCEPTION
         classes = known if isinstance(known, tuple) else (known,)
