@@ -97,13 +97,19 @@ class Cell:
 
     @classmethod
     def parse(cls, text: str) -> Cell:
-        """The cell of a name."""
-        arch, quant, card, *rest = text.split("-")
-        cell = cls(arch, quant, float(card))
-        for word in rest:
+        """The cell of a name.
+
+        Raises:
+            argparse.ArgumentTypeError: Where it is none.
+        """
+        known = re.fullmatch(r"(\w+)-(\w+)-(\d+(?:\.\d+)?)((?:-[\w.]+)*)", text)
+        if known is None:
+            raise argparse.ArgumentTypeError(f"neither ARCH-QUANT-CARD... nor a group: {text}")
+        cell = cls(known[1], known[2], float(known[3]))
+        for word in known[4].split("-")[1:]:
             if word in ("te", "vae"):
                 cell = replace(cell, **{word: True})
-            elif word.startswith("lora"):
+            elif re.fullmatch(r"lora\d+(\.\d+)?", word):
                 cell = replace(cell, lora=float(word[4:]))
             elif re.fullmatch(r"x\d+", word):
                 cell = replace(cell, instances=int(word[1:]))
@@ -112,7 +118,7 @@ class Cell:
             elif word in ("tiny", "small", "medium", "full"):
                 cell = replace(cell, size=word)
             else:
-                raise argparse.ArgumentTypeError(f"no part of a cell's name: {word}")
+                raise argparse.ArgumentTypeError(f"no part of a cell's name: {word}, in {text}")
         return cell
 
 

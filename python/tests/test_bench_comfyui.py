@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import subprocess
@@ -119,6 +120,15 @@ def test_without_a_lora_all_are_compared_with_comfyuis_own(rows_of: ModuleType) 
     rows.append(row("flux-bf16-80", "loaded", "b"))
     same = [found.get("same") for found in rows_of.gathered(MACHINE, rows)["rows"]]
     assert same == [True, True, False, False, True]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "flux", "matrix-none", "flux-bf16-large", "flux-bf16-12-lora", "flux-bf16-12-x", "flux-bf16--1"],
+)
+def test_what_names_no_cell_is_told_by_its_name(comfyui: ModuleType, text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=rf"(: |, in ){text}$"):
+        comfyui.jobs_of(text, ["legacy"])
 
 
 def test_every_result_of_a_matrix_is_compared_but_those_that_others_are_compared_with(
