@@ -152,7 +152,7 @@ def main() -> int:
     children.end_with_their_parent()
     try:
         jobs = [job for name in names for job in jobs_of(name, chosen.systems)]
-    except (argparse.ArgumentTypeError, ValueError) as error:
+    except argparse.ArgumentTypeError as error:
         sys.exit(f"--cells: {error}")
     rows: list[Row] = []
     with contextlib.ExitStack() as opened:

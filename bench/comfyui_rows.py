@@ -173,8 +173,12 @@ def verdict(result: Row) -> str:
     )
 
 
-def matrix(rows: list[Row]) -> str:
-    """Which systems gave the result they are compared with, on cards of which size; rows with as many steps may come of several files."""
+def matrix(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    """Which systems gave the result they are compared with, on cards of which size; rows with as many steps may come of several files.
+
+    Returns:
+        The head of a table, and its lines.
+    """
     same: dict[tuple[str, int], dict[float, list[str]]] = {}
     for steps in sorted({row["steps"] for row in rows}):
         for row in gathered({"link_gb_s": 0}, [row for row in rows if row["steps"] == steps])["rows"]:
@@ -186,11 +190,10 @@ def matrix(rows: list[Row]) -> str:
             same.setdefault((name, steps), {}).setdefault(cell.card, []).append(told)
     cards = sorted({card for of_cards in same.values() for card in of_cards})
     head = ["", "steps", *(f"{card:g} GiB" for card in cards)]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for (name, steps), of_cards in same.items():
-        found = [", ".join(sorted(set(of_cards.get(card, [])))) for card in cards]
-        lines.append(f"| {' | '.join([name, str(steps), *found])} |")
-    return "\n".join(lines)
+    return head, [
+        [name, str(steps), *(", ".join(sorted(set(of_cards.get(card, [])))) for card in cards)]
+        for (name, steps), of_cards in same.items()
+    ]
 
 
 def cells_of(row: Row, tells_sleep: bool) -> list[str]:

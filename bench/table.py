@@ -369,7 +369,7 @@ def on_cards_of_all_sizes(folder: Path) -> list[str]:
     ]
     if not {8, 12, 24, 80} <= {row.get("card_gib") for row in rows}:
         return []
-    return ["### ComfyUI, on cards of all sizes: whose result is the same", comfyui_rows.matrix(rows)]
+    return ["### ComfyUI, on cards of all sizes: whose result is the same", table(*comfyui_rows.matrix(rows))]
 
 
 def under_pressure(path: Path) -> str:
@@ -460,12 +460,8 @@ def described(path: Path, result: Row) -> str:
     told = f"{of_folder['gpu']}, {of_folder['cores']} cores, torch {of_folder['torch']}"
     link = result.get("link_gb_s")
     told += f", link {link:.1f} GB/s" if link else ""
-    command = result.get("command")
-    ran = (
-        f"`{re.sub(r' --out [^ ]+', '', command)}`"
-        if command
-        else f"`bench/{path.stem}.py`; the file has no command"
-    )
+    command = re.sub(r" --out [^ ]+", "", result.get("command", ""))
+    ran = f"`{command}`" if command else f"`bench/{path.stem}.py`; the file has no command"
     return f"{told}, {of_folder['date']}. {ran}."
 
 

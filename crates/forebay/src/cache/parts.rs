@@ -251,8 +251,7 @@ impl Shared {
     /// A part that is registered, or can be now. Registering is done without a lock; others that ask for the same part
     /// meanwhile do it as well, and the last page stays.
     fn registered_part(&self, part: &FilePart, to: OnDevice) -> Result<Option<Arc<RegisteredPage>>> {
-        let end = part.offset.checked_add(part.bytes.get());
-        if end.is_none_or(|end| end > part.file.len().get()) {
+        if part.offset.saturating_add(part.bytes.get()) > part.file.len().get() {
             // The file grew after it was opened: readers find what is there.
             return Ok(None);
         }

@@ -58,8 +58,10 @@ def keeping(load: Callable[..., None]) -> Callable[..., None]:
     return loaded
 
 
-def used(module: Any, name: str, weight: Any) -> Any:
-    """A layer's weight as ComfyUI would have it in memory."""
+def used(model: nn.Module, key: str, weight: Any) -> Any:
+    """A weight of a model that is not attached as ComfyUI would have it in memory."""
+    path, _, name = key.rpartition(".")
+    module: Any = model.get_submodule(path)
     is_kept = name == "weight" and _KEPT in module.__dict__
     return weight.to(module.weight_comfy_model_dtype) if is_kept else weight
 
@@ -67,8 +69,9 @@ def used(module: Any, name: str, weight: Any) -> Any:
 def convert(model: nn.Module) -> None:
     """From now on a model that is not attached has these weights as ComfyUI would."""
     with torch.inference_mode(False):
+        module: Any
         for module in model.modules():
             if _KEPT in module.__dict__:
-                weight = used(module, "weight", module._parameters["weight"])
+                weight = module.weight.to(module.weight_comfy_model_dtype)
                 module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
                 del module.__dict__[_KEPT]

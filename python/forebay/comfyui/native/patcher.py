@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from typing import Any, NoReturn
 
@@ -170,14 +171,9 @@ class ForebayModelPatcher(ModelPatcherDynamic):  # type: ignore[misc]
         """The stored weights, which stay valid when this model is unloaded, and their patches."""
         found: dict[str, Any] = super().get_key_patches(filter_prefix)
         loaded = loaded_of(self.model)
+        stored = functools.partial(kept.used, self.model) if loaded is None else loaded.stored
         for key, patches in found.items():
-            weight, *rest = patches[0]
-            if loaded is not None:
-                weight = loaded.stored(key, weight)
-            else:
-                path, _, name = key.rpartition(".")
-                weight = kept.used(self.model.get_submodule(path), name, weight)
-            patches[0] = (weight, *rest)
+            patches[0] = (stored(key, patches[0][0]), *patches[0][1:])
         return found
 
     def model_state_dict_for_saving(self, model: Any = None, prefix: str = "") -> Any:
